@@ -1,0 +1,112 @@
+/* Dot products of a TP2 row with a Q8_0 row: the scalar reference, and the choice of a kernel at run time.
+ * The integer sum of each 32 weights is exact in every kernel; only the float sum over them differs in order. */
+#include "ptqtp-kernels.h"
+#include "ptqtp-unit.h"
+
+#include <stdlib.h>
+
+#ifdef PTQTP_ARM64
+#    if defined(__linux__)
+#        include <sys/auxv.h>
+#        ifndef HWCAP_ASIMDDP
+#            define HWCAP_ASIMDDP (1 << 20)
+#        endif
+#    elif defined(__APPLE__)
+#        include <sys/sysctl.h>
+#    endif
+#endif
+
+float ptqtp_dot_tp2_1_scalar(int64_t n, const void * weights, const void * q8_0) {
+    const block_tp2_1 * x = weights;
+    const ptqtp_block_q8_0 * y = q8_0;
+    float sum = 0;
+    for (int64_t i = 0; i < n / PTQTP_QK_TP2_1; i++) {
+        uint8_t digits[PTQTP_UNIT];
+        ptqtp_unit_unpack(&x[i].u, digits);
+        int32_t a = 0;
+        for (int k = 0; k < PTQTP_UNIT; k++) {
+            a += ptqtp_level[digits[k]] * y[i].qs[k];
+        }
+        sum += ptqtp_scale_value(x[i].u.side) * ptqtp_half_to_float(y[i].d) * (float) a;
+    }
+    return sum;
+}
+
+float ptqtp_dot_tp2_0_scalar(int64_t n, const void * weights, const void * q8_0) {
+    const block_tp2_0 * x = weights;
+    const ptqtp_block_q8_0 * y = q8_0;
+    float sum = 0;
+    for (int64_t i = 0; i < n / PTQTP_QK_TP2_0; i++) {
+        const float alpha1 = ptqtp_half_to_float(ptqtp_alpha_bits(&x[i], 0));
+        const float alpha2 = ptqtp_half_to_float(ptqtp_alpha_bits(&x[i], 1));
+        for (int j = 0; j < 4; j++, y++) {
+            uint8_t digits[PTQTP_UNIT];
+            ptqtp_unit_unpack(&x[i].u[j], digits);
+            int32_t a1 = 0, a2 = 0;
+            for (int k = 0; k < PTQTP_UNIT; k++) {
+                a1 += ptqtp_t1(digits[k]) * y->qs[k];
+                a2 += ptqtp_t2(digits[k]) * y->qs[k];
+            }
+            sum += ptqtp_half_to_float(y->d) * (alpha1 * (float) a1 + alpha2 * (float) a2);
+        }
+    }
+    return sum;
+}
+
+static bool supported_scalar(void) {
+    return true;
+}
+
+#ifdef PTQTP_X86
+static bool supported_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+#ifdef PTQTP_ARM64
+static bool supported_neon_dotprod(void) {
+#    if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#    elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
+#    else
+    return false;
+#    endif
+}
+#endif
+
+static const struct ptqtp_kernel kernels[] = {
+#define PTQTP_KERNEL(isa, type, symbol) { #isa, PTQTP_##type, symbol, supported_##isa },
+#include "ptqtp-kernels.inc"
+#undef PTQTP_KERNEL
+};
+
+const struct ptqtp_kernel * ptqtp_kernels(int * count) {
+    *count = (int) (sizeof kernels / sizeof kernels[0]);
+    return kernels;
+}
+
+static const struct ptqtp_kernel * choose(int type) {
+    const char * forced = getenv("PTQTP_KERNEL");
+    for (size_t i = 0; i < sizeof kernels / sizeof kernels[0]; i++) {
+        const struct ptqtp_kernel * k = &kernels[i];
+        if (k->type == type && k->supported() && (!forced || !*forced || strcmp(forced, k->name) == 0)) {
+            return k;
+        }
+    }
+    return NULL;
+}
+
+const struct ptqtp_kernel * ptqtp_kernel_for(int type) {
+    /* Racing threads compute the same answer and store the same pointer. */
+    static const struct ptqtp_kernel * chosen[2];
+    const int slot = type == PTQTP_TP2_1;
+    const struct ptqtp_kernel * k = __atomic_load_n(&chosen[slot], __ATOMIC_RELAXED);
+    if (!k) {
+        k = choose(type);
+        __atomic_store_n(&chosen[slot], k, __ATOMIC_RELAXED);
+    }
+    return k;
+}

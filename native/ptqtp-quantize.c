@@ -1,0 +1,408 @@
+/* The quantizers that need no calibration: `paper` (PTQTP as published) and `search`.
+ *
+ * The Python package holds the readable reference (ptqtp_gguf/quantize/); this is the same arithmetic in the same
+ * order, so the bytes are equal. Two rules keep it so: no fused multiply-add (-ffp-contract=off), and every sum over
+ * a group runs in eight lanes, lane l adding elements l, l+8, l+16, ..., joined at the end by halves. The lanes are
+ * also what lets the compiler vectorise the sums.
+ */
+#include "ptqtp-quantize.h"
+
+#include "ptqtp-unit.h"
+
+#include <float.h>
+#include <math.h>
+
+/* One copy of the hot loops for AVX2 next to the baseline's, picked at load time. Not with sanitizers: they are not
+ * ready yet when the picking runs. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(PTQTP_NO_CLONES)
+#    define PTQTP_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#    define PTQTP_CLONES
+#endif
+
+enum { LANES = 8 };
+
+static inline float join_f(const float acc[LANES]) {
+    const float a = acc[0] + acc[4], b = acc[1] + acc[5], c = acc[2] + acc[6], d = acc[3] + acc[7];
+    return (a + c) + (b + d);
+}
+
+static inline double join_d(const double acc[LANES]) {
+    const double a = acc[0] + acc[4], b = acc[1] + acc[5], c = acc[2] + acc[6], d = acc[3] + acc[7];
+    return (a + c) + (b + d);
+}
+
+/* ---- search, TP2_1 ----
+ * The scale is one of 256 codes, so instead of refitting it, try the codes: those around max|w|/5 (the largest weight
+ * on the outer level; the optimum lies -9..+12 codes from it on Gaussian, Laplace and Student-t data), and those next
+ * to max|w|/2 and max|w|, which make weights that are exact on the inner levels exact. */
+
+enum { BELOW = 12, ABOVE = 13, CANDIDATES = BELOW + ABOVE + 1 + 3 + 3 };
+
+static int add_codes(uint8_t * codes, int n, int from, int to) {
+    for (int c = from; c <= to; c++) {
+        codes[n++] = (uint8_t) (c < 0 ? 0 : c > 255 ? 255 : c);
+    }
+    return n;
+}
+
+static inline float nearer(float best, float e) {
+    const float d = fabsf(e);
+    return d < best ? d : best;
+}
+
+/* (Weighted) squared error of magnitudes a at scale s: s times a level is exact, and rounding keeps order, so the
+ * smallest of the five distances is the distance to the nearest level. Inlined twice, so that the unweighted loop has
+ * no branch. */
+__attribute__((always_inline)) static inline float error_tp2_1(const float * a, float s, const float * h) {
+    const float s2 = 2 * s, s3 = 3 * s, s5 = 5 * s;
+    float e2[PTQTP_QK_TP2_1], acc[LANES];
+    for (int i = 0; i < PTQTP_QK_TP2_1; i++) {
+        const float e = nearer(nearer(nearer(nearer(a[i], a[i] - s), a[i] - s2), a[i] - s3), a[i] - s5);
+        e2[i] = h ? e * e * h[i] : e * e;
+    }
+    for (int l = 0; l < LANES; l++) {
+        acc[l] = e2[l] + e2[l + 8] + e2[l + 16] + e2[l + 24];
+    }
+    return join_f(acc);
+}
+
+PTQTP_CLONES
+static void search_tp2_1(const float * x, const float * h, block_tp2_1 * dst) {
+    enum { QK = PTQTP_QK_TP2_1 };
+    float a[QK], top = 0;
+    for (int i = 0; i < QK; i++) {
+        a[i] = fabsf(x[i]);
+        top = a[i] > top ? a[i] : top;
+    }
+    uint8_t codes[CANDIDATES];
+    const int c5 = ptqtp_scale_from_float(top / 5), c2 = ptqtp_scale_from_float(top / 2);
+    const int c1 = ptqtp_scale_from_float(top);
+    int n = add_codes(codes, 0, c5 - BELOW, c5 + ABOVE);
+    n = add_codes(codes, n, c2 - 1, c2 + 1);
+    n = add_codes(codes, n, c1 - 1, c1 + 1);
+
+    float best = FLT_MAX;
+    uint8_t code = 0;
+    for (int c = 0; c < n; c++) {
+        const float s = ptqtp_scale_value(codes[c]);
+        const float err = h ? error_tp2_1(a, s, h) : error_tp2_1(a, s, NULL);
+        if (err < best) {
+            best = err;
+            code = codes[c];
+        }
+    }
+    static const uint8_t digit_of[11] = { 0, 0, 1, 3, 2, 4, 6, 5, 7, 8, 8 }; /* by level + 5; -4 and 4 never occur */
+    const float s = ptqtp_scale_value(code);
+    uint8_t digits[QK];
+    for (int i = 0; i < QK; i++) {
+        const int level = (a[i] > 0.5f * s) + (a[i] > 1.5f * s) + (a[i] > 2.5f * s) + 2 * (a[i] > 4 * s);
+        digits[i] = digit_of[5 + (x[i] < 0 ? -level : level)];
+    }
+    ptqtp_unit_pack(digits, code, &dst->u);
+}
+
+/* ---- paper ----
+ * Algorithm 1 of arXiv 2509.16989 on one group, in float64. The nine pairs are tried in lexicographic order and the
+ * first smallest error wins: on the first step both scales are equal, and the order decides which optimum follows. */
+
+enum { QK0 = PTQTP_QK_TP2_0 };
+
+struct paper_state {
+    double a1, a2, lambda;
+    double t1[QK0], t2[QK0];
+};
+
+static void paper_init(const float * x, struct paper_state * st) {
+    st->a1 = st->a2 = 1;
+    st->lambda = 1e-8;
+    for (int i = 0; i < QK0; i++) {
+        st->t1[i] = st->t2[i] = x[i] < 0 ? -1 : 1;
+    }
+}
+
+/* One iteration. Returns the length of the change of the scale pair. */
+PTQTP_CLONES
+static double paper_step(const float * x, struct paper_state * st) {
+    const double kappa_max = 1e12, lambda_max = 1;
+    double n11[LANES] = { 0 }, n22[LANES] = { 0 }, n12[LANES] = { 0 }, v1[LANES] = { 0 }, v2[LANES] = { 0 };
+    for (int k = 0; k < QK0; k += LANES) {
+        for (int l = 0; l < LANES; l++) {
+            const double t1 = st->t1[k + l], t2 = st->t2[k + l], w = x[k + l];
+            n11[l] += t1 * t1;
+            n22[l] += t2 * t2;
+            n12[l] += t1 * t2;
+            v1[l] += t1 * w;
+            v2[l] += t2 * w;
+        }
+    }
+    const double s11 = join_d(n11), s22 = join_d(n22), s12 = join_d(n12), b1 = join_d(v1), b2 = join_d(v2);
+    double a11, a22, det;
+    for (;;) {
+        a11 = s11 + st->lambda;
+        a22 = s22 + st->lambda;
+        det = a11 * a22 - s12 * s12;
+        /* ||A||_F * ||A^-1||_F of a 2x2 matrix */
+        const double kappa = (a11 * a11 + a22 * a22 + 2 * (s12 * s12)) / det;
+        if (kappa < kappa_max || st->lambda >= lambda_max) {
+            break;
+        }
+        const double grown = st->lambda * sqrt(kappa / kappa_max);
+        st->lambda = grown < lambda_max ? grown : lambda_max;
+    }
+    const double a1 = (b1 * a22 - b2 * s12) / det, a2 = (b2 * a11 - b1 * s12) / det;
+    const double d1 = a1 - st->a1, d2 = a2 - st->a2;
+    st->a1 = a1;
+    st->a2 = a2;
+    for (int i = 0; i < QK0; i++) {
+        double best = DBL_MAX, t1 = 0, t2 = 0;
+        for (int c1 = -1; c1 <= 1; c1++) {
+            for (int c2 = -1; c2 <= 1; c2++) {
+                const double e = x[i] - (a1 * c1 + a2 * c2), e2 = e * e;
+                const bool less = e2 < best;
+                best = less ? e2 : best;
+                t1 = less ? c1 : t1;
+                t2 = less ? c2 : t2;
+            }
+        }
+        st->t1[i] = t1;
+        st->t2[i] = t2;
+    }
+    return sqrt(d1 * d1 + d2 * d2);
+}
+
+void ptqtp_paper_probe(const float * x, int64_t nrows, int64_t n_per_row, double largest[PTQTP_PAPER_MAX_ITERS]) {
+    for (int64_t i = 0; i < nrows * n_per_row; i += QK0) {
+        struct paper_state st;
+        paper_init(x + i, &st);
+        for (int t = 0; t < PTQTP_PAPER_MAX_ITERS; t++) {
+            const double change = paper_step(x + i, &st);
+            largest[t] = change > largest[t] ? change : largest[t];
+            if (change == 0 && t > 0) { /* fixed point: nothing moves any more */
+                break;
+            }
+        }
+    }
+}
+
+int ptqtp_paper_iters(const double largest[PTQTP_PAPER_MAX_ITERS]) {
+    for (int t = 0; t < PTQTP_PAPER_MAX_ITERS; t++) {
+        if (largest[t] < 1e-4) { /* absolute, as published */
+            return t + 1;
+        }
+    }
+    return PTQTP_PAPER_MAX_ITERS;
+}
+
+static void paper_group(const float * x, int iters, struct paper_state * st) {
+    paper_init(x, st);
+    for (int t = 0; t < iters; t++) {
+        if (paper_step(x, st) == 0 && t > 0) {
+            break;
+        }
+    }
+}
+
+static int put_tp2_0(const uint8_t * digits, uint16_t h1, uint16_t h2, block_tp2_0 * dst) {
+    const uint16_t alphas[2] = { h1, h2 };
+    if ((h1 & 0x7c00) == 0x7c00 || (h2 & 0x7c00) == 0x7c00) {
+        return PTQTP_TOO_LARGE;
+    }
+    return ptqtp_pack_tp2_0(digits, alphas, dst, QK0);
+}
+
+int ptqtp_paper_rows(const float * x, void * dst, int64_t nrows, int64_t n_per_row, int iters) {
+    block_tp2_0 * b = dst;
+    for (int64_t i = 0; i < nrows * n_per_row; i += QK0, b++) {
+        struct paper_state st;
+        uint8_t digits[QK0];
+        paper_group(x + i, iters, &st);
+        for (int k = 0; k < QK0; k++) {
+            digits[k] = (uint8_t) (3 * (int) (st.t1[k] + 1) + (int) (st.t2[k] + 1));
+        }
+        const int status =
+            put_tp2_0(digits, ptqtp_half_from_float((float) st.a1), ptqtp_half_from_float((float) st.a2), b);
+        if (status != PTQTP_OK) {
+            return status;
+        }
+    }
+    return PTQTP_OK;
+}
+
+/* ---- search, TP2_0 ----
+ * Alternate nearest pair (float32) and least squares (float64) from five starts; each result is rounded to fp16,
+ * assigned once more, and the smallest error wins. One start is the paper's own result. */
+
+enum { SEARCH_ITERS = 24 };
+
+/* Nearest pair for each weight: first smallest in lexicographic order. Returns the (weighted) error. */
+PTQTP_CLONES
+static float assign_tp2_0(const float * x, const float * h, float a1, float a2, uint8_t * digits) {
+    float acc[LANES] = { 0 };
+    for (int k = 0; k < QK0; k += LANES) {
+        float best[LANES];
+        int32_t digit[LANES];
+        for (int l = 0; l < LANES; l++) {
+            best[l] = FLT_MAX;
+            digit[l] = 0;
+        }
+        for (int c = 0; c < 9; c++) {
+            const float v = a1 * (float) ptqtp_t1(c) + a2 * (float) ptqtp_t2(c);
+            for (int l = 0; l < LANES; l++) {
+                const float e = x[k + l] - v, e2 = e * e;
+                digit[l] = e2 < best[l] ? c : digit[l];
+                best[l] = e2 < best[l] ? e2 : best[l];
+            }
+        }
+        for (int l = 0; l < LANES; l++) {
+            digits[k + l] = (uint8_t) digit[l];
+            acc[l] += h ? best[l] * h[k + l] : best[l];
+        }
+    }
+    return join_f(acc);
+}
+
+PTQTP_CLONES
+static void solve_tp2_0(const float * x, const float * h, const uint8_t * digits, float * a1, float * a2) {
+    double n11[LANES] = { 0 }, n22[LANES] = { 0 }, n12[LANES] = { 0 }, v1[LANES] = { 0 }, v2[LANES] = { 0 };
+    for (int k = 0; k < QK0; k += LANES) {
+        for (int l = 0; l < LANES; l++) {
+            const double t1 = ptqtp_t1(digits[k + l]), t2 = ptqtp_t2(digits[k + l]);
+            const double w = x[k + l], g = h ? h[k + l] : 1.0;
+            n11[l] += g * (t1 * t1);
+            n22[l] += g * (t2 * t2);
+            n12[l] += g * (t1 * t2);
+            v1[l] += g * (t1 * w);
+            v2[l] += g * (t2 * w);
+        }
+    }
+    const double s11 = join_d(n11), s22 = join_d(n22), s12 = join_d(n12), b1 = join_d(v1), b2 = join_d(v2);
+    const double det = s11 * s22 - s12 * s12;
+    if (det > 1e-9 * (s11 * s22)) {
+        *a1 = (float) ((s22 * b1 - s12 * b2) / det);
+        *a2 = (float) ((s11 * b2 - s12 * b1) / det);
+    } else { /* the planes are proportional, or one is empty: one scale does it all */
+        *a1 = s11 > 0 ? (float) (b1 / s11) : 0;
+        *a2 = 0;
+    }
+}
+
+static int search_tp2_0(const float * x, const float * h, block_tp2_0 * dst) {
+    static const float ratios[4] = { 0.35f, 0.6f, 0.75f, 0.9f };
+    float top = 0;
+    for (int i = 0; i < QK0; i++) {
+        top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    }
+    float best = FLT_MAX;
+    uint16_t h1 = 0, h2 = 0;
+    for (int start = 0; start < 5; start++) {
+        uint8_t digits[QK0], before[QK0];
+        float a1, a2;
+        if (start < 4) {
+            a1 = 0.9f * top / (1 + ratios[start]);
+            a2 = a1 * ratios[start];
+        } else {
+            struct paper_state st;
+            paper_group(x, PTQTP_PAPER_MAX_ITERS, &st);
+            a1 = (float) st.a1;
+            a2 = (float) st.a2;
+        }
+        memset(before, 255, sizeof before);
+        for (int t = 0; t < SEARCH_ITERS; t++) {
+            assign_tp2_0(x, h, a1, a2, digits);
+            if (memcmp(digits, before, sizeof digits) == 0) { /* the scales were solved for these very planes */
+                break;
+            }
+            memcpy(before, digits, sizeof before);
+            solve_tp2_0(x, h, digits, &a1, &a2);
+        }
+        const uint16_t r1 = ptqtp_half_from_float(a1), r2 = ptqtp_half_from_float(a2);
+        const float err = assign_tp2_0(x, h, ptqtp_half_to_float(r1), ptqtp_half_to_float(r2), digits);
+        if (err < best) {
+            best = err;
+            h1 = r1;
+            h2 = r2;
+        }
+    }
+    uint8_t digits[QK0];
+    assign_tp2_0(x, h, ptqtp_half_to_float(h1), ptqtp_half_to_float(h2), digits);
+    return put_tp2_0(digits, h1, h2, dst);
+}
+
+/* ---- rows ---- */
+
+/* 5 * 1.9375, TP2_1's outermost level; and well inside fp16 for TP2_0's scales */
+static float reach(int type) {
+    return type == PTQTP_TP2_1 ? 9.6875f : 32768.0f;
+}
+
+int ptqtp_quantize_check(int type, int method, const float * x, const float * importance, int64_t nrows,
+                         int64_t n_per_row) {
+    const int64_t qk = ptqtp_block_size(type);
+    if (qk == 0) {
+        return PTQTP_BAD_TYPE;
+    }
+    if ((method != PTQTP_PAPER && method != PTQTP_SEARCH) ||
+        (method == PTQTP_PAPER && (type != PTQTP_TP2_0 || importance))) {
+        return PTQTP_BAD_METHOD;
+    }
+    if (nrows < 0 || n_per_row < 0 || n_per_row % qk) {
+        return PTQTP_BAD_SIZE;
+    }
+    const float limit = reach(type);
+    bool finite = true, in_reach = true;
+    for (int64_t i = 0; i < nrows * n_per_row; i++) {
+        finite &= fabsf(x[i]) <= FLT_MAX;
+        in_reach &= !(fabsf(x[i]) > limit);
+    }
+    for (int64_t i = 0; importance && i < n_per_row; i++) {
+        finite &= importance[i] >= 0 && importance[i] <= FLT_MAX;
+    }
+    return !finite ? PTQTP_NOT_FINITE : !in_reach ? PTQTP_TOO_LARGE : PTQTP_OK;
+}
+
+/* A group whose inputs never fire has no preference: quantize it unweighted. */
+static const float * weights_of(const float * h, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        if (h[i] > 0) {
+            return h;
+        }
+    }
+    return NULL;
+}
+
+int ptqtp_search_rows(int type, const float * x, const float * importance, void * dst, int64_t nrows,
+                      int64_t n_per_row) {
+    for (int64_t row = 0; row < nrows; row++, x += n_per_row) {
+        if (type == PTQTP_TP2_1) {
+            block_tp2_1 * b = (block_tp2_1 *) dst + row * (n_per_row / PTQTP_QK_TP2_1);
+            for (int64_t i = 0; i < n_per_row; i += PTQTP_QK_TP2_1) {
+                search_tp2_1(x + i, importance ? weights_of(importance + i, PTQTP_QK_TP2_1) : NULL, b++);
+            }
+        } else {
+            block_tp2_0 * b = (block_tp2_0 *) dst + row * (n_per_row / QK0);
+            for (int64_t i = 0; i < n_per_row; i += QK0) {
+                const int status = search_tp2_0(x + i, importance ? weights_of(importance + i, QK0) : NULL, b++);
+                if (status != PTQTP_OK) {
+                    return status;
+                }
+            }
+        }
+    }
+    return PTQTP_OK;
+}
+
+int ptqtp_quantize_rows(int type, int method, const float * x, const float * importance, void * dst, int64_t nrows,
+                        int64_t n_per_row) {
+    const int status = ptqtp_quantize_check(type, method, x, importance, nrows, n_per_row);
+    if (status != PTQTP_OK) {
+        return status;
+    }
+    if (method == PTQTP_SEARCH) {
+        return ptqtp_search_rows(type, x, importance, dst, nrows, n_per_row);
+    }
+    double largest[PTQTP_PAPER_MAX_ITERS] = { 0 };
+    ptqtp_paper_probe(x, nrows, n_per_row, largest);
+    return ptqtp_paper_rows(x, dst, nrows, n_per_row, ptqtp_paper_iters(largest));
+}

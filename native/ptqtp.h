@@ -1,0 +1,160 @@
+/* ptqtp: trit-plane tensor types for ggml. Codec, data-free quantizers and dot products.
+ *
+ * This header is the whole public C interface. The same sources build three ways: into the Python package's
+ * own library, into ggml (see ../patches), and into stand-alone tests and benchmarks. The library never prints,
+ * never aborts and never allocates in the codec and the dot products.
+ *
+ * A weight is a pair of trits (t1, t2), each -1, 0 or +1, stored as one base-9 digit d = 3*(t1+1) + (t2+1).
+ * Both types are built from one 14-byte unit of 32 weights:
+ *
+ *     byte   0 1   2 3   4 5   6 7   8 9  10 11   12     13
+ *          [ q0  | q1  | q2  | q3  | q4  | q5  | side | r ]      q: little-endian uint16, r: uint8
+ *
+ *     q_j holds five digits, r two, most significant first, as fixed-point fractions rounded up:
+ *         q = ceil(N * 65536 / 59049), N = the five digits read in base 9;   r = ceil(N * 256 / 81)
+ *     so a digit is the integer part of 9 * fraction, and the rest is the next fraction:
+ *         d = (q * 9) >> 16, q = (q * 9) & 0xffff         (exact for every N; every word decodes to digits 0..8)
+ *     weight of digit k of word j, in units of values from the unit's start:
+ *         k = 0, 1:  2*j + k         j = 0..6  (word 6 is r)      weights  0..13
+ *         k = 2, 3:  14 + 2*j + k-2  j = 0..5                     weights 14..25
+ *         k = 4:     26 + j          j = 0..5                     weights 26..31
+ *     so the byte vectors that a SIMD kernel extracts line up with contiguous activations. Word 6 is side + 256*r,
+ *     decoded like the others for two digits: the side byte lies below the digits of r and cannot disturb them.
+ *
+ *     TP2_1, 32 weights, 14 bytes: one unit; w = s * (3*t1 + 2*t2), side = code of s.
+ *     TP2_0, 128 weights, 56 bytes: four units; w = a1*t1 + a2*t2, the four side bytes are a1, a2 as
+ *            little-endian fp16: a1 low, a1 high, a2 low, a2 high.
+ *
+ *     scale code c = e*16 + m:  s = (1 + m/16) * 2^(e - 15), all 256 codes valid, 2^-15 .. 1.9375;
+ *     the bits of s as a float are (c << 19) + (112 << 23).
+ */
+#ifndef PTQTP_H
+#define PTQTP_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef PTQTP_API
+#    if defined(_WIN32)
+#        define PTQTP_API
+#    else
+#        define PTQTP_API __attribute__((visibility("default")))
+#    endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PTQTP_FORMAT_VERSION 0 /* 0 = draft; frozen as 1 once the kernels' bake-off has chosen the layout */
+
+#define PTQTP_UNIT 32        /* weights a unit */
+#define PTQTP_UNIT_WORDS 6   /* five-digit words a unit */
+#define PTQTP_QK_TP2_1 32    /* weights a TP2_1 block (= group) */
+#define PTQTP_QK_TP2_0 128   /* weights a TP2_0 block (= group) */
+
+enum ptqtp_type { PTQTP_TP2_0 = 250, PTQTP_TP2_1 = 251 }; /* = ggml type ids, part of the file format */
+
+enum ptqtp_method { PTQTP_PAPER = 0, PTQTP_SEARCH = 1 };
+
+enum ptqtp_status {
+    PTQTP_OK = 0,
+    PTQTP_BAD_TYPE,   /* not a type of this library */
+    PTQTP_BAD_METHOD, /* the method does not make this type (paper makes TP2_0 only) */
+    PTQTP_BAD_SIZE,   /* a row or buffer length is no multiple of the block, or is negative */
+    PTQTP_BAD_DIGIT,  /* a digit above 8 */
+    PTQTP_BAD_WORD,   /* a word or remainder byte that no packer writes */
+    PTQTP_BAD_SCALE,  /* an fp16 scale that is Inf or NaN */
+    PTQTP_NOT_FINITE, /* a weight or importance that is Inf or NaN, or an importance below zero */
+    PTQTP_TOO_LARGE,  /* a weight beyond what the type's scales reach */
+    PTQTP_NO_MEMORY,
+};
+
+typedef struct {
+    uint8_t q[2 * PTQTP_UNIT_WORDS]; /* six little-endian uint16 words of five digits */
+    uint8_t side;                    /* a byte of scale */
+    uint8_t r;                       /* two digits */
+} ptqtp_unit;
+
+typedef struct {
+    ptqtp_unit u;
+} block_tp2_1;
+
+typedef struct {
+    ptqtp_unit u[4];
+} block_tp2_0;
+
+#ifdef __cplusplus
+#    define PTQTP_STATIC_ASSERT static_assert
+#else
+#    define PTQTP_STATIC_ASSERT _Static_assert
+#endif
+PTQTP_STATIC_ASSERT(sizeof(ptqtp_unit) == 6 * 2 + 1 + 1, "wrong unit size");
+PTQTP_STATIC_ASSERT(sizeof(block_tp2_1) == 6 * 2 + 1 + 1, "wrong TP2_1 block size");
+PTQTP_STATIC_ASSERT(sizeof(block_tp2_0) == 4 * (6 * 2 + 1) + 2 * 2, "wrong TP2_0 block size");
+
+/* A block of ggml's Q8_0, the activation type of the dot products: fp16 d, then 32 int8. */
+typedef struct {
+    uint16_t d;
+    int8_t qs[32];
+} ptqtp_block_q8_0;
+PTQTP_STATIC_ASSERT(sizeof(ptqtp_block_q8_0) == 34, "wrong Q8_0 block size");
+
+/* ---- codec (ptqtp-codec.c) ------------------------------------------------------------------------------- */
+
+PTQTP_API const char * ptqtp_status_text(int status);
+PTQTP_API size_t ptqtp_type_size(int type);   /* bytes a block; 0 for an unknown type */
+PTQTP_API int64_t ptqtp_block_size(int type); /* weights a block; 0 for an unknown type */
+
+PTQTP_API float ptqtp_scale_to_float(uint8_t code);
+PTQTP_API uint8_t ptqtp_scale_from_float(float s); /* nearest code, ties to the even code, clamped to 0..255 */
+PTQTP_API float ptqtp_half_to_float(uint16_t h);
+PTQTP_API uint16_t ptqtp_half_from_float(float f); /* round to nearest even */
+
+/* digits: n bytes 0..8, in weight order. scales: TP2_1: n/32 codes; TP2_0: n/128 pairs (a1, a2) of fp16 bits.
+ * n a multiple of the block. */
+PTQTP_API int ptqtp_pack_tp2_1(const uint8_t * digits, const uint8_t * codes, void * dst, int64_t n);
+PTQTP_API int ptqtp_pack_tp2_0(const uint8_t * digits, const uint16_t * alphas, void * dst, int64_t n);
+PTQTP_API int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, uint8_t * codes, int64_t n);
+PTQTP_API int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, uint16_t * alphas, int64_t n);
+
+/* dst: n floats. Any bytes decode; no read outside src. */
+PTQTP_API void ptqtp_dequantize_tp2_1(const void * src, float * dst, int64_t n);
+PTQTP_API void ptqtp_dequantize_tp2_0(const void * src, float * dst, int64_t n);
+
+/* Checks that each word is one that a packer writes and each fp16 scale is finite. On an error *bad_block is the
+ * index of the first bad block (bad_block may be NULL). */
+PTQTP_API int ptqtp_validate(int type, const void * data, size_t nbytes, int64_t * bad_block);
+
+/* ---- quantizers without calibration (ptqtp-quantize.c, ptqtp-parallel.cpp) -------------------------------- */
+
+/* x: nrows x n_per_row floats, row-major. importance: n_per_row floats >= 0 (an imatrix column weight) or NULL.
+ * dst: nrows * n_per_row / block * size bytes. Single thread. `paper` takes no importance (PTQTP_BAD_METHOD). */
+PTQTP_API int ptqtp_quantize_rows(int type, int method, const float * x, const float * importance, void * dst,
+                                  int64_t nrows, int64_t n_per_row);
+/* The same over nthreads threads (<= 0: all cores); the bytes do not depend on nthreads. */
+PTQTP_API int ptqtp_quantize_parallel(int type, int method, const float * x, const float * importance, void * dst,
+                                      int64_t nrows, int64_t n_per_row, int nthreads);
+
+/* ---- dot products with Q8_0 activations (ptqtp-dot.c and one file an instruction set) --------------------- */
+
+typedef float (*ptqtp_dot_fn)(int64_t n, const void * weights, const void * q8_0);
+
+struct ptqtp_kernel {
+    const char * name; /* "scalar", "avx2", "neon_dotprod" */
+    int type;          /* enum ptqtp_type */
+    ptqtp_dot_fn dot;
+    bool (*supported)(void); /* on this CPU */
+};
+
+/* All kernels built for this architecture, best first for each type, the scalar reference last. */
+PTQTP_API const struct ptqtp_kernel * ptqtp_kernels(int * count);
+/* The kernel in use: the first that this CPU supports, or the one that the environment variable PTQTP_KERNEL
+ * names; NULL if that name is unknown or not supported here. Chosen once. */
+PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
