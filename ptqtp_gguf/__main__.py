@@ -1,0 +1,5 @@
+"""python -m ptqtp_gguf"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,417 @@
+"""GGUF in and out: a reader that trusts nothing, and a streaming writer.
+
+The only module that imports gguf-py: its tables of type names and sizes, and its dequantizers. gguf-py's own reader
+takes counts and offsets on trust and raises on our type ids, so the header is parsed here, with every count, length
+and offset checked against the file before it is used (spec: ggml/docs/gguf.md; loader: ggml/src/gguf.cpp). Metadata is
+kept as the raw bytes of the source, so a copy is exact.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import gguf
+import numpy as np
+
+from . import format as fmt
+from . import native
+from .errors import InputError
+from .packing import F32, U8
+
+MAGIC = b"GGUF"
+VERSION = 3
+DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20
+MAX_NAME = 63  # GGML_MAX_NAME - 1, bytes
+MAX_DIMS = 4  # GGML_MAX_DIMS
+MAX_NESTING = 4  # arrays of arrays
+MAX_WEIGHTS = 1 << 62
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY, UINT32 = 8, 9, 4
+
+# type id -> (name, weights a block, bytes a block)
+TYPES: dict[int, tuple[str, int, int]] = {
+    **{int(t): (t.name, *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType if t in gguf.GGML_QUANT_SIZES},
+    **{t.id: (t.name, t.block, t.size) for t in fmt.TYPES.values()},
+}
+TYPE_IDS = {name: id for id, (name, _, _) in TYPES.items()}
+F32_ID, F16_ID, BF16_ID, Q4_0_ID, Q8_0_ID = (TYPE_IDS[n] for n in ("F32", "F16", "BF16", "Q4_0", "Q8_0"))
+FLOAT_IDS = frozenset(TYPE_IDS[n] for n in ("F64", "F32", "F16", "BF16"))
+
+
+def type_name(type_id: int) -> str:
+    """"TP2_1", "Q8_0", ..., or "type N" for an id that nobody here knows."""
+    return TYPES[type_id][0] if type_id in TYPES else f"type {type_id}"
+
+
+def type_block(type_id: int) -> int:
+    """Weights a block of a known type."""
+    return TYPES[type_id][1]
+
+
+def row_size(type_id: int, n: int) -> int:
+    """Bytes of a row of n weights; n must be a multiple of the type's block."""
+    _, block, size = TYPES[type_id]
+    assert n % block == 0
+    return n // block * size
+
+
+@dataclass(frozen=True)
+class KV:
+    """One metadata entry: its value as raw bytes without the type, and the type."""
+
+    key: str
+    type: int
+    raw: bytes
+
+    def value(self) -> object:
+        """The value in Python: int, float, bool, str, or a list of them."""
+        return _Cursor(memoryview(self.raw), f"metadata {self.key}").value(self.type)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor. shape in ggml order: (weights a row, rows, ...). offset in bytes from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    nbytes: int
+
+    @property
+    def n_weights(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def type_name(self) -> str:
+        return type_name(self.type)
+
+
+class _Cursor:
+    """Reads little-endian values from a buffer and never past its end."""
+
+    def __init__(self, data: memoryview, where: str) -> None:
+        self.data, self.where, self.pos = data, where, 0
+
+    def fail(self, text: str) -> InputError:
+        return InputError(f"{self.where}: {text} (at byte {self.pos})")
+
+    def take(self, n: int, what: str) -> memoryview:
+        if n > len(self.data) - self.pos:
+            raise self.fail(f"truncated: {what} needs {n} bytes, {len(self.data) - self.pos} are left")
+        self.pos += n
+        return self.data[self.pos - n : self.pos]
+
+    def number(self, code: str, what: str) -> int:
+        return int(struct.unpack(code, self.take(struct.calcsize(code), what))[0])
+
+    def text(self, what: str) -> str:
+        raw = self.take(self.number("<Q", f"length of {what}"), what)
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError:
+            raise self.fail(f"{what} is not UTF-8") from None
+
+    def array_head(self, depth: int) -> tuple[int, int]:
+        kind, n = self.number("<I", "array type"), self.number("<Q", "array length")
+        if kind not in _SCALARS and kind not in (STRING, ARRAY):
+            raise self.fail(f"unknown array type {kind}")
+        if depth >= MAX_NESTING:
+            raise self.fail(f"arrays nested deeper than {MAX_NESTING}")
+        smallest = struct.calcsize(_SCALARS[kind]) if kind in _SCALARS else 8 if kind == STRING else 12
+        if n > (len(self.data) - self.pos) // smallest:
+            raise self.fail(f"array of {n} entries does not fit into the file")
+        return kind, n
+
+    def skip(self, kind: int, depth: int = 0) -> None:
+        if kind in _SCALARS:
+            self.take(struct.calcsize(_SCALARS[kind]), "a value")
+        elif kind == STRING:
+            self.take(self.number("<Q", "length of a string"), "a string")
+        elif kind == ARRAY:
+            inner, n = self.array_head(depth)
+            if inner in _SCALARS:
+                self.take(n * struct.calcsize(_SCALARS[inner]), "an array")
+            else:
+                for _ in range(n):
+                    self.skip(inner, depth + 1)
+        else:
+            raise self.fail(f"unknown value type {kind}")
+
+    def value(self, kind: int, depth: int = 0) -> object:
+        if kind in _SCALARS:
+            code = _SCALARS[kind]
+            return struct.unpack(code, self.take(struct.calcsize(code), "a value"))[0]
+        if kind == STRING:
+            return self.text("a string")
+        if kind != ARRAY:
+            raise self.fail(f"unknown value type {kind}")
+        inner, n = self.array_head(depth)
+        if inner in _SCALARS:
+            code = f"<{n}{_SCALARS[inner][1]}"
+            return list(struct.unpack(code, self.take(struct.calcsize(code), "an array")))
+        return [self.value(inner, depth + 1) for _ in range(n)]
+
+
+@dataclass
+class Header:
+    """What stands before the tensor data."""
+
+    kvs: dict[str, KV] = field(default_factory=dict)
+    tensors: list[TensorInfo] = field(default_factory=list)
+    alignment: int = DEFAULT_ALIGNMENT
+    data_offset: int = 0
+
+
+def parse_header(data: memoryview, where: str) -> Header:
+    """Parse and validate a whole GGUF header. data: the whole file. Raises InputError on anything out of order."""
+    c = _Cursor(data, where)
+    if bytes(c.take(4, "magic")) != MAGIC:
+        c.pos = 0
+        raise c.fail("not a GGUF file")
+    version = c.number("<I", "version")
+    if version >> 16 and not version & 0xFFFF:
+        raise c.fail("big-endian GGUF files are not supported; convert on a little-endian machine")
+    if version not in (2, 3):
+        raise c.fail(f"GGUF version {version}; versions 2 and 3 are supported")
+    n_tensors, n_kv = c.number("<Q", "tensor count"), c.number("<Q", "metadata count")
+    if n_kv > len(data) // 13 or n_tensors > len(data) // 32:
+        raise c.fail(f"{n_tensors} tensors and {n_kv} metadata entries do not fit into {len(data)} bytes")
+
+    h = Header()
+    for _ in range(n_kv):
+        key = c.text("a metadata key")
+        kind = c.number("<I", f"type of {key}")
+        start = c.pos
+        c.skip(kind)
+        if key in h.kvs:
+            raise c.fail(f"metadata key {key} stands twice")
+        h.kvs[key] = KV(key, kind, bytes(data[start : c.pos]))
+    if (kv := h.kvs.get("general.alignment")) is not None:
+        value = kv.value()
+        if kv.type != UINT32 or not isinstance(value, int) or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
+            raise c.fail(f"general.alignment {value} is no power of two from 8 to {MAX_ALIGNMENT}")
+        h.alignment = value
+
+    relative: list[TensorInfo] = []
+    names: set[str] = set()
+    for _ in range(n_tensors):
+        info = _tensor_info(c, h.alignment)
+        if info.name in names:
+            raise c.fail(f"tensor {info.name} stands twice")
+        names.add(info.name)
+        relative.append(info)
+    h.data_offset = align(c.pos, h.alignment)
+    room = len(data) - h.data_offset
+    end, before = 0, ""
+    for t in sorted(relative, key=lambda t: t.offset):
+        if t.offset < end:
+            raise InputError(f"{where}: tensor {t.name} overlaps {before}")
+        if t.nbytes > room - t.offset:
+            raise InputError(
+                f"{where}: truncated: tensor {t.name} ends at byte {h.data_offset + t.offset + t.nbytes}, "
+                f"the file at {len(data)}"
+            )
+        end, before = t.offset + t.nbytes, t.name
+    h.tensors = [TensorInfo(t.name, t.shape, t.type, h.data_offset + t.offset, t.nbytes) for t in relative]
+    return h
+
+
+def _tensor_info(c: _Cursor, alignment: int) -> TensorInfo:
+    """Name, dimensions, type, and offset relative to the data section."""
+    name = c.text("a tensor name")
+    if not name or len(name.encode()) > MAX_NAME:
+        raise c.fail(f"tensor name of {len(name.encode())} bytes; the limit is 1 to {MAX_NAME}")
+    n_dims = c.number("<I", f"dimensions of {name}")
+    if not 1 <= n_dims <= MAX_DIMS:
+        raise c.fail(f"tensor {name} has {n_dims} dimensions; the limit is 1 to {MAX_DIMS}")
+    shape = tuple(c.number("<Q", f"shape of {name}") for _ in range(n_dims))
+    n = 1
+    for dim in shape:
+        n *= dim
+        if dim == 0 or n > MAX_WEIGHTS:
+            raise c.fail(f"tensor {name} has the shape {shape}")
+    kind, offset = c.number("<I", f"type of {name}"), c.number("<Q", f"offset of {name}")
+    if kind not in TYPES:
+        raise c.fail(f"tensor {name} has the unknown type id {kind}")
+    type_name_, block, size = TYPES[kind]
+    if shape[0] % block:
+        raise c.fail(f"tensor {name}: rows of {shape[0]} weights; {type_name_} needs a multiple of {block}")
+    if offset % alignment:
+        raise c.fail(f"tensor {name}: offset {offset} is no multiple of the alignment {alignment}")
+    return TensorInfo(name, shape, kind, offset, n // block * size)
+
+
+def align(n: int, alignment: int) -> int:
+    """n rounded up to a multiple of alignment."""
+    return n + -n % alignment
+
+
+class Reader:
+    """A GGUF file, validated when opened, mapped into memory, read tensor by tensor. Use as a context manager.
+
+    Raises InputError if the file is missing, empty, truncated or hostile, or of an unknown ptqtp.format_version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: BinaryIO = open(path, "rb")
+        except OSError as e:
+            raise InputError(f"{path}: {e.strerror}") from None
+        try:
+            if os.fstat(self._file.fileno()).st_size == 0:
+                raise InputError(f"{path}: the file is empty")
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with memoryview(self._map) as view:
+                    self.header = parse_header(view, str(path))
+            except BaseException:
+                self._map.close()
+                raise
+        except OSError as e:
+            self._file.close()
+            raise InputError(f"{path}: {e.strerror}") from None
+        except BaseException:
+            self._file.close()
+            raise
+        self.tensors = self.header.tensors
+        self.by_name = {t.name: t for t in self.tensors}
+        self._check_format_version()
+
+    def _check_format_version(self) -> None:
+        ours = any(t.type in fmt.TYPES for t in self.tensors)
+        version = self.get(fmt.Key.FORMAT_VERSION)
+        if (ours or version is not None) and version != fmt.FORMAT_VERSION:
+            found = "none" if version is None else version
+            raise InputError(
+                f"{self.path}: {fmt.Key.FORMAT_VERSION} is {found}; this version of ptqtp-gguf reads "
+                f"{fmt.FORMAT_VERSION}; convert the model again"
+            )
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        try:
+            self._map.close()
+        except BufferError:  # an array still looks at it; the map goes with the last of them
+            pass
+        self._file.close()
+
+    def get(self, key: str) -> object:
+        """Value of a metadata key, or None."""
+        kv = self.header.kvs.get(key)
+        return None if kv is None else kv.value()
+
+    def bytes_of(self, t: TensorInfo) -> U8:
+        """The tensor's bytes, (rows, bytes a row), a view of the file."""
+        flat = np.frombuffer(self._map, np.uint8, t.nbytes, t.offset)
+        return flat.reshape(-1, row_size(t.type, t.shape[0]))
+
+    def rows_f32(self, t: TensorInfo) -> F32:
+        """The tensor dequantized: float32 (rows, weights a row), all outer dimensions joined."""
+        return dequantize(self.bytes_of(t), t.type, f"{self.path}: tensor {t.name}")
+
+
+def dequantize(data: U8, type_id: int, where: str) -> F32:
+    """uint8 (R, B) of any ggml type that gguf-py decodes, or of ours -> float32 (R, C). Raises InputError otherwise."""
+    if type_id in fmt.TYPES:
+        return native.dequantize(fmt.TYPES[type_id], data)
+    if type_id == F32_ID:
+        return data.view("<f4")
+    if type_id == F16_ID:
+        return data.view("<f2").astype(np.float32)
+    if type_id == BF16_ID:
+        return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    try:
+        return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(type_id)).astype(np.float32, copy=False)
+    except (NotImplementedError, KeyError):
+        raise InputError(f"{where}: {type_name(type_id)} cannot be dequantized here") from None
+
+
+def quantize_plain(weights: F32, type_id: int) -> U8:
+    """float32 (R, C) -> bytes of F32, F16, BF16 or Q8_0, by gguf-py."""
+    if type_id == F32_ID:
+        return np.ascontiguousarray(weights).view(np.uint8)
+    out: U8 = gguf.quants.quantize(np.ascontiguousarray(weights), gguf.GGMLQuantizationType(type_id))
+    return np.ascontiguousarray(out).view(np.uint8)
+
+
+# ---- writing ----
+
+
+def kv_string(key: str, value: str) -> KV:
+    raw = value.encode()
+    return KV(key, STRING, struct.pack("<Q", len(raw)) + raw)
+
+
+def kv_u32(key: str, value: int) -> KV:
+    return KV(key, UINT32, struct.pack("<I", value))
+
+
+def kv_u32_list(key: str, values: list[int]) -> KV:
+    return KV(key, ARRAY, struct.pack(f"<IQ{len(values)}I", UINT32, len(values), *values))
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to be written: name, shape in ggml order, type id."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+
+    @property
+    def nbytes(self) -> int:
+        return row_size(self.type, self.shape[0]) * int(np.prod(self.shape[1:], dtype=np.int64))
+
+
+def build_header(kvs: Iterable[KV], tensors: list[OutTensor], alignment: int) -> bytes:
+    """The header bytes, padded to the alignment; tensors follow in the given order, each padded to the alignment."""
+    kvs = list(kvs)
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(kvs))]
+    for kv in kvs:
+        key = kv.key.encode()
+        parts += [struct.pack("<Q", len(key)), key, struct.pack("<I", kv.type), kv.raw]
+    offset = 0
+    for t in tensors:
+        name = t.name.encode()
+        parts += [struct.pack("<Q", len(name)), name, struct.pack(f"<I{len(t.shape)}Q", len(t.shape), *t.shape)]
+        parts.append(struct.pack("<IQ", t.type, offset))
+        offset += align(t.nbytes, alignment)
+    head = b"".join(parts)
+    return head + bytes(-len(head) % alignment)
+
+
+def write_stream(
+    out: BinaryIO, kvs: Iterable[KV], tensors: list[OutTensor], alignment: int, data: Iterator[U8]
+) -> Iterator[int]:
+    """Write header and tensors, one tensor's bytes at a time. Yields after each tensor the bytes written so far.
+
+    data yields each tensor's bytes, in the order of tensors.
+    """
+    written = out.write(build_header(kvs, tensors, alignment))
+    for t, block in zip(tensors, data, strict=True):
+        assert block.nbytes == t.nbytes, f"{t.name}: {block.nbytes} bytes, planned {t.nbytes}"
+        raw = np.ascontiguousarray(block)
+        written += out.write(raw.data)
+        written += out.write(bytes(-raw.nbytes % alignment))
+        yield written
+
+
+def total_size(kvs: Iterable[KV], tensors: list[OutTensor], alignment: int) -> int:
+    """Bytes of the whole file."""
+    return len(build_header(kvs, tensors, alignment)) + sum(align(t.nbytes, alignment) for t in tensors)
