@@ -78,7 +78,9 @@ def _check_sharded(folder: Path, index_path: Path) -> tuple[tuple[Path, ...], in
     wanted: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index_path}: tensor {tensor} names the shard {shard!r}, which is no plain file name")
+            raise CheckpointError(
+                f"{index_path}: tensor {tensor} names the shard {shard!r}, which is no plain file name"
+            )
         wanted.setdefault(shard, set()).add(tensor)
     total = 0
     owner: dict[str, str] = {}
@@ -206,7 +208,8 @@ def to_bf16_gguf(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
         raise CheckpointError(f"{checkpoint.folder}: {_reason(checkpoint, lines, code)}")
 
 
-# -I keeps the current folder and PYTHONPATH out; the converter's own gguf-py must come before PyPI's of the same version.
+# -I keeps the current folder and PYTHONPATH out. The converter's own gguf-py must come before PyPI's, which claims the
+# same version.
 _LAUNCH = """
 import runpy, sys
 script = sys.argv[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import textwrap
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -12,12 +13,13 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import __version__
 from . import convert as conversion
 from .errors import PtqtpError
 from .export import export_q4_0
+from .gguf_io import type_name
 from .inspect import Report
 from .inspect import inspect as inspect_file
 from .quantize import METHODS
@@ -105,7 +107,9 @@ def convert(
 
 
 def _print_summary(s: conversion.Summary) -> None:
-    by_type = ", ".join(f"{n / 1e6:.1f} M {kind}" for kind, n in sorted(s.weights_by_type().items(), key=lambda x: -x[1]))
+    by_type = ", ".join(
+        f"{n / 1e6:.1f} M {kind}" for kind, n in sorted(s.weights_by_type().items(), key=lambda x: -x[1])
+    )
     out_console.print(f"{s.path}: {s.size / 1e6:.1f} MB, {s.bpw:.3f} bits per weight, {s.seconds:.1f} s")
     out_console.print(f"  weights: {by_type}", soft_wrap=True)
     errors = sorted(((r.rel_mse, r.tensor.name) for r in s.rows if r.rel_mse is not None), reverse=True)
@@ -114,17 +118,15 @@ def _print_summary(s: conversion.Summary) -> None:
         out_console.print(f"  relative squared error: worst {worst}", soft_wrap=True)
     quantized = [kind for kind in s.source_types if kind not in ("F32", "F16", "BF16", "F64")]
     if quantized:
-        out_console.print(f"  note: the source was already quantized ({', '.join(quantized)}); its error adds to ours")
+        out_console.print(
+            f"  note: the source was already quantized ({', '.join(quantized)}); its error adds to ours", soft_wrap=True
+        )
     for r in s.fallbacks[:20]:
-        out_console.print(f"  fallback: {r.tensor.name} is {r.out.type and _name(r)}: {r.choice.reason}", soft_wrap=True)
+        out_console.print(
+            f"  fallback: {r.tensor.name} is {type_name(r.choice.type)}: {r.choice.reason}", soft_wrap=True
+        )
     if len(s.fallbacks) > 20:
         out_console.print(f"  ... and {len(s.fallbacks) - 20} more fallbacks")
-
-
-def _name(r: conversion.PlanRow) -> str:
-    from .gguf_io import type_name
-
-    return type_name(r.choice.type)
 
 
 @app.command("export-q4_0")
@@ -187,13 +189,11 @@ def _print_report(report: Report, tensors: bool) -> None:
         out_console.print(listing)
     for key, value in report.metadata.items():
         if key.startswith(("ptqtp.", "general.")):
-            text = str(value)
-            out_console.print(f"  {key} = {text if len(text) < 200 else text[:197] + '...'}", soft_wrap=True, markup=False)
+            text = textwrap.shorten(str(value), 200, placeholder=" ...")
+            out_console.print(f"  {key} = {text}", soft_wrap=True, markup=False)
 
 
-def _right(header: str):  # type: ignore[no-untyped-def]
-    from rich.table import Column
-
+def _right(header: str) -> Column:
     return Column(header, justify="right")
 
 

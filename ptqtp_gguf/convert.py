@@ -227,10 +227,14 @@ def _blocks(
     for row in rows:
         progress("quantizing", done, total, row.tensor.name)
         block = _encode(reader, row, options)
-        digests.append(hashlib.blake2b(block, digest_size=16).digest())
+        digests.append(_digest(block))
         yield block
         done += row.tensor.n_weights
     progress("quantizing", total, total, "")
+
+
+def _digest(data: U8) -> bytes:
+    return hashlib.blake2b(data.data, digest_size=16).digest()
 
 
 def _encode(reader: Reader, row: PlanRow, options: Options) -> U8:
@@ -282,9 +286,7 @@ def _metadata(reader: Reader, rows: list[PlanRow], options: Options) -> list[KV]
     return kept + list(new.values())
 
 
-def _verify(
-    path: Path, out: Path, rows: list[PlanRow], digests: list[bytes], size: int, progress: Progress
-) -> None:
+def _verify(path: Path, out: Path, rows: list[PlanRow], digests: list[bytes], size: int, progress: Progress) -> None:
     """Read the written file back: structure, every tensor's bytes, every trit-plane block."""
     total, done = sum(r.tensor.n_weights for r in rows), 0
     if path.stat().st_size != size:
@@ -295,8 +297,10 @@ def _verify(
             t = written.by_name[row.tensor.name]
             data = written.bytes_of(t)
             kind = fmt.TYPES.get(t.type)
-            same = hashlib.blake2b(data, digest_size=16).digest() == digest
+            same = _digest(data) == digest
             if not same or (kind and native.first_bad_block(kind, data) is not None):
-                raise OutputError(f"{out}: tensor {t.name} reads back differently than it was written; is the disk sound?")
+                raise OutputError(
+                    f"{out}: tensor {t.name} reads back differently than it was written; is the disk sound?"
+                )
             done += t.n_weights
     progress("verifying", total, total, "")

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from . import format as fmt
-from .convert import Progress, Summary, no_progress
 from .convert import PlanRow as Row
+from .convert import Progress, Summary, no_progress
 from .errors import InputError, OutputError
 from .gguf_io import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32, total_size, write_stream
 from .output import check_space, check_target, partial_file

@@ -43,7 +43,9 @@ class TensorType:
         return 8 * self.size / self.block
 
 
-TP2_0 = TensorType(id=250, name="TP2_0", block=4 * UNIT, size=4 * (2 * UNIT_WORDS + 1) + 2 * 2, group=128, reach=32768.0)
+TP2_0 = TensorType(
+    id=250, name="TP2_0", block=4 * UNIT, size=4 * (2 * UNIT_WORDS + 1) + 2 * 2, group=128, reach=32768.0
+)
 TP2_1 = TensorType(id=251, name="TP2_1", block=UNIT, size=2 * UNIT_WORDS + 1 + 1, group=32, reach=5 * 1.9375)
 TYPES = {t.id: t for t in (TP2_0, TP2_1)}
 BY_NAME = {t.name: t for t in TYPES.values()}

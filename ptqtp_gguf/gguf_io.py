@@ -48,7 +48,7 @@ FLOAT_IDS = frozenset(TYPE_IDS[n] for n in ("F64", "F32", "F16", "BF16"))
 
 
 def type_name(type_id: int) -> str:
-    """"TP2_1", "Q8_0", ..., or "type N" for an id that nobody here knows."""
+    """ "TP2_1", "Q8_0", ..., or "type N" for an id that nobody here knows."""
     return TYPES[type_id][0] if type_id in TYPES else f"type {type_id}"
 
 
@@ -265,28 +265,21 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: BinaryIO = open(path, "rb")
+            with open(path, "rb") as f:
+                if os.fstat(f.fileno()).st_size == 0:
+                    raise InputError(f"{path}: the file is empty")
+                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as e:
             raise InputError(f"{path}: {e.strerror}") from None
         try:
-            if os.fstat(self._file.fileno()).st_size == 0:
-                raise InputError(f"{path}: the file is empty")
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-            try:
-                with memoryview(self._map) as view:
-                    self.header = parse_header(view, str(path))
-            except BaseException:
-                self._map.close()
-                raise
-        except OSError as e:
-            self._file.close()
-            raise InputError(f"{path}: {e.strerror}") from None
+            with memoryview(self._map) as view:
+                self.header = parse_header(view, str(path))
+            self.tensors = self.header.tensors
+            self.by_name = {t.name: t for t in self.tensors}
+            self._check_format_version()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
-        self.tensors = self.header.tensors
-        self.by_name = {t.name: t for t in self.tensors}
-        self._check_format_version()
 
     def _check_format_version(self) -> None:
         ours = any(t.type in fmt.TYPES for t in self.tensors)
@@ -309,7 +302,6 @@ class Reader:
             self._map.close()
         except BufferError:  # an array still looks at it; the map goes with the last of them
             pass
-        self._file.close()
 
     def get(self, key: str) -> object:
         """Value of a metadata key, or None."""
@@ -337,9 +329,10 @@ def dequantize(data: U8, type_id: int, where: str) -> F32:
     if type_id == BF16_ID:
         return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     try:
-        return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(type_id)).astype(np.float32, copy=False)
+        out: F32 = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(type_id)).astype(np.float32, copy=False)
     except (NotImplementedError, KeyError):
         raise InputError(f"{where}: {type_name(type_id)} cannot be dequantized here") from None
+    return out
 
 
 def quantize_plain(weights: F32, type_id: int) -> U8:
@@ -415,3 +408,15 @@ def write_stream(
 def total_size(kvs: Iterable[KV], tensors: list[OutTensor], alignment: int) -> int:
     """Bytes of the whole file."""
     return len(build_header(kvs, tensors, alignment)) + sum(align(t.nbytes, alignment) for t in tensors)
+
+
+def register_types() -> None:
+    """Teach gguf-py our two types: an enum member and a size each, so that its reader opens our files. Idempotent."""
+    kinds = gguf.GGMLQuantizationType
+    for t in fmt.TYPES.values():
+        if t.id not in kinds._value2member_map_:
+            member = int.__new__(kinds, t.id)
+            member._name_, member._value_ = t.name, t.id
+            kinds._member_map_[t.name] = member
+            kinds._value2member_map_[t.id] = member
+            gguf.GGML_QUANT_SIZES[member] = (t.block, t.size)

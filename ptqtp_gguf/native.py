@@ -75,7 +75,7 @@ def sizes(t: fmt.TensorType) -> tuple[int, int]:
 
 
 def quantize(t: fmt.TensorType, method: str, weights: F32, importance: F32 | None = None, threads: int = 0) -> U8:
-    """weights float32 (R, C) contiguous, importance (C,) or None -> uint8 (R, C / block * size). See quantize.quantize."""
+    """weights float32 (R, C) contiguous, importance (C,) or None -> uint8 rows. See quantize.quantize."""
     rows, cols = weights.shape
     if cols % t.block:
         raise QuantizeError(f"rows of {cols} weights; {t.name} needs a multiple of {t.block}")

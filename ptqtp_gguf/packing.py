@@ -5,9 +5,9 @@ A unit holds 32 weights in 14 bytes:
     byte   0 1   2 3   4 5   6 7   8 9  10 11   12     13
          [ q0  | q1  | q2  | q3  | q4  | q5  | side | r ]      q: little-endian uint16, r: uint8
 
-q_j = ceil(N * 65536 / 9**5), N = its five base-9 digits read most significant first; r = ceil(N * 256 / 81), two digits.
+q_j = ceil(N * 65536 / 9**5), N = its five base-9 digits, most significant first; r = ceil(N * 256 / 81), two digits.
 Example: digits of word 0 (weights 0, 1, 14, 15, 26) = 8, 0, 4, 4, 1 -> N = 8*6561 + 0*729 + 4*81 + 4*9 + 1 = 52849
--> q0 = ceil(52849 * 65536 / 59049) = 58655 = 0xe51f -> bytes 1f e5. Back: 58655*9 = 8*65536 + 3607, so digit 8, and so on.
+-> q0 = ceil(52849 * 65536 / 59049) = 58655 = 0xe51f -> bytes 1f e5. Back: 58655*9 = 8*65536 + 3607: digit 8, and so on.
 
 Shapes: R rows, C weights a row; arrays of digits are uint8 (R, C) with values 0..8.
 """
@@ -126,7 +126,7 @@ def _units(t: fmt.TensorType, data: U8) -> U8:
 
 
 def dequantize(t: fmt.TensorType, data: U8) -> F32:
-    """bytes (R, B) -> float32 (R, C). Any bytes decode; call `first_bad_block` to reject those that no packer writes."""
+    """bytes (R, B) -> float32 (R, C). Any bytes decode; `first_bad_block` tells those that no packer writes."""
     if t.id == fmt.TP2_1.id:
         digits, codes = unpack_tp2_1(data)
         levels = LEVEL_OF_DIGIT[digits].reshape(len(data), -1, fmt.UNIT)
@@ -140,7 +140,7 @@ def dequantize(t: fmt.TensorType, data: U8) -> F32:
 
 
 def first_bad_block(t: fmt.TensorType, data: U8) -> int | None:
-    """Index of the first block with a word that no packer writes or a scale that is not finite; None if all are good."""
+    """Index of the first block with a word that no packer writes or a scale that is not finite, or None."""
     units = _units(t, data)
     words = np.ascontiguousarray(units[:, :12]).view("<u2").astype(np.int64)
     n = words * fmt.POW5 >> 16

@@ -16,7 +16,9 @@ from typing import Any
 
 from .errors import InputError, RuntimeMissing
 
-HOW_TO_BUILD = "build it with 'python tools/build_runtime.py' in the project's folder (or 'make'), then pip install the wheel"
+HOW_TO_BUILD = (
+    "build it with 'python tools/build_runtime.py' in the project's folder (or 'make'), then pip install the wheel"
+)
 
 
 def version() -> str:

@@ -19,7 +19,7 @@ LANES = 8
 def lane_sum(x: NDArray[T]) -> NDArray[T]:
     """x (..., G) with G a multiple of 8 -> (...,), in x's own precision."""
     lanes = x.reshape(*x.shape[:-1], -1, LANES)
-    acc = lanes[..., 0, :].copy()
+    acc = lanes[..., 0, :] + lanes.dtype.type(0)  # the native sums start at 0, which turns -0 into +0
     for k in range(1, lanes.shape[-2]):
         acc += lanes[..., k, :]
     acc = acc[..., :4] + acc[..., 4:]

@@ -42,7 +42,8 @@ def candidates(top: F32) -> U8:
     around5 = scale_from_float(top / np.float32(5)).astype(np.int64)[:, None] + np.arange(-BELOW, ABOVE + 1)
     around2 = scale_from_float(top / np.float32(2)).astype(np.int64)[:, None] + np.arange(-1, 2)
     around1 = scale_from_float(top).astype(np.int64)[:, None] + np.arange(-1, 2)
-    return np.clip(np.concatenate([around5, around2, around1], axis=1), 0, 255).astype(np.uint8)
+    codes: U8 = np.clip(np.concatenate([around5, around2, around1], axis=1), 0, 255).astype(np.uint8)
+    return codes
 
 
 def nearest_level(a: F32, s: F32) -> I64:

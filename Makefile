@@ -1,0 +1,83 @@
+# make demo   set up, convert SmolLM2-135M, generate text, compare with Q4_0
+# make test   set up, native tests, test suite          make lint   ruff, mypy, clang-format
+# make test-arm   kernels under qemu-user (Debian: gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user)
+# make setup | format | golden | bench | clean
+#
+# Everything lands in .venv and build; nothing outside the clone but what pip caches.
+
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+export PATH := $(VENV)/bin:$(PATH)
+export HF_HUB_OFFLINE := 1
+PIP := $(PY) -m pip --disable-pip-version-check -q
+DEPS := build/.deps
+RUNTIME := build/.runtime
+PACKAGE := build/.package
+NATIVE := $(wildcard native/*.c native/*.h native/*.cpp native/*.inc native/*.cmake)
+CMAKE_FLAGS := -G Ninja -DPTQTP_WERROR=ON
+
+.PHONY: demo test test-native test-arm lint format golden bench setup clean
+
+demo: setup
+	$(PY) tools/demo.py
+
+test: setup test-native
+	$(VENV)/bin/pytest
+
+setup: $(PACKAGE)
+
+$(DEPS): constraints.txt pyproject.toml
+	@mkdir -p build
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt scikit-build-core cmake ninja
+	$(PIP) install -c constraints.txt numpy gguf typer rich diskcache jinja2 typing-extensions \
+	  torch transformers accelerate safetensors sentencepiece protobuf \
+	  pytest hypothesis ruff mypy clang-format
+	@touch $@
+
+# The tool knows itself what changed: it is asked each time the inputs are newer, and compiles what it must.
+$(RUNTIME): $(DEPS) tools/build_runtime.py $(wildcard patches/*) $(NATIVE)
+	$(PY) tools/build_runtime.py --build-dir build
+	$(PIP) install --no-deps --force-reinstall build/wheels/llama_cpp_python-*.whl
+	@touch $@
+
+$(PACKAGE): $(RUNTIME) pyproject.toml CMakeLists.txt $(NATIVE) $(shell find ptqtp_gguf -name '*.py')
+	$(PIP) install --no-deps --no-build-isolation --force-reinstall .
+	@touch $@
+
+test-native: $(DEPS)
+	cmake -S . -B build/native $(CMAKE_FLAGS) > build/native.log
+	cmake --build build/native
+	ctest --test-dir build/native --output-on-failure
+	cmake -S . -B build/native-sanitize $(CMAKE_FLAGS) -DPTQTP_SANITIZE=ON > build/native-sanitize.log
+	cmake --build build/native-sanitize
+	ctest --test-dir build/native-sanitize --output-on-failure
+
+# once with the dot-product extension, once on a core that lacks it
+test-arm: $(DEPS)
+	for cpu in max cortex-a72; do \
+	  cmake -S . -B build/arm-$$cpu $(CMAKE_FLAGS) -DCMAKE_TOOLCHAIN_FILE=native/aarch64.cmake \
+	    -DPTQTP_QEMU_CPU=$$cpu -DPTQTP_SHARED=OFF > build/arm-$$cpu.log && \
+	  cmake --build build/arm-$$cpu && ctest --test-dir build/arm-$$cpu --output-on-failure || exit 1; \
+	done
+
+lint: $(DEPS)
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror native/*.c native/*.h native/*.cpp
+
+format: $(DEPS)
+	ruff check --fix .
+	ruff format .
+	clang-format -i native/*.c native/*.h native/*.cpp
+
+golden: setup
+	$(PY) tools/make_golden.py
+
+bench: test-native
+	build/native/ptqtp-bench
+
+clean:
+	rm -rf build .venv

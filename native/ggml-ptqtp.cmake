@@ -1,0 +1,47 @@
+# Our sources in ggml. Included at the end of ggml/src/CMakeLists.txt, when ggml-base and every CPU variant exist.
+
+set(PTQTP_DIR ${CMAKE_CURRENT_LIST_DIR})
+include(${PTQTP_DIR}/ptqtp-sources.cmake)
+list(TRANSFORM PTQTP_CODEC_SOURCES PREPEND ${PTQTP_DIR}/)
+list(TRANSFORM PTQTP_DOT_SOURCES PREPEND ${PTQTP_DIR}/)
+list(APPEND PTQTP_CODEC_SOURCES ${PTQTP_DIR}/ggml-ptqtp-base.c)
+list(APPEND PTQTP_DOT_SOURCES ${PTQTP_DIR}/ggml-ptqtp-cpu.c)
+
+set(PTQTP_FLAGS "")
+if (NOT MSVC)
+    set(PTQTP_FLAGS -ffp-contract=off) # the same bits with and without FMA
+endif()
+
+# ---- codec and quantizers, in ggml-base ----
+
+target_sources(ggml-base PRIVATE ${PTQTP_CODEC_SOURCES})
+# a source's properties belong to a directory: this one, where ggml-base is
+set_source_files_properties(${PTQTP_CODEC_SOURCES} PROPERTIES COMPILE_OPTIONS "${PTQTP_FLAGS}")
+
+# public: llama needs the format version
+target_include_directories(ggml-base PUBLIC $<BUILD_INTERFACE:${PTQTP_DIR}>)
+if (WIN32 AND BUILD_SHARED_LIBS)
+    target_compile_definitions(ggml-base PRIVATE "PTQTP_API=__declspec(dllexport)")
+endif()
+
+# ---- dot products, in ggml-cpu ----
+
+# Compiled once, without the instruction set of any CPU variant: the choice falls at run time.
+add_library(ggml-ptqtp-dot OBJECT ${PTQTP_DOT_SOURCES})
+set_target_properties(ggml-ptqtp-dot PROPERTIES POSITION_INDEPENDENT_CODE ON)
+target_compile_features(ggml-ptqtp-dot PRIVATE c_std_11)
+target_compile_options(ggml-ptqtp-dot PRIVATE ${PTQTP_FLAGS})
+target_include_directories(ggml-ptqtp-dot PRIVATE ${PTQTP_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/../include)
+if (BUILD_SHARED_LIBS)
+    target_compile_definitions(ggml-ptqtp-dot PRIVATE GGML_SHARED GGML_BACKEND_SHARED)
+endif()
+set_source_files_properties(${PTQTP_DIR}/ptqtp-dot-avx2.c PROPERTIES COMPILE_OPTIONS "${PTQTP_AVX2_FLAGS}")
+set_source_files_properties(${PTQTP_DIR}/ptqtp-dot-neon.c PROPERTIES COMPILE_OPTIONS "${PTQTP_NEON_FLAGS}")
+
+get_property(PTQTP_TARGETS DIRECTORY PROPERTY BUILDSYSTEM_TARGETS)
+foreach (target IN LISTS PTQTP_TARGETS)
+    get_target_property(type ${target} TYPE)
+    if (target MATCHES "^ggml-cpu" AND NOT type STREQUAL "OBJECT_LIBRARY")
+        target_sources(${target} PRIVATE $<TARGET_OBJECTS:ggml-ptqtp-dot>)
+    endif()
+endforeach()

@@ -1,0 +1,97 @@
+"""Shared fixtures: small GGUF files written by gguf-py, tiny checkpoints made by transformers, the demo model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import demo_folder, write_gguf
+
+SHAPES = {  # (rows, columns) in numpy order
+    "token_embd.weight": (40, 64),
+    "blk.0.attn_q.weight": (48, 64),
+    "blk.0.attn_norm.weight": (64,),
+    "blk.0.ffn_down.weight": (64, 96),
+    "blk.0.ffn_gate_exps.weight": (3, 16, 64),
+    "blk.0.odd.weight": (8, 40),
+    "output.weight": (40, 64),
+}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(1)
+
+
+@pytest.fixture
+def weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {name: (rng.normal(size=shape) * 0.05).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def tiny_gguf(tmp_path: Path, weights: dict[str, np.ndarray]) -> Path:
+    return write_gguf(tmp_path / "tiny.gguf", weights)
+
+
+@pytest.fixture
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the installed console script as a user would."""
+
+    def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+        script = Path(sys.executable).with_name("ptqtp-gguf")
+        env = {**os.environ, "COLUMNS": "200", **kwargs.pop("env", {})}  # type: ignore[dict-item]
+        return subprocess.run(
+            [str(script), *map(str, args)], capture_output=True, text=True, env=env, timeout=600, check=False, **kwargs
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with the demo model's tokenizer, sharded, saved by transformers."""
+    import torch
+    import transformers
+
+    demo = demo_folder()
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.05,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="8MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((demo / name).read_bytes())
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    return demo_folder()
+
+
+@pytest.fixture(scope="session")
+def demo_files(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo model through the whole path: its bf16 GGUF, ours, and the Q4_0 twin."""
+    from ptqtp_gguf.convert import Options, convert
+    from ptqtp_gguf.export import export_q4_0
+
+    folder = tmp_path_factory.mktemp("demo")
+    files = {name: folder / f"{name}.gguf" for name in ("bf16", "ours", "twin")}
+    convert(demo_checkpoint, files["ours"], Options(keep_bf16=files["bf16"]))
+    export_q4_0(files["ours"], files["twin"])
+    return files

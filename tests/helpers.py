@@ -1,0 +1,52 @@
+"""What tests share that is no fixture."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+import warnings
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def write_gguf(path: Path, tensors: dict[str, np.ndarray], kind: str = "F32", arch: str = "llama") -> Path:
+    """A GGUF by gguf-py's own writer: an independent witness of the format."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("tiny")
+    writer.add_uint32("llama.block_count", 1)
+    writer.add_array("tokenizer.ggml.tokens", ["<s>", "a", "\u00fc", "b"])
+    writer.add_array("test.floats", [0.5, 1.5])
+    writer.add_bool("test.flag", True)
+    for name, w in tensors.items():
+        if w.ndim == 1 or kind == "F32":
+            writer.add_tensor(name, w)
+        else:
+            q = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quants.quantize(w, q), raw_dtype=q)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def demo_folder() -> Path:
+    """The demo model's checkpoint; made once, in build/demo."""
+    spec = importlib.util.spec_from_file_location("demo_model", REPO / "tools" / "demo_model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers and torch while they read the GGUF
+        return Path(module.ensure(REPO / "build" / "demo"))
+
+
+def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
+    """A safetensors file from a header (JSON or raw bytes) and data."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data

@@ -1,0 +1,34 @@
+"""One layout, three witnesses: Python, C, and gguf-py's size table."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from ptqtp_gguf import format as fmt
+from ptqtp_gguf import gguf_io, native
+
+
+@pytest.mark.parametrize("t", fmt.TYPES.values(), ids=lambda t: t.name)
+def test_sizes_agree(t: fmt.TensorType) -> None:
+    assert native.sizes(t) == (t.block, t.size)
+    gguf_io.register_types()
+    gguf_io.register_types()  # twice does no harm
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(t.id)] == (t.block, t.size)
+    assert gguf.GGMLQuantizationType(t.id).name == t.name
+    assert t.bpw == 3.5
+
+
+def test_every_weight_of_a_unit_has_one_slot() -> None:
+    slots = [*np.ravel(fmt.PAIR01), *np.ravel(fmt.PAIR23), *fmt.LAST]
+    assert sorted(slots) == list(range(fmt.UNIT))
+
+
+def test_levels_follow_from_the_digits() -> None:
+    assert [3 * (d // 3 - 1) + 2 * (d % 3 - 1) for d in range(9)] == list(fmt.LEVELS)
+
+
+def test_ids_are_free_in_gguf_py_and_high() -> None:
+    stock = [int(t) for t in gguf.GGMLQuantizationType if t.name not in fmt.BY_NAME]
+    assert max(stock) < min(fmt.TYPES)

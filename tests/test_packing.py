@@ -1,0 +1,137 @@
+"""Golden bytes, round trips, and three decoders that must agree: numpy, C, and one written here by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from helpers import REPO
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from ptqtp_gguf import format as fmt
+from ptqtp_gguf import native, packing
+from ptqtp_gguf.errors import InputError, QuantizeError
+from ptqtp_gguf.format import TP2_0, TP2_1
+
+GOLDEN = json.loads((REPO / "tests" / "golden" / "packing.json").read_text())
+any_units = hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(4 * 14)))
+
+
+def decode_unit(unit: bytes) -> list[int]:
+    """The third decoder: straight from the picture in docs/format.md, sharing nothing with the others."""
+    weights = [0] * 32
+    for j in range(7):
+        fraction = unit[2 * j] + 256 * unit[2 * j + 1]
+        for k in range(5 if j < 6 else 2):
+            fraction *= 9
+            digit, fraction = divmod(fraction, 65536)
+            index = 2 * j + k if k < 2 else 14 + 2 * j + k - 2 if k < 4 else 26 + j
+            weights[index] = digit
+    return weights
+
+
+def decode_by_hand(t: fmt.TensorType, row: bytes) -> list[float]:
+    out: list[float] = []
+    for b in range(0, len(row), t.size):
+        units = [row[b + 14 * i : b + 14 * i + 14] for i in range(t.size // 14)]
+        if t is TP2_1:
+            e, m = divmod(units[0][12], 16)
+            out += [
+                (1 + m / 16) * 2.0 ** (e - 15) * (3 * (d // 3 - 1) + 2 * (d % 3 - 1)) for d in decode_unit(units[0])
+            ]
+        else:
+            side = bytes(u[12] for u in units)
+            a1, a2 = (float(x) for x in np.frombuffer(side, "<f2"))
+            for u in units:
+                out += [a1 * (d // 3 - 1) + a2 * (d % 3 - 1) for d in decode_unit(u)]
+    return out
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: c["name"])
+def test_golden_bytes(case: dict) -> None:
+    t = fmt.BY_NAME[case["type"]]
+    data = np.frombuffer(bytes.fromhex(case["hex"]), np.uint8)[None]
+    digits = np.array(case["digits"], np.uint8)[None]
+    scales = np.array(case["scales"], np.uint8 if t is TP2_1 else np.float16).reshape(
+        (1, -1) if t is TP2_1 else (1, -1, 2)
+    )
+    packed = packing.pack_tp2_1(digits, scales) if t is TP2_1 else packing.pack_tp2_0(digits, scales)
+    assert packed.tobytes().hex() == case["hex"]
+    assert native.pack(t, digits, scales).tobytes().hex() == case["hex"]
+    values = np.array(case["values"], np.float32)
+    assert np.array_equal(packing.dequantize(t, data)[0], values)
+    assert np.array_equal(native.dequantize(t, data)[0], values)
+    assert decode_by_hand(t, data.tobytes()) == case["values"]
+
+
+@given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 4), t=st.sampled_from([TP2_0, TP2_1]))
+def test_round_trip_python_to_c_and_back(data: st.DataObject, rows: int, blocks: int, t: fmt.TensorType) -> None:
+    cols = blocks * t.block
+    digits = data.draw(hnp.arrays(np.uint8, (rows, cols), elements=st.integers(0, 8)))
+    if t is TP2_1:
+        scales = data.draw(hnp.arrays(np.uint8, (rows, blocks)))
+        packed, back = packing.pack_tp2_1(digits, scales), packing.unpack_tp2_1
+    else:
+        finite = st.floats(width=16, allow_nan=False, allow_infinity=False)
+        scales = data.draw(hnp.arrays(np.float16, (rows, blocks, 2), elements=finite))
+        packed, back = packing.pack_tp2_0(digits, scales), packing.unpack_tp2_0
+    assert packed.tobytes() == native.pack(t, digits, scales).tobytes()
+    for d, s in (back(packed), native.unpack(t, packed)):
+        assert np.array_equal(d, digits)
+        assert s.tobytes() == scales.tobytes()
+    assert packing.first_bad_block(t, packed) is None
+    assert native.first_bad_block(t, packed) is None
+
+
+@given(any_units, st.sampled_from([TP2_0, TP2_1]))
+@settings(max_examples=200)
+def test_any_bytes_decode_alike(data: np.ndarray, t: fmt.TensorType) -> None:
+    with np.errstate(invalid="ignore", over="ignore"):
+        a, b = packing.dequantize(t, data), native.dequantize(t, data)
+    assert a.tobytes() == b.tobytes() or np.array_equal(a, b, equal_nan=True)
+    digits = [decode_unit(data.reshape(-1, 14)[i].tobytes()) for i in range(data.size // 14)]
+    assert np.array_equal(np.array(digits).reshape(len(data), -1), native.unpack(t, data)[0])
+    assert np.array_equal(
+        np.array(digits).reshape(len(data), -1), packing._unpack_units(data.reshape(-1, 14)).reshape(len(data), -1)
+    )
+    assert packing.first_bad_block(t, data) == native.first_bad_block(t, data)
+
+
+def test_every_word_that_no_packer_writes_is_named() -> None:
+    data = np.zeros((65536, 14), np.uint8)
+    data[:, :2] = np.arange(65536, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    good = [packing.first_bad_block(TP2_1, row[None]) is None for row in data[::97]]
+    assert good == [native.first_bad_block(TP2_1, row) is None for row in data[::97]]
+    canonical = {-(-n * 65536 // fmt.POW5) for n in range(fmt.POW5)}
+    assert good == [w in canonical for w in range(0, 65536, 97)]
+    bad = next(w for w in range(65536) if w not in canonical)
+    blocks = np.zeros((1, 5 * 14), np.uint8)
+    blocks[0, 3 * 14 + 4 : 3 * 14 + 6] = np.frombuffer(np.uint16(bad).tobytes(), np.uint8)
+    assert packing.first_bad_block(TP2_1, blocks) == native.first_bad_block(TP2_1, blocks) == 3
+
+
+def test_scale_codes() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    values = packing.scale_to_float(codes)
+    assert values[0] == 2.0**-15 and values[-1] == 1.9375
+    assert np.array_equal(values, [(1 + c % 16 / 16) * 2.0 ** (c // 16 - 15) for c in range(256)])
+    assert np.array_equal(packing.scale_from_float(values), codes)
+    probe = np.concatenate([values, (values[1:] + values[:-1]) / 2, np.float32([0, -1, 1e-9, 5, np.inf])])
+    probe = np.concatenate([probe, np.nextafter(probe, np.float32(0)), np.nextafter(probe, np.float32(9))])
+    assert packing.scale_from_float(probe).tolist() == [native.scale_from_float(float(x)) for x in probe]
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    nine = np.full((1, 32), 9, np.uint8)
+    for pack in (packing.pack_tp2_1, lambda d, s: native.pack(TP2_1, d, s)):
+        with pytest.raises(QuantizeError, match="digit"):
+            pack(nine, np.zeros((1, 1), np.uint8))
+    with pytest.raises(QuantizeError, match="rows of 40 weights"):
+        packing.pack_tp2_1(np.zeros((1, 40), np.uint8), np.zeros((1, 1), np.uint8))
+    with pytest.raises(InputError, match="14"):
+        packing.dequantize(TP2_1, np.zeros((1, 15), np.uint8))
+    with pytest.raises(QuantizeError, match="length"):
+        native.first_bad_block(TP2_1, np.zeros(15, np.uint8))
