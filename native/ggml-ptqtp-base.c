@@ -39,7 +39,7 @@ static size_t quantize(enum ptqtp_type type, const float * src, void * dst, int6
     const size_t size = (size_t) nrows * (size_t) (n_per_row / ptqtp_block_size(type)) * ptqtp_type_size(type);
     const int status = ptqtp_quantize_rows(type, PTQTP_SEARCH, src, imatrix, dst, nrows, n_per_row);
     if (status != PTQTP_OK) {
-        fprintf(stderr, "%s: cannot quantize to %s: %s\n", __func__, ggml_type_name((enum ggml_type) type),
+        fprintf(stderr, "ptqtp: cannot quantize to %s: %s\n", ggml_type_name((enum ggml_type) type),
                 ptqtp_status_text(status));
         memset(dst, 0xff, size); /* 0xff is no remainder byte, and NaN as a scale */
     }

@@ -231,8 +231,10 @@ def main() -> NoReturn:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        app(standalone_mode=False)
-        sys.exit(0)
+        code = app(standalone_mode=False)
+        if code == 130:  # typer turns Ctrl-C into an exit code of its own
+            raise KeyboardInterrupt
+        sys.exit(code or 0)
     except PtqtpError as e:
         _fail(str(e), 1)
     except typer.Exit as e:

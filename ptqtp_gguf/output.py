@@ -26,8 +26,10 @@ def check_target(out: Path, source: Path, force: bool) -> None:
             raise OutputError(f"{out}: output and input are the same file")
         if not force:
             raise OutputError(f"{out}: exists already; use --force to replace it")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{out}: no right to write in {out.parent}")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as e:
+        raise OutputError(f"{out}: cannot write in {out.parent}: {e.strerror}") from None
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -1,0 +1,259 @@
+"""GGUF in, GGUF out: the plan, the bytes, and everything that can go wrong on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import write_gguf
+
+from ptqtp_gguf import __version__, convert, output
+from ptqtp_gguf.convert import Options
+from ptqtp_gguf.errors import InputError, OutputError, QuantizeError, RecipeError
+from ptqtp_gguf.format import TP2_1, Key
+from ptqtp_gguf.gguf_io import Reader, quantize_plain
+from ptqtp_gguf.quantize import find, quantize
+
+EXPECTED = {
+    "token_embd.weight": "Q8_0",
+    "blk.0.attn_q.weight": "TP2_1",
+    "blk.0.attn_norm.weight": "F32",
+    "blk.0.ffn_down.weight": "TP2_1",
+    "blk.0.ffn_gate_exps.weight": "TP2_1",
+    "blk.0.odd.weight": "F16",
+    "output.weight": "Q8_0",
+}
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if "partial" in p.name or p.name.startswith(".")]
+
+
+def test_plan_bytes_and_metadata(tiny_gguf: Path, weights: dict[str, np.ndarray], tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    summary = convert.convert(tiny_gguf, out)
+    assert summary.size == out.stat().st_size
+    assert not leftovers(tmp_path)
+    with Reader(tiny_gguf) as source, Reader(out) as got:
+        assert {t.name: t.type_name for t in got.tensors} == EXPECTED
+        assert [t.name for t in got.tensors] == [t.name for t in source.tensors]
+        assert [t.shape for t in got.tensors] == [t.shape for t in source.tensors]
+        for t in got.tensors:
+            w = weights[t.name].reshape(-1, t.shape[0])
+            if t.type == TP2_1.id:
+                expected = quantize(TP2_1, find("search"), w)
+            else:
+                expected = quantize_plain(w, t.type).reshape(len(w), -1)
+            assert np.array_equal(got.bytes_of(t), expected), t.name
+        for key, kv in source.header.kvs.items():
+            if key != "general.file_type":
+                assert got.header.kvs[key].raw == kv.raw
+        assert got.get("general.file_type") == 251
+        assert got.get(Key.TYPE_IDS) == [251] and got.get(Key.GROUP_SIZE) == [32]
+        assert (got.get(Key.METHOD), got.get(Key.VERSION), got.get(Key.SOURCE_TYPE)) == ("search", __version__, "F32")
+    fallback = {r.tensor.name: r.choice.reason for r in summary.fallbacks}
+    assert fallback == {"blk.0.odd.weight": "rows of 40 are no multiple of 32 (TP2_1)"}
+
+
+def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
+    w = {"blk.0.a.weight": rng.normal(size=(8, 256)).astype(np.float32),
+         "blk.0.exps.weight": rng.normal(size=(2, 8, 128)).astype(np.float32)}  # fmt: skip
+    source = write_gguf(tmp_path / "a.gguf", w)
+    for method in ("search", "paper"):
+        out = tmp_path / f"{method}.gguf"
+        summary = convert.convert(source, out, Options(method=method, type="TP2_0"))
+        assert set(summary.weights_by_type()) == {"TP2_0"}
+        with Reader(out) as r:
+            assert r.get("general.file_type") == 250
+            error = r.rows_f32(r.by_name["blk.0.a.weight"]) - w["blk.0.a.weight"]
+            assert 0.015 < (error**2).mean() < 0.04
+            # experts are matrices of their own to the paper's stopping rule
+            both = r.bytes_of(r.by_name["blk.0.exps.weight"])
+    from ptqtp_gguf.format import TP2_0
+
+    parts = [quantize(TP2_0, find("paper"), e) for e in w["blk.0.exps.weight"]]
+    assert np.array_equal(both, np.concatenate(parts))
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0", "Q4_1", "Q5_0"])
+def test_any_source_type(tmp_path: Path, rng: np.random.Generator, kind: str) -> None:
+    w = (rng.normal(size=(16, 64)) * 0.05).astype(np.float32)
+    source = write_gguf(tmp_path / "a.gguf", {"blk.0.a.weight": w, "token_embd.weight": w}, kind)
+    summary = convert.convert(source, tmp_path / "b.gguf")
+    with Reader(source) as a, Reader(tmp_path / "b.gguf") as b:
+        values = a.rows_f32(a.by_name["blk.0.a.weight"])
+        assert np.array_equal(b.bytes_of(b.by_name["blk.0.a.weight"]), quantize(TP2_1, find("search"), values))
+        embedding = b.by_name["token_embd.weight"]
+        assert embedding.type_name == ("Q8_0" if kind in ("BF16", "F16") else kind)
+    assert summary.source_types == {kind: 1}
+
+
+def test_same_input_same_bytes(tiny_gguf: Path, tmp_path: Path) -> None:
+    outs = []
+    for i, threads in enumerate((1, 2, 5)):
+        out = tmp_path / f"{i}.gguf"
+        convert.convert(tiny_gguf, out, Options(threads=threads))
+        outs.append(out.read_bytes())
+    convert.convert(tiny_gguf, tmp_path / "ref.gguf", Options(use_reference=True))
+    assert outs[0] == outs[1] == outs[2] == (tmp_path / "ref.gguf").read_bytes()
+
+
+def test_values_beyond_the_scales_fall_back(tmp_path: Path, rng: np.random.Generator) -> None:
+    w = {f"blk.{i}.a.weight": (rng.normal(size=(8, 64)) * 0.05).astype(np.float32) for i in range(3)}
+    w["blk.1.a.weight"][3, 5] = 10
+    w["blk.2.a.weight"] *= 1e-4
+    summary = convert.convert(write_gguf(tmp_path / "a.gguf", w), tmp_path / "b.gguf")
+    reasons = {r.tensor.name: (r.out.type, r.choice.reason) for r in summary.fallbacks}
+    assert reasons["blk.1.a.weight"] == (8, "largest weight 10; TP2_1 reaches 9.688")
+    assert "16 of 16 groups lie below the range" in reasons["blk.2.a.weight"][1]
+    assert len(reasons) == 2
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.0.attn_norm.weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damaged_weights_are_named(tmp_path: Path, weights: dict, name: str, value: float) -> None:
+    weights[name].reshape(-1, weights[name].shape[-1])[-1, 7] = value
+    source = write_gguf(tmp_path / "a.gguf", weights)
+    row = weights[name].size // weights[name].shape[-1] - 1
+    with pytest.raises(InputError, match=rf"tensor {name} holds {value} at row {row}, column 7"):
+        convert.convert(source, tmp_path / "b.gguf")
+    assert not (tmp_path / "b.gguf").exists() and not leftovers(tmp_path)
+
+
+def test_nothing_to_quantize(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "a.gguf", {"blk.0.a.weight": np.ones((4, 40), np.float32)})
+    with pytest.raises(RecipeError, match=r"no tensor takes TP2_1; blk\.0\.a\.weight: rows of 40"):
+        convert.convert(source, tmp_path / "b.gguf")
+
+
+def test_split_files_are_refused(tmp_path: Path, weights: dict) -> None:
+    from ptqtp_gguf.gguf_io import OutTensor, kv_u32, write_stream
+
+    path = tmp_path / "part.gguf"
+    with open(path, "wb") as f:
+        blocks = iter([np.zeros((1, 128), np.uint8)])
+        list(write_stream(f, [kv_u32("split.count", 3)], [OutTensor("blk.0.a.weight", (32, 1), 0)], 32, blocks))
+    with pytest.raises(InputError, match="one of 3 parts of a split GGUF"):
+        convert.convert(path, tmp_path / "b.gguf")
+
+
+# ---- targets ----
+
+
+def test_bad_targets(tiny_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.gguf").write_bytes(b"old")
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "same.gguf").symlink_to(tiny_gguf)
+    for name, message in {
+        "out.bin": r"must end in \.gguf",
+        "old.gguf": "exists already; use --force",
+        "folder.gguf": "is a folder",
+        "absent/out.gguf": "does not exist",
+        "tiny.gguf": "output and input are the same file",
+        "same.gguf": "output and input are the same file",
+    }.items():
+        with pytest.raises(OutputError, match=message):
+            convert.convert(tiny_gguf, tmp_path / name, Options(force=name in ("tiny.gguf", "same.gguf")))
+    assert (tmp_path / "old.gguf").read_bytes() == b"old"
+    convert.convert(tiny_gguf, tmp_path / "old.gguf", Options(force=True))
+    assert (tmp_path / "old.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_folder_without_rights(tiny_gguf: Path) -> None:
+    with pytest.raises(OutputError, match=r"/proc/out\.gguf: cannot write in /proc"):
+        convert.convert(tiny_gguf, Path("/proc/out.gguf"))
+
+
+def test_small_disk_is_refused_early(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = output.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match="0 MB free on the disk"):
+        convert.convert(tiny_gguf, tmp_path / "b.gguf")
+
+
+def test_disk_full_while_writing(tiny_gguf: Path, tmp_path: Path) -> None:
+    """A real limit: the process may write files of 8 KB at most, so a write fails half-way with EFBIG."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
+        f"sys.argv = ['x', 'convert', {str(tiny_gguf)!r}, {str(tmp_path / 'b.gguf')!r}];"
+        "from ptqtp_gguf.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "writing failed: File too large; nothing was left behind" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_disk_that_lies_is_noticed(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = output.Partial.sync
+
+    def flip(self: output.Partial) -> None:
+        sync(self)
+        with open(self.path, "r+b") as f:
+            f.seek(-100, os.SEEK_END)
+            byte = f.read(1)
+            f.seek(-1, os.SEEK_CUR)
+            f.write(bytes([byte[0] ^ 1]))
+
+    monkeypatch.setattr(output.Partial, "sync", flip)
+    with pytest.raises(OutputError, match="reads back differently than it was written"):
+        convert.convert(tiny_gguf, tmp_path / "b.gguf")
+    assert not (tmp_path / "b.gguf").exists() and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tmp_path: Path, rng: np.random.Generator, signum: int) -> None:
+    big = {f"blk.{i}.a.weight": rng.normal(size=(4096, 1024)).astype(np.float32) for i in range(6)}
+    source, out = write_gguf(tmp_path / "big.gguf", big), tmp_path / "out" / "b.gguf"
+    out.parent.mkdir()
+    script = Path(sys.executable).with_name("ptqtp-gguf")
+    command = [str(script), "convert", str(source), str(out), "-m", "paper", "-t", "TP2_0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.parent.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(out.parent.iterdir()), "never started to write"
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err and "Traceback" not in err
+    assert list(out.parent.iterdir()) == []
+
+
+def test_unknown_method_and_type(tiny_gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match="no method 'magic'"):
+        convert.convert(tiny_gguf, tmp_path / "b.gguf", Options(method="magic"))
+    with pytest.raises(RecipeError, match="no trit-plane type"):
+        convert.convert(tiny_gguf, tmp_path / "b.gguf", Options(type="TP9"))
+    with pytest.raises(QuantizeError, match="paper makes TP2_0, not TP2_1"):
+        convert.convert(tiny_gguf, tmp_path / "b.gguf", Options(method="paper"))
+    with pytest.raises(InputError, match="no such file or folder"):
+        convert.convert(tmp_path / "absent", tmp_path / "b.gguf")
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(InputError, match="neither a GGUF file nor a checkpoint folder"):
+        convert.convert(tmp_path / "text.gguf", tmp_path / "b.gguf")
+
+
+def test_memory_stays_with_the_largest_tensor(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Peak memory of a conversion does not grow with the number of tensors."""
+    one = rng.normal(size=(1024, 1024)).astype(np.float32) * np.float32(0.05)
+    peaks = []
+    for n in (2, 24):
+        source = write_gguf(tmp_path / f"{n}.gguf", {f"blk.{i}.a.weight": one for i in range(n)}, "F16")
+        code = (
+            "import resource, sys; from pathlib import Path; from ptqtp_gguf.convert import convert;"
+            f"convert(Path({str(source)!r}), Path({str(tmp_path / f'{n}-out.gguf')!r}));"
+            "maps = [l for l in open('/proc/self/status') if l.startswith('VmHWM')]; print(maps[0].split()[1])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        peaks.append(int(done.stdout) * 1024)
+    mapped = 24 * 2 * one.size * 1.25  # the source's own pages and the output read back count while they are mapped
+    assert peaks[1] - peaks[0] < mapped + 2 * one.nbytes
