@@ -240,7 +240,7 @@ def main() -> NoReturn:
     except typer.Exit as e:
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written under the target's name", 130)
+        _fail("interrupted; no file was left half-written", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -250,7 +250,7 @@ def main() -> NoReturn:
         if isinstance(e, MemoryError):
             _fail("out of memory; the largest tensor must fit several times as float32", 1)
         if type(e).__name__ == "Abort":
-            _fail("interrupted; nothing was written under the target's name", 130)
+            _fail("interrupted; no file was left half-written", 130)
         raise
 
 

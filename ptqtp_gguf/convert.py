@@ -123,6 +123,10 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
             path = source
         elif source.is_dir():
             check_target(out, source, options.force)
+            if options.keep_bf16:
+                check_target(options.keep_bf16, source, options.force)
+                if options.keep_bf16.resolve() == out.resolve():
+                    raise OutputError(f"{out}: is also the name to keep the bf16 GGUF under; give it one of its own")
             path = options.keep_bf16 or stack.enter_context(scratch_path(out, ".bf16.gguf"))
             _make_bf16(source, out, path, progress)
         else:

@@ -1,0 +1,356 @@
+"""The patched runtime, on real files: checkpoint to text, logits against float64, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import REPO
+from reference_llama import Llama as Reference
+
+from ptqtp_gguf import checkpoint, convert, native, runtime
+from ptqtp_gguf import format as fmt
+from ptqtp_gguf.convert import Options
+from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
+from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.quantize import find, quantize
+
+pytestmark = pytest.mark.runtime
+TEXT = "The tide table on the harbour wall is printed every December by the same small firm."
+
+
+def tool(name: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(runtime.tool(name)), *map(str, args)],
+        capture_output=True, text=True, errors="replace", timeout=600, env={**os.environ, **(env or {})},
+    )  # fmt: skip
+
+
+def logits_of(path: Path, tokens: list[int]) -> np.ndarray:
+    import llama_cpp
+
+    f32 = llama_cpp.GGML_TYPE_F32
+    model = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, type_k=f32, type_v=f32, n_threads=2)
+    model.eval(tokens)
+    out = np.array(model.scores[: len(tokens)], np.float64)
+    model.close()
+    return out
+
+
+def tokens_of(path: Path) -> list[int]:
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    tokens = model.tokenize(TEXT.encode())
+    model.close()
+    return tokens
+
+
+# ---- the whole path ----
+
+
+def test_checkpoint_to_text(cli, demo_files: dict[str, Path]) -> None:
+    with Reader(demo_files["ours"]) as r:
+        matrices = [t for t in r.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+        assert len(matrices) == 210 and {t.type_name for t in matrices} == {"TP2_1"}
+        assert {t.shape[0] for t in matrices} == {576, 1536}
+    done = cli("run", demo_files["ours"], "-p", "The capital of France is", "-n", "12", "--temp", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The capital of France is") and len(done.stdout.split()) > 8
+    # plain llama-cpp-python, nothing of ours imported: the same greedy text
+    code = (
+        "import sys; from llama_cpp import Llama;"
+        f"m = Llama({str(demo_files['ours'])!r}, n_ctx=2048, verbose=False);"
+        "print('The capital of France is' + m('The capital of France is', max_tokens=12, temperature=0)"
+        "['choices'][0]['text']); assert 'ptqtp_gguf' not in sys.modules"
+    )
+    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert plain.stdout.split() == done.stdout.split()
+
+
+def test_two_pass_equals_the_kept_intermediate(demo_files: dict[str, Path], tmp_path: Path) -> None:
+    """A checkpoint and its bf16 GGUF give the same bytes: the converter adds nothing of the moment."""
+    convert.convert(demo_files["bf16"], tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == demo_files["ours"].read_bytes()
+
+
+def test_random_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny.gguf"
+    summary = convert.convert(tiny_checkpoint, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+    assert summary.weights_by_type()["TP2_1"] == 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 192)
+
+
+# ---- logits ----
+
+
+@pytest.mark.parametrize("kind", ["TP2_1", "TP2_0"])
+def test_logits_against_float64(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    """The runtime against "dequantize and multiply" in float64.
+
+    Tolerance, derived: the runtime differs from exact arithmetic by the rounding of activations to Q8_0, which the
+    reference can do too. So the distance to the reference with rounded activations must be a small part of the effect
+    of the rounding itself (what is left: float32 sums, and activations that fall on the other side of a tie).
+    """
+    path = tmp_path / "m.gguf"
+    convert.convert(tiny_checkpoint, path, Options(type=kind))
+    tokens = tokens_of(path)[:20]
+    reference = Reference(path)
+    exact, rounded = reference.logits(tokens), reference.logits(tokens, "q8_0")
+    got = logits_of(path, tokens)
+    effect = np.sqrt(((rounded - exact) ** 2).mean())
+    assert 1e-4 < effect / exact.std() < 0.05  # the reference itself: rounding matters, and only a little
+    assert np.sqrt(((got - rounded) ** 2).mean()) < 0.2 * effect
+    assert np.sqrt(((got - exact) ** 2).mean()) < 1.2 * effect
+
+
+def test_logits_of_the_real_model(demo_files: dict[str, Path]) -> None:
+    """30 layers deep, ties fall differently and spread, so the bound is the rounding's own effect."""
+    tokens = tokens_of(demo_files["ours"])[:16]
+    reference = Reference(demo_files["ours"])
+    exact, rounded = reference.logits(tokens), reference.logits(tokens, "q8_0")
+    effect = np.sqrt(((rounded - exact) ** 2).mean())
+    for file in ("ours", "twin"):
+        got = logits_of(demo_files[file], tokens)
+        assert np.sqrt(((got - exact) ** 2).mean()) < 1.5 * effect
+        assert (got.argmax(axis=1) == exact.argmax(axis=1)).mean() > 0.9
+
+
+def perplexity(path: Path, *args: str, env: dict[str, str] | None = None) -> tuple[float, str]:
+    """Perplexity of three short windows by llama-perplexity, and all that it printed."""
+    text = str(REPO / "tools" / "sample.txt")
+    done = tool("llama-perplexity", "-m", path, "-f", text, "-c", "128", "--chunks", "3", "-t", "2", *args, env=env)
+    assert done.returncode == 0, done.stderr[-800:]
+    found = re.search(r"PPL = ([0-9.]+)", done.stdout + done.stderr)
+    assert found
+    return float(found.group(1)), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kernel", ["scalar", "avx2", "neon_dotprod"])
+def test_forced_kernels_agree(demo_files: dict[str, Path], kernel: str) -> None:
+    """Only the order of float sums differs between kernels; the runtime says which one it uses."""
+    if not any(name == kernel and ok for name, _, ok in native.kernels()):
+        done = tool("llama-completion", "-m", demo_files["ours"], "-p", "x", "-n", "1", env={"PTQTP_KERNEL": kernel})
+        assert done.returncode != 0 and "PTQTP_KERNEL" in done.stderr
+        return
+    best, _ = perplexity(demo_files["ours"])
+    forced, log = perplexity(demo_files["ours"], env={"PTQTP_KERNEL": kernel})
+    assert forced == pytest.approx(best, rel=0.005)
+    assert re.search(rf"PTQTP\w* = {kernel}\b", log)
+
+
+def test_an_unknown_kernel_is_an_error(demo_files: dict[str, Path]) -> None:
+    args = ["-m", demo_files["ours"], "-p", "x", "-n", "1", "-no-cnv"]
+    done = tool("llama-completion", *args, env={"PTQTP_KERNEL": "doesnotexist"})
+    assert done.returncode != 0
+    assert "PTQTP_KERNEL" in done.stderr and "doesnotexist" in done.stderr
+
+
+# ---- llama.cpp's own tools ----
+
+
+def test_perplexity_of_the_twin_agrees(demo_files: dict[str, Path]) -> None:
+    ours, _ = perplexity(demo_files["ours"])
+    twin, _ = perplexity(demo_files["twin"])
+    assert 5 < ours < 100
+    assert ours == pytest.approx(twin, rel=0.005)  # three short windows; docs/results has the long run
+
+
+def test_llama_quantize_makes_the_same_bytes(demo_files: dict[str, Path], tmp_path: Path) -> None:
+    """llama-quantize runs the same core, so each matrix that it turns into TP2_1 is ours byte for byte."""
+    out = tmp_path / "q.gguf"
+    runtime.run_tool("llama-quantize", str(demo_files["bf16"]), str(out), "TP2_1", "2")
+    with Reader(out) as theirs, Reader(demo_files["ours"]) as ours:
+        same = [t for t in theirs.tensors if t.type == fmt.TP2_1.id]
+        assert len(same) == 210
+        assert all(np.array_equal(theirs.bytes_of(t), ours.bytes_of(ours.by_name[t.name])) for t in same)
+        assert theirs.get("general.file_type") == 251
+
+
+def test_llama_quantize_lists_the_types_and_makes_tp2_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    page = tool("llama-quantize", "--help")
+    assert "TP2_0" in page.stdout + page.stderr and "TP2_1" in page.stdout + page.stderr
+    bf16, out = tmp_path / "bf16.gguf", tmp_path / "q.gguf"
+    convert.convert(tiny_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=bf16))
+    runtime.run_tool("llama-quantize", str(bf16), str(out), "TP2_0", "2")
+    with Reader(out) as r, Reader(bf16) as source:
+        t = r.by_name["blk.0.attn_q.weight"]
+        assert t.type_name == "TP2_0"
+        w = source.rows_f32(source.by_name[t.name])
+        assert np.array_equal(r.bytes_of(t), quantize(fmt.TP2_0, find("search"), w))
+        # rows of 192 are no multiple of 128
+        assert r.by_name["blk.0.ffn_down.weight"].type_name == "Q8_0"
+
+
+def test_bench_names_the_type(demo_files: dict[str, Path]) -> None:
+    args = ["-m", str(demo_files["ours"]), "-p", "8", "-n", "2", "-r", "1", "-o", "json"]
+    out = runtime.run_tool("llama-bench", *args)
+    rows = json.loads(out[out.index("[\n") : out.rindex("]") + 1])
+    assert "TP2_1" in rows[0]["model_type"] and rows[0]["avg_ts"] > 0
+
+
+def test_embedding_and_head_in_tp2_1_run_too(demo_files: dict[str, Path], tmp_path: Path) -> None:
+    """get_rows and the output product: everything in TP2_1."""
+    out = tmp_path / "all.gguf"
+    runtime.run_tool(
+        "llama-quantize", "--token-embedding-type", "tp2_1", "--output-tensor-type", "tp2_1",
+        str(demo_files["bf16"]), str(out), "TP2_1", "2",
+    )  # fmt: skip
+    with Reader(out) as r:
+        assert r.by_name["token_embd.weight"].type_name == "TP2_1"
+    tokens = tokens_of(out)[:12]
+    reference = Reference(out)
+    exact, rounded = reference.logits(tokens), reference.logits(tokens, "q8_0")
+    effect = np.sqrt(((rounded - exact) ** 2).mean())
+    assert np.sqrt(((logits_of(out, tokens) - exact) ** 2).mean()) < 1.5 * effect
+
+
+# ---- what is refused ----
+
+
+def damaged(source: Path, target: Path, find: bytes, replace: bytes) -> Path:
+    raw = source.read_bytes()
+    assert raw.count(find) == 1
+    target.write_bytes(raw.replace(find, replace))
+    return target
+
+
+def test_loader_refuses_another_format_version(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    convert.convert(tiny_checkpoint, path)
+    key = b"ptqtp.format_version" + (4).to_bytes(4, "little")
+    bad = damaged(path, tmp_path / "bad.gguf", key + fmt.FORMAT_VERSION.to_bytes(4, "little"), key + b"\x63\0\0\0")
+    done = tool("llama-completion", "-m", bad, "-p", "x", "-n", "1", "-no-cnv")
+    assert done.returncode != 0
+    assert "format_version" in done.stderr and "99" in done.stderr
+
+
+def test_check_tensors_finds_a_word_that_no_packer_writes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    convert.convert(tiny_checkpoint, path)
+    good = tool("llama-completion", "-m", path, "-p", "x", "-n", "1", "--check-tensors", "-no-cnv")
+    assert good.returncode == 0, good.stderr[-500:]
+    with Reader(path) as r:
+        at = r.by_name["blk.1.ffn_up.weight"].offset + 5 * 14
+    raw = bytearray(path.read_bytes())
+    canonical = {-(-n * 65536 // fmt.POW5) for n in range(fmt.POW5)}
+    raw[at : at + 2] = next(w for w in range(65536) if w not in canonical).to_bytes(2, "little")
+    path.write_bytes(raw)
+    done = tool("llama-completion", "-m", path, "-p", "x", "-n", "1", "--check-tensors", "-no-cnv")
+    assert done.returncode != 0 and "invalid data" in done.stderr
+
+
+@pytest.fixture(scope="session")
+def stock_loader() -> Path:
+    """gguf_init_from_file of the pristine sdist, compiled from its own sources. Kept in build/stock."""
+    build = REPO / "build"
+    stock = build / "stock"
+    loader = stock / "load"
+    if loader.exists():
+        return loader
+    stock.mkdir(parents=True, exist_ok=True)
+    tree = stock / "tree"
+    if not tree.exists():
+        builder = [sys.executable, str(REPO / "tools" / "build_runtime.py"), "--build-dir", str(build)]
+        subprocess.run([*builder, "--pristine", str(tree)], check=True)
+    ggml = tree / "vendor" / "llama.cpp" / "ggml"
+    main = stock / "load.cpp"
+    main.write_text(
+        '#include "gguf.h"\nint main(int, char ** argv) { gguf_init_params p = { true, nullptr };\n'
+        "return gguf_init_from_file(argv[1], p) ? 0 : 1; }\n"
+    )
+    parts = "ggml.c ggml-quants.c ggml.cpp ggml-alloc.c ggml-backend.cpp ggml-threading.cpp gguf.cpp".split()
+    flags = ["-O0", "-w", '-DGGML_VERSION="0"', '-DGGML_COMMIT="0"', "-D_GNU_SOURCE"]
+    flags += [f"-I{ggml / 'include'}", f"-I{ggml / 'src'}"]
+    objects = []
+    for source in [main, *(ggml / "src" / name for name in parts)]:
+        objects.append(str(stock / f"{source.name}.o"))
+        compiler = "gcc" if source.suffix == ".c" else "g++"
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", objects[-1]], check=True)
+    partial = stock / "load.partial"
+    subprocess.run(["g++", *objects, "-o", str(partial), "-lpthread", "-lm"], check=True)
+    return partial.rename(loader)
+
+
+def test_stock_llama_cpp_refuses_the_file(demo_files: dict[str, Path], stock_loader: Path) -> None:
+    ours = subprocess.run([str(stock_loader), str(demo_files["ours"])], capture_output=True, text=True)
+    assert ours.returncode == 1
+    assert re.search(r"invalid ggml type 251", ours.stderr)
+    assert subprocess.run([str(stock_loader), str(demo_files["twin"])], capture_output=True).returncode == 0
+
+
+def test_rpc_between_patched_peers(demo_files: dict[str, Path]) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = subprocess.Popen(
+        [str(runtime.tool("rpc-server")), "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        remote, log = perplexity(demo_files["ours"], "--rpc", f"127.0.0.1:{port}", "-ngl", "99")
+        local, _ = perplexity(demo_files["ours"])
+        assert "RPC" in log
+        assert remote == pytest.approx(local, rel=0.005)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+def test_unknown_architecture(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["FrobnicatorForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="does not know the architecture FrobnicatorForCausalLM"):
+        convert.convert(folder, tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*"))
+
+
+def test_checkpoint_without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mute"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match="converter failed") as e:
+        convert.convert(folder, tmp_path / "out.gguf")
+    assert "\n" not in str(e.value)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_stock_bindings_are_named(monkeypatch: pytest.MonkeyPatch, demo_files: dict[str, Path]) -> None:
+    monkeypatch.setattr(runtime.importlib.metadata, "version", lambda _: "0.3.36")
+    with pytest.raises(runtime.RuntimeMissing, match=r"llama-cpp-python 0\.3\.36 is a stock build"):
+        runtime.load(demo_files["ours"])
+
+
+def test_a_file_that_the_runtime_cannot_load(tiny_gguf: Path, cli) -> None:
+    with pytest.raises(InputError, match="the runtime cannot load this file"):
+        runtime.load(tiny_gguf)
+    done = cli("run", tiny_gguf, "-p", "x")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("Error: ")
+
+
+def test_keep_bf16_does_not_overwrite(demo_checkpoint: Path, demo_files: dict[str, Path], tmp_path: Path) -> None:
+    before = demo_files["bf16"].stat()
+    with pytest.raises(OutputError, match="exists already"):
+        convert.convert(demo_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=demo_files["bf16"]))
+    assert demo_files["bf16"].stat() == before
+    assert checkpoint.is_gguf(demo_files["bf16"])
