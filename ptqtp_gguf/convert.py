@@ -131,7 +131,7 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
             _make_bf16(source, out, path, progress)
         else:
             raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
-        with Reader(path) as reader:
+        with Reader(path, source) as reader:
             summary = _transcode(reader, out, options, progress)
     summary.seconds = time.monotonic() - started
     return summary

@@ -262,8 +262,9 @@ class Reader:
     Raises InputError if the file is missing, empty, truncated or hostile, or of an unknown ptqtp.format_version.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, name: Path | None = None) -> None:
+        """name: what errors call the file, where it is only our intermediate of something that the user knows."""
+        self.path = name or path
         try:
             with open(path, "rb") as f:
                 if os.fstat(f.fileno()).st_size == 0:
@@ -273,7 +274,7 @@ class Reader:
             raise InputError(f"{path}: {e.strerror}") from None
         try:
             with memoryview(self._map) as view:
-                self.header = parse_header(view, str(path))
+                self.header = parse_header(view, str(self.path))
             self.tensors = self.header.tensors
             self.by_name = {t.name: t for t in self.tensors}
             self._check_format_version()

@@ -354,3 +354,19 @@ def test_keep_bf16_does_not_overwrite(demo_checkpoint: Path, demo_files: dict[st
         convert.convert(demo_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=demo_files["bf16"]))
     assert demo_files["bf16"].stat() == before
     assert checkpoint.is_gguf(demo_files["bf16"])
+
+
+def test_nan_in_a_checkpoint_is_named_by_its_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint, folder)
+    shard = next(p for p in sorted(folder.glob("*.safetensors")) if any("mlp" in n for n in load_file(p)))
+    tensors = load_file(shard)
+    name = next(n for n in tensors if "down_proj" in n)
+    tensors[name][3, 4] = torch.nan
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"damaged: tensor blk\.\d\.ffn_down\.weight holds nan at row 3, column 4"):
+        convert.convert(folder, tmp_path / "out.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
