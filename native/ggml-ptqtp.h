@@ -15,10 +15,8 @@ PTQTP_API void quantize_row_tp2_0_ref(const float * x, void * y, int64_t k);
 PTQTP_API void quantize_row_tp2_1_ref(const float * x, void * y, int64_t k);
 /* Method `search`. Returns the bytes written. Where a weight cannot be quantized (NaN, Inf, too large) says so on
  * stderr and writes blocks that ggml_validate_row_data refuses. */
-PTQTP_API size_t quantize_tp2_0(const float * src, void * dst, int64_t nrows, int64_t n_per_row,
-                                const float * imatrix);
-PTQTP_API size_t quantize_tp2_1(const float * src, void * dst, int64_t nrows, int64_t n_per_row,
-                                const float * imatrix);
+PTQTP_API size_t quantize_tp2_0(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+PTQTP_API size_t quantize_tp2_1(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
 
 /* ggml-ptqtp-cpu.c, in ggml-cpu */
 PTQTP_API void ggml_vec_dot_tp2_0_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,

@@ -122,7 +122,7 @@ def check_sdist(sdist: Path, upstream: Upstream) -> None:
         raise BuildError(f"{sdist}: no such file")
     found = sha256(sdist)
     if found != upstream.sha256:
-        raise BuildError(f"{sdist}: SHA-256 is {found}, patches/UPSTREAM has {upstream.sha256}; refusing to use it")
+        raise BuildError(f"{sdist}: SHA-256 is {found}, patches/UPSTREAM has {upstream.sha256}; delete the file")
 
 
 def find_sdist(given: Path | None, build: Path, upstream: Upstream) -> Path:
@@ -300,7 +300,9 @@ def pip_wheel(tree: Path, cmake_dir: Path, defines: dict[str, str], jobs: int, l
                         say(f"  {done} of {total}")
         if process.wait() != 0:
             lines = log.read_text(encoding="utf-8").splitlines()
-            causes = [line.strip() for line in lines if re.search(r"\berror\b.*:|\bError at\b|^\s*ERROR:", line)]
+            causes = [
+                line.strip() for line in lines if re.search(r"(^|\s)((fatal )?error|ERROR):|\bCMake Error\b", line)
+            ]
             cause = causes[0] if causes else "no error line found"
             raise BuildError(f"the build failed: {cause} (all output: {log})")
         wheels = list(Path(scratch).glob("*.whl"))
@@ -325,7 +327,7 @@ def build_runtime(
     stamp = fingerprint([PATCHES / "UPSTREAM", *patches, *native_files()], options)
 
     if force:
-        for path in (tree, cmake_dir):
+        for path in (tree, cmake_dir, *tree.parent.glob("unfinished-*")):
             shutil.rmtree(path, ignore_errors=True)
         stamp_file.unlink(missing_ok=True)
     if stamp_file.is_file():
