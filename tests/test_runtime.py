@@ -126,26 +126,35 @@ def test_logits_of_the_real_model(demo_files: dict[str, Path]) -> None:
         assert (got.argmax(axis=1) == exact.argmax(axis=1)).mean() > 0.9
 
 
-def perplexity(path: Path, *args: str, env: dict[str, str] | None = None) -> tuple[float, str]:
-    """Perplexity of three short windows by llama-perplexity, and all that it printed."""
-    text = str(REPO / "tools" / "sample.txt")
-    done = tool("llama-perplexity", "-m", path, "-f", text, "-c", "128", "--chunks", "3", "-t", "2", *args, env=env)
+WINDOWS = ["-f", str(REPO / "tools" / "sample.txt"), "-c", "128", "--chunks", "3", "-t", "2"]
+
+# Two correct kernels sum floats in different orders, some activations then round to the neighbouring Q8_0 code, and 30
+# layers spread that. Rounding all weights to Q8_0 moves the logits by a mean KLD of .004 on this model, TP2_1 by .6:
+# what different summing does must lie below the first.
+SAME_LOGITS = 0.004
+
+
+def mean_kld(a: Path, b: Path, folder: Path, *args: str, env: dict[str, str] | None = None) -> tuple[float, str]:
+    """Mean KL divergence of b's logits (with args and env) to a's over three short windows, and what b printed."""
+    base = folder / "logits"
+    runtime.run_tool("llama-perplexity", "-m", str(a), *WINDOWS, "--kl-divergence-base", str(base))
+    more = ["--kl-divergence-base", base, "--kl-divergence", *args]
+    done = tool("llama-perplexity", "-m", b, *WINDOWS, *more, env=env)
     assert done.returncode == 0, done.stderr[-800:]
-    found = re.search(r"PPL = ([0-9.]+)", done.stdout + done.stderr)
+    found = re.search(r"Mean\s+KLD:\s*([0-9.eE+-]+)", done.stdout + done.stderr)
     assert found
-    return float(found.group(1)), done.stdout + done.stderr
+    return abs(float(found.group(1))), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("kernel", ["scalar", "avx2", "neon_dotprod"])
-def test_forced_kernels_agree(demo_files: dict[str, Path], kernel: str) -> None:
+def test_forced_kernels_agree(demo_files: dict[str, Path], kernel: str, tmp_path: Path) -> None:
     """Only the order of float sums differs between kernels; the runtime says which one it uses."""
     if not any(name == kernel and ok for name, _, ok in native.kernels()):
         done = tool("llama-completion", "-m", demo_files["ours"], "-p", "x", "-n", "1", env={"PTQTP_KERNEL": kernel})
         assert done.returncode != 0 and "PTQTP_KERNEL" in done.stderr
         return
-    best, _ = perplexity(demo_files["ours"])
-    forced, log = perplexity(demo_files["ours"], env={"PTQTP_KERNEL": kernel})
-    assert forced == pytest.approx(best, rel=0.005)
+    kld, log = mean_kld(demo_files["ours"], demo_files["ours"], tmp_path, env={"PTQTP_KERNEL": kernel})
+    assert kld < SAME_LOGITS
     assert re.search(rf"PTQTP\w* = {kernel}\b", log)
 
 
@@ -159,11 +168,9 @@ def test_an_unknown_kernel_is_an_error(demo_files: dict[str, Path]) -> None:
 # ---- llama.cpp's own tools ----
 
 
-def test_perplexity_of_the_twin_agrees(demo_files: dict[str, Path]) -> None:
-    ours, _ = perplexity(demo_files["ours"])
-    twin, _ = perplexity(demo_files["twin"])
-    assert 5 < ours < 100
-    assert ours == pytest.approx(twin, rel=0.005)  # three short windows; docs/results has the long run
+def test_the_twin_has_the_same_logits(demo_files: dict[str, Path], tmp_path: Path) -> None:
+    assert mean_kld(demo_files["ours"], demo_files["twin"], tmp_path)[0] < SAME_LOGITS
+    assert mean_kld(demo_files["bf16"], demo_files["ours"], tmp_path)[0] > 50 * SAME_LOGITS  # the measure measures
 
 
 def test_llama_quantize_makes_the_same_bytes(demo_files: dict[str, Path], tmp_path: Path) -> None:
@@ -269,8 +276,10 @@ def stock_loader() -> Path:
         '#include "gguf.h"\nint main(int, char ** argv) { gguf_init_params p = { true, nullptr };\n'
         "return gguf_init_from_file(argv[1], p) ? 0 : 1; }\n"
     )
-    parts = "ggml.c ggml-quants.c ggml.cpp ggml-alloc.c ggml-backend.cpp ggml-threading.cpp gguf.cpp".split()
-    flags = ["-O0", "-w", '-DGGML_VERSION="0"', '-DGGML_COMMIT="0"', "-D_GNU_SOURCE"]
+    parts = "ggml.c ggml-quants.c ggml.cpp ggml-alloc.c ggml-backend.cpp ggml-backend-meta.cpp ggml-threading.cpp gguf.cpp".split()
+    version = (ggml / "src" / "ggml-version.h.in").read_text()  # what its CMake would fill in
+    (stock / "ggml-version.h").write_text(re.sub("@[A-Z_]+@", "0", version))
+    flags = ["-O0", "-w", "-D_GNU_SOURCE", f"-I{stock}"]
     flags += [f"-I{ggml / 'include'}", f"-I{ggml / 'src'}"]
     objects = []
     for source in [main, *(ggml / "src" / name for name in parts)]:
@@ -289,14 +298,13 @@ def test_stock_llama_cpp_refuses_the_file(demo_files: dict[str, Path], stock_loa
     assert subprocess.run([str(stock_loader), str(demo_files["twin"])], capture_output=True).returncode == 0
 
 
-def test_rpc_between_patched_peers(demo_files: dict[str, Path]) -> None:
+def test_rpc_between_patched_peers(demo_files: dict[str, Path], tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    server = subprocess.Popen(
-        [str(runtime.tool("rpc-server")), "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [str(runtime.tool("rpc-server")), "-H", "127.0.0.1", "-p", str(port)]
+    with open(tmp_path / "server.log", "wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -304,13 +312,13 @@ def test_rpc_between_patched_peers(demo_files: dict[str, Path]) -> None:
                 if s.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        remote, log = perplexity(demo_files["ours"], "--rpc", f"127.0.0.1:{port}", "-ngl", "99")
-        local, _ = perplexity(demo_files["ours"])
-        assert "RPC" in log
-        assert remote == pytest.approx(local, rel=0.005)
+        ours = demo_files["ours"]
+        kld, _ = mean_kld(ours, ours, tmp_path, "--rpc", f"127.0.0.1:{port}", "-ngl", "99")
+        assert kld < SAME_LOGITS
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=30)
+    assert "Accepted client connection" in (tmp_path / "server.log").read_text(errors="replace")
 
 
 def test_unknown_architecture(tiny_checkpoint: Path, tmp_path: Path) -> None:
