@@ -276,13 +276,13 @@ def stock_loader() -> Path:
         '#include "gguf.h"\nint main(int, char ** argv) { gguf_init_params p = { true, nullptr };\n'
         "return gguf_init_from_file(argv[1], p) ? 0 : 1; }\n"
     )
-    parts = "ggml.c ggml-quants.c ggml.cpp ggml-alloc.c ggml-backend.cpp ggml-backend-meta.cpp ggml-threading.cpp gguf.cpp".split()
+    parts = "ggml.c ggml-quants.c ggml.cpp ggml-alloc.c ggml-backend.cpp ggml-backend-meta.cpp ggml-threading.cpp"
     version = (ggml / "src" / "ggml-version.h.in").read_text()  # what its CMake would fill in
     (stock / "ggml-version.h").write_text(re.sub("@[A-Z_]+@", "0", version))
     flags = ["-O0", "-w", "-D_GNU_SOURCE", f"-I{stock}"]
     flags += [f"-I{ggml / 'include'}", f"-I{ggml / 'src'}"]
     objects = []
-    for source in [main, *(ggml / "src" / name for name in parts)]:
+    for source in [main, *(ggml / "src" / name for name in [*parts.split(), "gguf.cpp"])]:
         objects.append(str(stock / f"{source.name}.o"))
         compiler = "gcc" if source.suffix == ".c" else "g++"
         subprocess.run([compiler, *flags, "-c", str(source), "-o", objects[-1]], check=True)
