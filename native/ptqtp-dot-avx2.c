@@ -9,9 +9,9 @@
 
 #ifdef PTQTP_X86
 
-#include "ptqtp-unit.h"
+#    include "ptqtp-unit.h"
 
-#include <immintrin.h>
+#    include <immintrin.h>
 
 /* Five digits of each word, one a 16-bit place, joined in pairs to bytes. */
 struct digits {
@@ -33,7 +33,7 @@ static inline struct digits unpack_pair(const uint8_t * p) {
     w = _mm256_mullo_epi16(w, nine);
     const __m256i d3 = _mm256_mulhi_epu16(w, nine);
     w = _mm256_mullo_epi16(w, nine);
-    return (struct digits) {
+    return (struct digits){
         _mm256_or_si256(d0, _mm256_slli_epi16(d1, 8)),
         _mm256_or_si256(d2, _mm256_slli_epi16(d3, 8)),
         _mm256_mulhi_epu16(w, nine),
@@ -54,7 +54,7 @@ static inline struct acts load_acts(const ptqtp_block_q8_0 * y) {
     __m128i tail = _mm_loadl_epi64((const __m128i *) (y[0].qs + 24));
     tail = _mm_unpacklo_epi64(tail, _mm_loadl_epi64((const __m128i *) (y[1].qs + 24)));
     tail = _mm_srlv_epi64(tail, _mm_set_epi64x(8, 16)); /* weight 26 to place 0, and to place 1 */
-    return (struct acts) {
+    return (struct acts){
         join(y[0].qs, (const uint8_t *) &y[1].d), /* d lies two bytes before qs */
         join(y[0].qs + 14, y[1].qs + 12),
         _mm256_cvtepi8_epi16(tail),
@@ -88,8 +88,8 @@ static inline float sum_of(__m256 v) {
 }
 
 static inline __m256 tp2_1_pair(const block_tp2_1 * x, const ptqtp_block_q8_0 * y, __m256 acc) {
-    const __m256i levels = _mm256_broadcastsi128_si256( /* 5 + 3*t1 + 2*t2 by digit */
-        _mm_setr_epi8(0, 2, 4, 3, 5, 7, 6, 8, 10, 0, 0, 0, 0, 0, 0, 0));
+    const __m256i levels = _mm256_broadcastsi128_si256(/* 5 + 3*t1 + 2*t2 by digit */
+                                                       _mm_setr_epi8(0, 2, 4, 3, 5, 7, 6, 8, 10, 0, 0, 0, 0, 0, 0, 0));
     const __m256i sum = dot_biased(unpack_pair(x[0].u.q), load_acts(y), levels, 5);
     const __m256 scale = two_scales(ptqtp_scale_value(x[0].u.side) * _cvtsh_ss(y[0].d),
                                     ptqtp_scale_value(x[1].u.side) * _cvtsh_ss(y[1].d));
@@ -117,10 +117,10 @@ float ptqtp_dot_tp2_1_avx2(int64_t n, const void * weights, const void * q8_0) {
 }
 
 float ptqtp_dot_tp2_0_avx2(int64_t n, const void * weights, const void * q8_0) {
-    const __m256i plane1 = _mm256_broadcastsi128_si256( /* t1 + 1 by digit */
-        _mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
-    const __m256i plane2 = _mm256_broadcastsi128_si256( /* t2 + 1 by digit */
-        _mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0));
+    const __m256i plane1 = _mm256_broadcastsi128_si256(/* t1 + 1 by digit */
+                                                       _mm_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0));
+    const __m256i plane2 = _mm256_broadcastsi128_si256(/* t2 + 1 by digit */
+                                                       _mm_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0));
     const block_tp2_0 * x = weights;
     const ptqtp_block_q8_0 * y = q8_0;
     __m256 acc1 = _mm256_setzero_ps(), acc2 = _mm256_setzero_ps();

@@ -5,9 +5,9 @@
 
 #ifdef PTQTP_ARM64
 
-#include "ptqtp-unit.h"
+#    include "ptqtp-unit.h"
 
-#include <arm_neon.h>
+#    include <arm_neon.h>
 
 struct digits {
     uint8x16_t d01[2], d23[2]; /* of each unit */
@@ -51,7 +51,7 @@ struct acts {
 };
 
 static inline struct acts load_acts(const ptqtp_block_q8_0 * y) {
-    return (struct acts) {
+    return (struct acts){
         { vld1q_s8(y[0].qs), vld1q_s8(y[1].qs) },
         { vld1q_s8(y[0].qs + 14), vld1q_s8(y[1].qs + 14) },
         vcombine_s8(vld1_s8(y[0].qs + 24), vld1_s8(y[1].qs + 24)),
@@ -82,8 +82,8 @@ static inline float32x4_t tp2_1_pair(const block_tp2_1 * x, const ptqtp_block_q8
     static const int8_t levels[16] = { -5, -3, -1, -2, 0, 2, 1, 3, 5 }; /* 3*t1 + 2*t2 by digit */
     const struct digits d = unpack_pair(x[0].u.q);
     const struct acts a = load_acts(y);
-    const float32x4_t scale = two_scales(ptqtp_scale_value(x[0].u.side) * half(y[0].d),
-                                         ptqtp_scale_value(x[1].u.side) * half(y[1].d));
+    const float32x4_t scale =
+        two_scales(ptqtp_scale_value(x[0].u.side) * half(y[0].d), ptqtp_scale_value(x[1].u.side) * half(y[1].d));
     return vfmaq_f32(acc, vcvtq_f32_s32(dot_table(&d, &a, vld1q_s8(levels))), scale);
 }
 

@@ -14,7 +14,7 @@
 
 /* One copy of the hot loops for AVX2 next to the baseline's, picked at load time. Not with sanitizers: they are not
  * ready yet when the picking runs. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) &&                           \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(PTQTP_NO_CLONES)
 #    define PTQTP_CLONES __attribute__((target_clones("avx2", "default")))
 #else

@@ -13,14 +13,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define CHECK(cond, ...)                                          \
-    do {                                                          \
-        if (!(cond)) {                                            \
-            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond); \
-            fprintf(stderr, __VA_ARGS__);                         \
-            fputc('\n', stderr);                                  \
-            exit(1);                                              \
-        }                                                         \
+#define CHECK(cond, ...)                                                                                               \
+    do {                                                                                                               \
+        if (!(cond)) {                                                                                                 \
+            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #cond);                                                 \
+            fprintf(stderr, __VA_ARGS__);                                                                              \
+            fputc('\n', stderr);                                                                                       \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
     } while (0)
 
 static uint64_t seed = 0x9e3779b97f4a7c15u;
@@ -191,7 +191,8 @@ static void test_quantizers(void) {
     } cases[] = { /* relative MSE on Gaussian weights, two-sided */
                   { PTQTP_TP2_1, PTQTP_SEARCH, 0.0195, 0.0210 },
                   { PTQTP_TP2_0, PTQTP_SEARCH, 0.0245, 0.0261 },
-                  { PTQTP_TP2_0, PTQTP_PAPER, 0.0260, 0.0290 } };
+                  { PTQTP_TP2_0, PTQTP_PAPER, 0.0260, 0.0290 }
+    };
     for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
         const int type = cases[c].type, method = cases[c].method;
         memset(one, 0, sizeof one);

@@ -49,10 +49,10 @@ extern "C" {
 
 #define PTQTP_FORMAT_VERSION 0 /* 0 = draft; frozen as 1 once the kernels' bake-off has chosen the layout */
 
-#define PTQTP_UNIT 32        /* weights a unit */
-#define PTQTP_UNIT_WORDS 6   /* five-digit words a unit */
-#define PTQTP_QK_TP2_1 32    /* weights a TP2_1 block (= group) */
-#define PTQTP_QK_TP2_0 128   /* weights a TP2_0 block (= group) */
+#define PTQTP_UNIT 32      /* weights a unit */
+#define PTQTP_UNIT_WORDS 6 /* five-digit words a unit */
+#define PTQTP_QK_TP2_1 32  /* weights a TP2_1 block (= group) */
+#define PTQTP_QK_TP2_0 128 /* weights a TP2_0 block (= group) */
 
 enum ptqtp_type { PTQTP_TP2_0 = 250, PTQTP_TP2_1 = 251 }; /* = ggml type ids, part of the file format */
 
