@@ -216,7 +216,10 @@ def test_interrupted(tmp_path: Path, rng: np.random.Generator, signum: int) -> N
     out.parent.mkdir()
     script = Path(sys.executable).with_name("ptqtp-gguf")
     command = [str(script), "convert", str(source), str(out), "-m", "paper", "-t", "TP2_0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a job started in the background by a shell inherits an ignored SIGINT; the child must not
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     deadline = time.monotonic() + 60
     while not list(out.parent.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
