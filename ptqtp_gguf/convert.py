@@ -112,8 +112,7 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
     Raises a subclass of PtqtpError for anything that the caller can mend.
     """
     options = options or Options()
-    methods.find(options.method)
-    block_type(options.type)
+    methods.require(methods.find(options.method), block_type(options.type))
     started = time.monotonic()
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
@@ -128,7 +127,7 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
                 if options.keep_bf16.resolve() == out.resolve():
                     raise OutputError(f"{out}: is also the name to keep the bf16 GGUF under; give it one of its own")
             path = options.keep_bf16 or stack.enter_context(scratch_path(out, ".bf16.gguf"))
-            _make_bf16(source, out, path, progress)
+            _make_bf16(source, path, progress)
         else:
             raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
         with Reader(path, source) as reader:
@@ -137,9 +136,9 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
     return summary
 
 
-def _make_bf16(source: Path, out: Path, bf16: Path, progress: Progress) -> None:
+def _make_bf16(source: Path, bf16: Path, progress: Progress) -> None:
     found = checkpoint.check(source)
-    check_space(out.parent, found.nbytes + found.nbytes // 3)
+    check_space(bf16.parent, found.nbytes + found.nbytes // 3)
     progress("converter", 0, 0, found.architecture)
     with scratch_path(bf16, ".work") as work:
         for line in checkpoint.to_bf16_gguf(found, work):
@@ -207,18 +206,12 @@ def _examine(reader: Reader, t: TensorInfo, target: fmt.TensorType | None) -> st
 def _transcode(reader: Reader, out: Path, options: Options, progress: Progress) -> Summary:
     rows = plan(reader, options, progress)
     kvs = _metadata(reader, rows, options)
-    alignment = reader.header.alignment
-    tensors = [r.out for r in rows]
-    size = total_size(kvs, tensors, alignment)
-    check_space(out.parent, size)
     digests: list[bytes] = []
-    with partial_file(out) as partial:
-        blocks = _blocks(reader, rows, options, progress, digests)
-        for _ in write_stream(partial.file, kvs, tensors, alignment, blocks):
-            pass
-        partial.sync()
-        _verify(partial.path, out, rows, digests, size, progress)
-        partial.publish()
+    blocks = _blocks(reader, rows, options, progress, digests)
+    size = write_verified(
+        out, kvs, [r.out for r in rows], reader.header.alignment, blocks,
+        lambda path: _verify(path, out, rows, digests, progress),
+    )  # fmt: skip
     source_types = Counter(r.tensor.type_name for r in rows if r.role is Role.BLOCK)
     return Summary(out, size, 0.0, rows, dict(source_types))
 
@@ -290,11 +283,35 @@ def _metadata(reader: Reader, rows: list[PlanRow], options: Options) -> list[KV]
     return kept + list(new.values())
 
 
-def _verify(path: Path, out: Path, rows: list[PlanRow], digests: list[bytes], size: int, progress: Progress) -> None:
+def write_verified(
+    out: Path,
+    kvs: list[KV],
+    tensors: list[OutTensor],
+    alignment: int,
+    data: Iterator[U8],
+    verify: Callable[[Path], None],
+) -> int:
+    """Write a whole GGUF beside `out`, check its size, let `verify` read it back, and only then give it its name.
+
+    Returns its bytes. verify raises OutputError where the file at the path it is given is not what it should be.
+    """
+    size = total_size(kvs, tensors, alignment)
+    check_space(out.parent, size)
+    with partial_file(out) as partial:
+        for _ in write_stream(partial.file, kvs, tensors, alignment, data):
+            pass
+        partial.sync()
+        written = partial.path.stat().st_size
+        if written != size:
+            raise OutputError(f"{out}: {written} bytes were written instead of {size}; try again")
+        verify(partial.path)
+        partial.publish()
+    return size
+
+
+def _verify(path: Path, out: Path, rows: list[PlanRow], digests: list[bytes], progress: Progress) -> None:
     """Read the written file back: structure, every tensor's bytes, every trit-plane block."""
     total, done = sum(r.tensor.n_weights for r in rows), 0
-    if path.stat().st_size != size:
-        raise OutputError(f"{out}: {path.stat().st_size} bytes were written instead of {size}; try again")
     with Reader(path) as written:
         for row, digest in zip(rows, digests, strict=True):
             progress("verifying", done, total, row.tensor.name)

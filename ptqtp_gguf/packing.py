@@ -25,7 +25,6 @@ from .errors import InputError, QuantizeError
 U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
 F32 = NDArray[np.float32]
-I64 = NDArray[np.int64]
 
 LEVEL_OF_DIGIT = np.array(fmt.LEVELS, dtype=np.float32)
 T1_OF_DIGIT = np.arange(9) // 3 - 1

@@ -51,6 +51,13 @@ def find(name: str) -> Method:
         raise QuantizeError(f"no method '{name}'; there are {', '.join(METHODS)}") from None
 
 
+def require(method: Method, t: TensorType) -> None:
+    """Raises QuantizeError unless the method makes the type."""
+    if t not in method.types:
+        made = ", ".join(m.name for m in method.types)
+        raise QuantizeError(f"method {method.name} makes {made}, not {t.name}")
+
+
 def quantize(
     t: TensorType,
     method: Method,
@@ -68,9 +75,7 @@ def quantize(
     returns     uint8 (R, C / t.block * t.size)
     Raises QuantizeError where the method does not make the type, or a value is NaN, Inf or out of the type's reach.
     """
-    if t not in method.types:
-        made = ", ".join(m.name for m in method.types)
-        raise QuantizeError(f"method {method.name} makes {made}, not {t.name}")
+    require(method, t)
     if importance is not None and not method.takes_importance:
         raise QuantizeError(f"method {method.name} takes no importance vector")
     weights = np.ascontiguousarray(weights, dtype=np.float32)
