@@ -15,10 +15,10 @@ import numpy as np
 
 from . import format as fmt
 from .convert import PlanRow as Row
-from .convert import Progress, Summary, no_progress
+from .convert import Progress, Summary, no_progress, write_verified
 from .errors import InputError, OutputError
-from .gguf_io import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32, total_size, write_stream
-from .output import check_space, check_target, partial_file
+from .gguf_io import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32
+from .output import check_target
 from .packing import LEVEL_OF_DIGIT, U8, scale_to_float, unpack_tp2_1
 from .recipe import Choice, role_of
 
@@ -49,15 +49,15 @@ def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progr
         rows = [_row(t) for t in reader.tensors]
         kvs = _metadata(reader)
         tensors = [r.out for r in rows]
-        size = total_size(kvs, tensors, reader.header.alignment)
-        check_space(out.parent, size)
-        with partial_file(out) as partial:
-            blocks = _blocks(reader, rows, progress)
-            for _ in write_stream(partial.file, kvs, tensors, reader.header.alignment, blocks):
-                pass
-            partial.sync()
-            _verify(reader, partial.path, out, tensors, progress)
-            partial.publish()
+        blocks = _blocks(reader, rows, progress)
+        size = write_verified(
+            out,
+            kvs,
+            tensors,
+            reader.header.alignment,
+            blocks,
+            lambda path: _verify(reader, path, out, tensors, progress),
+        )
     return Summary(out, size, time.monotonic() - started, rows, {"TP2_1": 1})
 
 
