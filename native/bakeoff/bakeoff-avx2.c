@@ -1,0 +1,2 @@
+#define ISA(name) name##_avx2
+#include "bakeoff-avx2.h"

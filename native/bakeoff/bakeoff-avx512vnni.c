@@ -1,0 +1,2 @@
+#define ISA(name) name##_avx512vnni
+#include "bakeoff-avx512.h"

@@ -1,0 +1,2 @@
+#define ISA(name) name##_avxvnni
+#include "bakeoff-avx2.h"
