@@ -15,6 +15,7 @@ DEPS := build/.deps
 RUNTIME := build/.runtime
 PACKAGE := build/.package
 NATIVE := $(wildcard native/*.c native/*.h native/*.cpp native/*.inc native/*.cmake)
+CFILES = $(wildcard native/*.[ch] native/*.cpp native/*.inc native/bakeoff/*.[ch])
 CMAKE_FLAGS := -G Ninja -DPTQTP_WERROR=ON
 
 .PHONY: demo test test-native test-arm lint format golden bench setup clean
@@ -54,9 +55,9 @@ test-native: $(DEPS)
 	cmake --build build/native-sanitize
 	ctest --test-dir build/native-sanitize --output-on-failure
 
-# once with the dot-product extension, once on a core that lacks it
+# with i8mm, with the dot-product extension alone, and with neither
 test-arm: $(DEPS)
-	for cpu in max cortex-a72; do \
+	for cpu in max neoverse-n1 cortex-a72; do \
 	  cmake -S . -B build/arm-$$cpu $(CMAKE_FLAGS) -DCMAKE_TOOLCHAIN_FILE=native/aarch64.cmake \
 	    -DPTQTP_QEMU_CPU=$$cpu -DPTQTP_SHARED=OFF > build/arm-$$cpu.log && \
 	  cmake --build build/arm-$$cpu && ctest --test-dir build/arm-$$cpu --output-on-failure || exit 1; \
@@ -66,12 +67,12 @@ lint: $(DEPS)
 	ruff check .
 	ruff format --check .
 	mypy
-	clang-format --dry-run --Werror native/*.c native/*.h native/*.cpp
+	clang-format --dry-run --Werror $(CFILES)
 
 format: $(DEPS)
 	ruff check --fix .
 	ruff format .
-	clang-format -i native/*.c native/*.h native/*.cpp
+	clang-format -i $(CFILES)
 
 golden: setup
 	$(PY) tools/make_golden.py

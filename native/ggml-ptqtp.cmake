@@ -2,10 +2,11 @@
 
 set(PTQTP_DIR ${CMAKE_CURRENT_LIST_DIR})
 include(${PTQTP_DIR}/ptqtp-sources.cmake)
+ptqtp_isa_files(${PTQTP_DIR})
 list(TRANSFORM PTQTP_CODEC_SOURCES PREPEND ${PTQTP_DIR}/)
 list(TRANSFORM PTQTP_DOT_SOURCES PREPEND ${PTQTP_DIR}/)
 list(APPEND PTQTP_CODEC_SOURCES ${PTQTP_DIR}/ggml-ptqtp-base.c)
-list(APPEND PTQTP_DOT_SOURCES ${PTQTP_DIR}/ggml-ptqtp-cpu.c)
+list(APPEND PTQTP_DOT_SOURCES ${PTQTP_DIR}/ggml-ptqtp-cpu.c ${PTQTP_DIR}/ggml-ptqtp-panel.cpp)
 
 set(PTQTP_FLAGS "")
 if (NOT MSVC)
@@ -29,14 +30,13 @@ endif()
 # Compiled once, without the instruction set of any CPU variant: the choice falls at run time.
 add_library(ggml-ptqtp-dot OBJECT ${PTQTP_DOT_SOURCES})
 set_target_properties(ggml-ptqtp-dot PROPERTIES POSITION_INDEPENDENT_CODE ON)
-target_compile_features(ggml-ptqtp-dot PRIVATE c_std_11)
+target_compile_features(ggml-ptqtp-dot PRIVATE c_std_11 cxx_std_17)
 target_compile_options(ggml-ptqtp-dot PRIVATE ${PTQTP_FLAGS})
-target_include_directories(ggml-ptqtp-dot PRIVATE ${PTQTP_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/../include)
+target_include_directories(ggml-ptqtp-dot PRIVATE ${PTQTP_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/../include
+    ${CMAKE_CURRENT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/ggml-cpu)
 if (BUILD_SHARED_LIBS)
     target_compile_definitions(ggml-ptqtp-dot PRIVATE GGML_SHARED GGML_BACKEND_SHARED)
 endif()
-set_source_files_properties(${PTQTP_DIR}/ptqtp-dot-avx2.c PROPERTIES COMPILE_OPTIONS "${PTQTP_AVX2_FLAGS}")
-set_source_files_properties(${PTQTP_DIR}/ptqtp-dot-neon.c PROPERTIES COMPILE_OPTIONS "${PTQTP_NEON_FLAGS}")
 
 get_property(PTQTP_TARGETS DIRECTORY PROPERTY BUILDSYSTEM_TARGETS)
 foreach (target IN LISTS PTQTP_TARGETS)

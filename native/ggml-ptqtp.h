@@ -2,6 +2,7 @@
 #ifndef GGML_PTQTP_H
 #define GGML_PTQTP_H
 
+#include "ggml-backend.h"
 #include "ptqtp.h"
 
 #ifdef __cplusplus
@@ -23,6 +24,9 @@ PTQTP_API void ggml_vec_dot_tp2_0_q8_0(int n, float * s, size_t bs, const void *
                                        size_t by, int nrc);
 PTQTP_API void ggml_vec_dot_tp2_1_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,
                                        size_t by, int nrc);
+
+/* ggml-ptqtp-panel.cpp, in ggml-cpu: where TP2_1 lies as panels; NULL if PTQTP_KERNEL names no kernel */
+ggml_backend_buffer_type_t ggml_backend_cpu_ptqtp_buffer_type(void);
 
 #ifdef __cplusplus
 }

@@ -1,15 +1,20 @@
 /* Speed of every kernel and quantizer on this machine, one thread.
  *
- *     ptqtp-bench [SECONDS]      time budget a row, default 0.5
+ *     ptqtp-bench [SECONDS]              time budget a row, default 0.5
+ *     ptqtp-bench --read THREADS [SECONDS]   read bandwidth of memory instead, GB/s: 256 MB a thread, summed
  *
- * Prints CSV: what, type, name, weights, million weights a second (best of the runs within the budget).
- * Dot products: rows of 4096 against one activation row, 256 rows (458 KB of weights: in L2 on most machines).
- * Quantizers: 512 rows of 1024 Gaussian weights. Timed: the calls only; data is made before.
+ * Prints CSV: what, kernel or method, type, million weights a second (best of the runs within the budget; for gemm,
+ * million multiply-adds). Timed: the calls only; data is made before.
+ *     quantize   512 rows of 1024 Gaussian weights
+ *     dot        256 rows of 4096 against one activation row, row by row (459 KB of weights: in L2 on most machines)
+ *     gemv       the same, in panels; gemm: the same with 128 columns, activations in L2 or L3
+ *     act        quantizing activations for gemv and gemm
  */
 #define _GNU_SOURCE
 #include "ptqtp.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +28,69 @@ static double now(void) {
 
 static volatile float sink;
 
+/* ---- read bandwidth ---- */
+
+enum { READ_BYTES = 1 << 28, MAX_THREADS = 256 };
+
+struct reader {
+    const uint64_t * data;
+    uint64_t sum;
+    pthread_t thread;
+};
+
+static void * read_all(void * arg) {
+    struct reader * r = arg;
+    uint64_t sum[32] = { 0 }; /* many sums: bound by memory, not by one chain of additions */
+    for (size_t i = 0; i < READ_BYTES / sizeof(uint64_t); i += 32) {
+        for (int k = 0; k < 32; k++) {
+            sum[k] += r->data[i + (size_t) k];
+        }
+    }
+    for (int k = 0; k < 32; k++) {
+        r->sum += sum[k];
+    }
+    return NULL;
+}
+
+static int read_bandwidth(int threads, double budget) {
+    static struct reader readers[MAX_THREADS];
+    if (threads < 1 || threads > MAX_THREADS || budget <= 0) {
+        fputs("ptqtp-bench: THREADS is 1 to 256, SECONDS positive\n", stderr);
+        return 1;
+    }
+    for (int t = 0; t < threads; t++) {
+        uint64_t * data = aligned_alloc(64, READ_BYTES);
+        if (!data) {
+            fputs("ptqtp-bench: no memory\n", stderr);
+            return 1;
+        }
+        memset(data, t + 1, READ_BYTES);
+        readers[t].data = data;
+    }
+    double best = 1e30;
+    const double end = now() + budget;
+    do {
+        const double start = now();
+        for (int t = 0; t < threads; t++) {
+            if (pthread_create(&readers[t].thread, NULL, read_all, &readers[t])) {
+                fputs("ptqtp-bench: no thread\n", stderr);
+                return 1;
+            }
+        }
+        for (int t = 0; t < threads; t++) {
+            pthread_join(readers[t].thread, NULL);
+            sink = (float) readers[t].sum;
+        }
+        best = fmin(best, now() - start);
+    } while (now() < end);
+    printf("%.2f\n", READ_BYTES * 1e-9 * threads / best);
+    return 0;
+}
+
 int main(int argc, char ** argv) {
+    if (argc > 2 && !strcmp(argv[1], "--read")) {
+        return read_bandwidth(atoi(argv[2]), argc > 3 ? atof(argv[3]) : 2.0);
+    }
     const double budget = argc > 1 ? atof(argv[1]) : 0.5;
     enum { COLS = 4096, ROWS = 256, N = COLS * ROWS };
     float * x = malloc(N * sizeof *x);
@@ -46,7 +113,7 @@ int main(int argc, char ** argv) {
             y[i].qs[k] = (int8_t) (rand() % 255 - 127);
         }
     }
-    puts("what,type,name,weights,Mweights_per_s");
+    puts("what,name,type,millions_per_s");
     const struct {
         const char * name;
         int type, method;
@@ -61,8 +128,7 @@ int main(int argc, char ** argv) {
             ptqtp_quantize_rows(quantizers[q].type, quantizers[q].method, x, NULL, w, 512, 1024);
             best = fmin(best, now() - t);
         } while (now() < end);
-        printf("quantize,%d,%s,%d,%.1f\n", quantizers[q].type, quantizers[q].name, 512 * 1024,
-               512 * 1024 / best * 1e-6);
+        printf("quantize,%s,%d,%.1f\n", quantizers[q].name, quantizers[q].type, 512 * 1024 / best * 1e-6);
     }
     int count;
     const struct ptqtp_kernel * k = ptqtp_kernels(&count);
@@ -83,8 +149,65 @@ int main(int argc, char ** argv) {
             sink = sum;
             best = fmin(best, now() - t);
         } while (now() < end);
-        printf("dot,%d,%s,%d,%.1f\n", k[i].type, k[i].name, N, N / best * 1e-6);
+        printf("dot,%s,%d,%.1f\n", k[i].name, k[i].type, N / best * 1e-6);
     }
+    enum { NCOLS = 128 };
+    uint8_t * panels = malloc(ptqtp_panels_size(ROWS, COLS));
+    ptqtp_act * acts = malloc(NCOLS * (COLS / 32) * sizeof *acts);
+    void * one = malloc(COLS / 32 * 128);
+    float * out = malloc(NCOLS * ROWS * sizeof *out);
+    void * scratch = aligned_alloc(64, PTQTP_GEMM_SCRATCH);
+    if (!panels || !acts || !one || !out || !scratch) {
+        fputs("ptqtp-bench: no memory\n", stderr);
+        return 1;
+    }
+    ptqtp_quantize_rows(PTQTP_TP2_1, PTQTP_SEARCH, x, NULL, w, ROWS, COLS);
+    ptqtp_panels_from_rows(w, panels, 0, ROWS, COLS);
+    const struct ptqtp_panel_kernel * const * panel = ptqtp_panel_kernels(&count);
+    for (int i = 0; i < count; i++) {
+        if (!ptqtp_panel_kernel_supported(panel[i])) {
+            continue;
+        }
+        const char * name = ptqtp_panel_kernel_name(panel[i]);
+        const ptqtp_act * act_of[NCOLS];
+        float * out_of[NCOLS];
+        for (int c = 0; c < NCOLS; c++) {
+            act_of[c] = acts + c * (COLS / 32);
+            out_of[c] = out + c * ROWS;
+            ptqtp_gemm_quantize(panel[i], x + c * COLS, acts + c * (COLS / 32), COLS);
+        }
+        ptqtp_gemv_quantize(panel[i], x, one, COLS);
+        for (int what = 0; what < 4; what++) {
+            double best = 1e30;
+            const double end = now() + budget;
+            do {
+                const double t = now();
+                if (what == 0) {
+                    ptqtp_gemv(panel[i], COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, one, out);
+                } else if (what == 1) {
+                    ptqtp_gemm(panel[i], COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, NCOLS, act_of, out_of,
+                               scratch);
+                } else if (what == 2) {
+                    for (int c = 0; c < NCOLS; c++) {
+                        ptqtp_gemv_quantize(panel[i], x + c * COLS, one, COLS);
+                    }
+                } else {
+                    for (int c = 0; c < NCOLS; c++) {
+                        ptqtp_gemm_quantize(panel[i], x + c * COLS, acts + c * (COLS / 32), COLS);
+                    }
+                }
+                best = fmin(best, now() - t);
+            } while (now() < end);
+            const char * const names[] = { "gemv", "gemm", "act_gemv", "act_gemm" };
+            const double work = what == 0 ? N : what == 1 ? (double) N * NCOLS : COLS * NCOLS;
+            printf("%s,%s,%d,%.1f\n", names[what], name, PTQTP_TP2_1, work / best * 1e-6);
+        }
+    }
+    free(panels);
+    free(acts);
+    free(one);
+    free(out);
+    free(scratch);
     free(x);
     free(w);
     free(y);

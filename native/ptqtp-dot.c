@@ -5,17 +5,6 @@
 
 #include <stdlib.h>
 
-#ifdef PTQTP_ARM64
-#    if defined(__linux__)
-#        include <sys/auxv.h>
-#        ifndef HWCAP_ASIMDDP
-#            define HWCAP_ASIMDDP (1 << 20)
-#        endif
-#    elif defined(__APPLE__)
-#        include <sys/sysctl.h>
-#    endif
-#endif
-
 float ptqtp_dot_tp2_1_scalar(int64_t n, const void * weights, const void * q8_0) {
     const block_tp2_1 * x = weights;
     const ptqtp_block_q8_0 * y = q8_0;
@@ -53,34 +42,12 @@ float ptqtp_dot_tp2_0_scalar(int64_t n, const void * weights, const void * q8_0)
     return sum;
 }
 
-static bool supported_scalar(void) {
-    return true;
-}
-
-#ifdef PTQTP_X86
-static bool supported_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-#endif
-
-#ifdef PTQTP_ARM64
-static bool supported_neon_dotprod(void) {
-#    if defined(__linux__)
-    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-#    elif defined(__APPLE__)
-    int has = 0;
-    size_t size = sizeof has;
-    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
-#    else
-    return false;
-#    endif
-}
-#endif
-
 static const struct ptqtp_kernel kernels[] = {
-#define PTQTP_KERNEL(isa, type, symbol) { #isa, PTQTP_##type, symbol, supported_##isa },
+#define PTQTP_KERNEL(isa, type, symbol) { #isa, PTQTP_##type, symbol, ptqtp_cpu_##isa },
+#define PTQTP_PANEL_KERNEL(isa)
 #include "ptqtp-kernels.inc"
 #undef PTQTP_KERNEL
+#undef PTQTP_PANEL_KERNEL
 };
 
 const struct ptqtp_kernel * ptqtp_kernels(int * count) {

@@ -11,7 +11,9 @@
 #endif
 
 #define PTQTP_KERNEL(isa, type, symbol) float symbol(int64_t n, const void * weights, const void * q8_0);
+#define PTQTP_PANEL_KERNEL(isa) bool ptqtp_cpu_##isa(void); /* ptqtp-cpu.c */
 #include "ptqtp-kernels.inc"
 #undef PTQTP_KERNEL
+#undef PTQTP_PANEL_KERNEL
 
 #endif

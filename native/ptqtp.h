@@ -148,11 +148,57 @@ struct ptqtp_kernel {
     bool (*supported)(void); /* on this CPU */
 };
 
-/* All kernels built for this architecture, best first for each type, the scalar reference last. */
+/* All row kernels built for this architecture, best first for each type, the scalar reference last. */
 PTQTP_API const struct ptqtp_kernel * ptqtp_kernels(int * count);
 /* The kernel in use: the first that this CPU supports, or the one that the environment variable PTQTP_KERNEL
  * names; NULL if that name is unknown or not supported here. Chosen once. */
 PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
+
+/* ---- panels: 16 rows of TP2_1 interleaved, in memory only (ptqtp-panel.c and one file an instruction set) --- */
+
+/* The bytes of 16 units, transposed so that a SIMD lane is a row. A tile is 16 rows x 32 weights, 224 bytes:
+ *     byte  64*p + 4*row .. +3   (p = 0, 1, 2)   words 2p and 2p+1 of the row's unit
+ *     byte 192 + 2*row   .. +1                   its side byte and remainder byte
+ * A panel is the n/32 tiles of 16 rows in order; panels follow one another. Rows that fill up the last panel are 0. */
+#define PTQTP_PANEL_ROWS 16
+#define PTQTP_TILE_SIZE 224
+
+/* A block of 32 activations: a = d * q. q is in the order in which kernels decode weights (see ptqtp-panel.h);
+ * bias = -5 * sum of q, because decoded levels are stored with 5 added. */
+typedef struct {
+    float d;
+    int32_t bias;
+    int8_t q[PTQTP_UNIT];
+} ptqtp_act;
+PTQTP_STATIC_ASSERT(sizeof(ptqtp_act) == 4 + 4 + 32, "wrong activation block size");
+
+struct ptqtp_panel_kernel; /* one instruction set: ptqtp-panel.h */
+
+PTQTP_API size_t ptqtp_panels_size(int64_t nrows, int64_t n); /* bytes */
+/* rows first .. first+nrows-1 of TP2_1, n weights each, into panels, or out of them. first a multiple of 16. */
+PTQTP_API void ptqtp_panels_from_rows(const void * rows, void * panels, int64_t first, int64_t nrows, int64_t n);
+PTQTP_API void ptqtp_rows_from_panels(const void * panels, void * rows, int64_t first, int64_t nrows, int64_t n);
+
+/* All panel kernels built for this architecture, best first; the one in use, chosen like ptqtp_kernel_for's. */
+PTQTP_API const struct ptqtp_panel_kernel * const * ptqtp_panel_kernels(int * count);
+PTQTP_API const struct ptqtp_panel_kernel * ptqtp_panel_kernel_chosen(void);
+PTQTP_API const char * ptqtp_panel_kernel_name(const struct ptqtp_panel_kernel * k);
+PTQTP_API bool ptqtp_panel_kernel_supported(const struct ptqtp_panel_kernel * k); /* on this CPU */
+
+/* x: n floats -> n/32 blocks of ptqtp_act (many columns), or of ptqtp_gemv_act_size() bytes (one column). Rounds to
+ * nearest even; d = max|x|/127. A block that holds Inf or NaN gets d = NaN. */
+PTQTP_API size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k);
+PTQTP_API void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, const float * x, void * acts, int64_t n);
+PTQTP_API void ptqtp_gemm_quantize(const struct ptqtp_panel_kernel * k, const float * x, ptqtp_act * acts, int64_t n);
+
+/* y[row] = row . x for the rows of panels panel0 .. panel1-1, of a matrix of nrows rows; y is the whole column. */
+PTQTP_API void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int64_t n, int64_t nrows, const void * panels,
+                          int64_t panel0, int64_t panel1, const void * acts, float * y);
+/* The same for ncols columns: acts[c] and y[c] are one column each. scratch: PTQTP_GEMM_SCRATCH bytes, 64-aligned. */
+#define PTQTP_GEMM_SCRATCH 73728
+PTQTP_API void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int64_t n, int64_t nrows, const void * panels,
+                          int64_t panel0, int64_t panel1, int64_t ncols, const ptqtp_act * const * acts,
+                          float * const * y, void * scratch);
 
 #ifdef __cplusplus
 }

@@ -32,8 +32,8 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 PATCHES = REPO / "patches"
 NATIVE = REPO / "native"
-NATIVE_SUFFIXES = {".c", ".h", ".inc", ".cmake"}
-NATIVE_NOT_IN_GGML = {"ptqtp-test.c", "ptqtp-bench.c", "aarch64.cmake"}
+NATIVE_SUFFIXES = {".c", ".cpp", ".h", ".inc", ".cmake"}
+NATIVE_NOT_IN_GGML = {"ptqtp-test.c", "ptqtp-bench.c", "ptqtp-parallel.cpp", "aarch64.cmake"}
 NATIVE_IN_TREE = "vendor/llama.cpp/ggml/src/ptqtp"
 TREE_STAMP = ".ptqtp-tree"
 
