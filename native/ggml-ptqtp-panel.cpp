@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #if defined(__linux__)
@@ -22,6 +24,15 @@ namespace {
 constexpr int64_t UNIT = PTQTP_UNIT;
 constexpr int64_t MAX_COLS = 256; // columns of a piece of work
 constexpr size_t ALIGNMENT = 64;
+
+// PTQTP_EXPAND=1: wide panels
+int form() {
+    static const int chosen = [] {
+        const char * expand = getenv("PTQTP_EXPAND");
+        return expand && *expand && strcmp(expand, "0") != 0 ? PTQTP_WIDE : PTQTP_PACKED;
+    }();
+    return chosen;
+}
 
 size_t aligned(size_t n) {
     return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -77,11 +88,11 @@ void run_piece(const product & p, const pieces & work, int64_t index, void * scr
         act_of[c] = acts(col0 + c);
         out_of[c] = out(col0 + c);
     }
-    ptqtp_gemm(p.kernel, p.n, p.nrows, p.panels, panel0, panel1, ncols, act_of, out_of, scratch);
+    ptqtp_gemm(p.kernel, form(), p.n, p.nrows, p.panels, panel0, panel1, ncols, act_of, out_of, scratch);
 }
 
 size_t act_bytes(int64_t n, int64_t ncols) {
-    const size_t gemv = (size_t) (n / UNIT) * ptqtp_gemv_act_size(ptqtp_panel_kernel_chosen());
+    const size_t gemv = (size_t) (n / UNIT) * ptqtp_gemv_act_size(ptqtp_panel_kernel_chosen(), form());
     const size_t gemm = (size_t) (n / UNIT) * sizeof(ptqtp_act) * (size_t) ncols;
     return aligned(std::max(gemv, gemm));
 }
@@ -90,7 +101,7 @@ size_t act_bytes(int64_t n, int64_t ncols) {
 template <typename Column>
 void quantize_columns(const ggml_compute_params * params, const product & p, int64_t ncols, bool one, Column column) {
     const int64_t nb = p.n / UNIT;
-    const size_t act_size = one ? ptqtp_gemv_act_size(p.kernel) : sizeof(ptqtp_act);
+    const size_t act_size = one ? ptqtp_gemv_act_size(p.kernel, form()) : sizeof(ptqtp_act);
     const bool whole = ncols >= 4 * params->nth;
     const int64_t b0 = whole ? 0 : nb * params->ith / params->nth;
     const int64_t b1 = whole ? nb : nb * (params->ith + 1) / params->nth;
@@ -98,7 +109,7 @@ void quantize_columns(const ggml_compute_params * params, const product & p, int
         const float * x = column(c) + b0 * UNIT;
         char * dst = (char *) params->wdata + (size_t) (c * nb + b0) * act_size;
         if (one) {
-            ptqtp_gemv_quantize(p.kernel, x, dst, (b1 - b0) * UNIT);
+            ptqtp_gemv_quantize(p.kernel, form(), x, dst, (b1 - b0) * UNIT);
         } else {
             ptqtp_gemm_quantize(p.kernel, x, (ptqtp_act *) dst, (b1 - b0) * UNIT);
         }
@@ -151,8 +162,8 @@ class panel_traits : public ggml::cpu::tensor_traits {
         for (int64_t i = params->ith; i < work.count(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
             if (one) {
                 const int64_t panel0 = i * work.panel_step;
-                ptqtp_gemv(p.kernel, p.n, p.nrows, p.panels, panel0, std::min(panel0 + work.panel_step, work.npanels),
-                           acts, (float *) dst->data);
+                ptqtp_gemv(p.kernel, form(), p.n, p.nrows, p.panels, panel0,
+                           std::min(panel0 + work.panel_step, work.npanels), acts, (float *) dst->data);
             } else {
                 run_piece(
                     p, work, i, scratch, [&](int64_t c) { return acts + c * nb; },
@@ -173,7 +184,7 @@ class panel_traits : public ggml::cpu::tensor_traits {
         const int64_t nexperts = src0->ne[2], nused = ids->ne[0], ntokens = ids->ne[1];
         const int64_t ne11 = src1->ne[1], ncols = ggml_nrows(src1);
         const int64_t nb = p.n / UNIT;
-        const size_t expert_size = ptqtp_panels_size(p.nrows, p.n);
+        const size_t expert_size = ptqtp_panels_size(form(), p.nrows, p.n);
         const bool one = ncols == 1; // one token, and the experts share its activations
 
         char * scratch_base = aligned((char *) params->wdata + act_bytes(p.n, ncols));
@@ -235,7 +246,7 @@ class panel_traits : public ggml::cpu::tensor_traits {
                     const int64_t panel1 = std::min(panel0 + work.panel_step, work.npanels);
                     for (int64_t c = i / work.panel_steps * work.col_step;
                          c < std::min(count, (i / work.panel_steps + 1) * work.col_step); c++) {
-                        ptqtp_gemv(p.kernel, p.n, p.nrows, p.panels, panel0, panel1, acts, out(c));
+                        ptqtp_gemv(p.kernel, form(), p.n, p.nrows, p.panels, panel0, panel1, acts, out(c));
                     }
                 } else {
                     run_piece(
@@ -260,7 +271,7 @@ ggml_status init_tensor(ggml_backend_buffer_t, ggml_tensor * tensor) {
 
 template <typename Fn> void for_each_matrix(const ggml_tensor * t, Fn fn) {
     const size_t rows_size = (size_t) t->ne[1] * ggml_row_size(t->type, t->ne[0]);
-    const size_t panels_size = ptqtp_panels_size(t->ne[1], t->ne[0]);
+    const size_t panels_size = ptqtp_panels_size(form(), t->ne[1], t->ne[0]);
     for (int64_t i = 0; i < t->ne[2] * t->ne[3]; i++) {
         fn((char *) t->data + (size_t) i * panels_size, (size_t) i * rows_size);
     }
@@ -269,19 +280,19 @@ template <typename Fn> void for_each_matrix(const ggml_tensor * t, Fn fn) {
 void set_tensor(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
     GGML_ASSERT(t->type == GGML_TYPE_TP2_1 && offset == 0 && size == ggml_nbytes(t));
     for_each_matrix(t, [&](char * panels, size_t at) {
-        ptqtp_panels_from_rows((const char *) data + at, panels, 0, t->ne[1], t->ne[0]);
+        ptqtp_panels_from_rows(form(), (const char *) data + at, panels, 0, t->ne[1], t->ne[0]);
     });
 }
 
 void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
     GGML_ASSERT(t->type == GGML_TYPE_TP2_1 && offset == 0 && size == ggml_nbytes(t));
     for_each_matrix(t, [&](const char * panels, size_t at) {
-        ptqtp_rows_from_panels(panels, (char *) data + at, 0, t->ne[1], t->ne[0]);
+        ptqtp_rows_from_panels(form(), panels, (char *) data + at, 0, t->ne[1], t->ne[0]);
     });
 }
 
 const char * get_name(ggml_backend_buffer_type_t) {
-    return "CPU_PTQTP";
+    return form() == PTQTP_WIDE ? "CPU_PTQTP_WIDE" : "CPU_PTQTP";
 }
 
 // A token reads every page of the weights once: with small pages that is a miss of the address cache each.
@@ -318,7 +329,7 @@ size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * t) {
     if (t->type != GGML_TYPE_TP2_1) {
         return ggml_nbytes(t);
     }
-    return ptqtp_panels_size(t->ne[1], t->ne[0]) * (size_t) (t->ne[2] * t->ne[3]);
+    return ptqtp_panels_size(form(), t->ne[1], t->ne[0]) * (size_t) (t->ne[2] * t->ne[3]);
 }
 
 class panel_buffer_type : public ggml::cpu::extra_buffer_type {

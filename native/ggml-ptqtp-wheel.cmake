@@ -5,7 +5,11 @@
 set(PTQTP_LLAMA ${CMAKE_CURRENT_LIST_DIR}/../../..)
 set(PTQTP_PACKAGE ${SKBUILD_PLATLIB_DIR}/llama_cpp)
 
-set(PTQTP_TOOLS ggml-rpc-server)
+set(PTQTP_RPC_SERVER ggml-rpc-server)
+if (TARGET rpc-server) # llama-cpp-python 0.3.24
+    set(PTQTP_RPC_SERVER rpc-server)
+endif()
+set(PTQTP_TOOLS ${PTQTP_RPC_SERVER})
 set(PTQTP_LIBS ggml ggml-base ${GGML_AVAILABLE_BACKENDS} llama llama-common mtmd)
 foreach (tool bench cli completion imatrix perplexity quantize server)
     list(APPEND PTQTP_TOOLS llama-${tool})
@@ -38,7 +42,7 @@ install(TARGETS ${PTQTP_LIBS}
     PUBLIC_HEADER DESTINATION include COMPONENT headers
     PRIVATE_HEADER DESTINATION include COMPONENT headers)
 install(TARGETS ${PTQTP_TOOLS} RUNTIME DESTINATION ${PTQTP_PACKAGE}/bin COMPONENT llama_cpp)
-install(PROGRAMS $<TARGET_FILE:ggml-rpc-server> # under its older name too
+install(PROGRAMS $<TARGET_FILE:${PTQTP_RPC_SERVER}> # under its older name too
     DESTINATION ${PTQTP_PACKAGE}/bin RENAME rpc-server${CMAKE_EXECUTABLE_SUFFIX} COMPONENT llama_cpp)
 
 install(FILES ${PTQTP_LLAMA}/convert_hf_to_gguf.py ${PTQTP_LLAMA}/LICENSE

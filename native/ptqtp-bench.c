@@ -8,7 +8,8 @@
  *     quantize   512 rows of 1024 Gaussian weights
  *     dot        256 rows of 4096 against one activation row, row by row (459 KB of weights: in L2 on most machines)
  *     gemv       the same, in panels; gemm: the same with 128 columns, activations in L2 or L3
- *     act        quantizing activations for gemv and gemm
+ *     act        quantizing activations for gemv
+ *     ...-wide   the same for wide panels
  */
 #define _GNU_SOURCE
 #include "ptqtp.h"
@@ -152,7 +153,7 @@ int main(int argc, char ** argv) {
         printf("dot,%s,%d,%.1f\n", k[i].name, k[i].type, N / best * 1e-6);
     }
     enum { NCOLS = 128 };
-    uint8_t * panels = malloc(ptqtp_panels_size(ROWS, COLS));
+    uint8_t * panels = malloc(ptqtp_panels_size(PTQTP_WIDE, ROWS, COLS));
     ptqtp_act * acts = malloc(NCOLS * (COLS / 32) * sizeof *acts);
     void * one = malloc(COLS / 32 * 128);
     float * out = malloc(NCOLS * ROWS * sizeof *out);
@@ -162,7 +163,6 @@ int main(int argc, char ** argv) {
         return 1;
     }
     ptqtp_quantize_rows(PTQTP_TP2_1, PTQTP_SEARCH, x, NULL, w, ROWS, COLS);
-    ptqtp_panels_from_rows(w, panels, 0, ROWS, COLS);
     const struct ptqtp_panel_kernel * const * panel = ptqtp_panel_kernels(&count);
     for (int i = 0; i < count; i++) {
         if (!ptqtp_panel_kernel_supported(panel[i])) {
@@ -176,31 +176,31 @@ int main(int argc, char ** argv) {
             out_of[c] = out + c * ROWS;
             ptqtp_gemm_quantize(panel[i], x + c * COLS, acts + c * (COLS / 32), COLS);
         }
-        ptqtp_gemv_quantize(panel[i], x, one, COLS);
-        for (int what = 0; what < 4; what++) {
-            double best = 1e30;
-            const double end = now() + budget;
-            do {
-                const double t = now();
-                if (what == 0) {
-                    ptqtp_gemv(panel[i], COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, one, out);
-                } else if (what == 1) {
-                    ptqtp_gemm(panel[i], COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, NCOLS, act_of, out_of,
-                               scratch);
-                } else if (what == 2) {
-                    for (int c = 0; c < NCOLS; c++) {
-                        ptqtp_gemv_quantize(panel[i], x + c * COLS, one, COLS);
+        for (int form = PTQTP_PACKED; form <= PTQTP_WIDE; form++) {
+            ptqtp_panels_from_rows(form, w, panels, 0, ROWS, COLS);
+            ptqtp_gemv_quantize(panel[i], form, x, one, COLS);
+            for (int what = 0; what < 3; what++) {
+                double best = 1e30;
+                const double end = now() + budget;
+                do {
+                    const double t = now();
+                    if (what == 0) {
+                        ptqtp_gemv(panel[i], form, COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, one, out);
+                    } else if (what == 1) {
+                        ptqtp_gemm(panel[i], form, COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, NCOLS, act_of,
+                                   out_of, scratch);
+                    } else {
+                        for (int c = 0; c < NCOLS; c++) {
+                            ptqtp_gemv_quantize(panel[i], form, x + c * COLS, one, COLS);
+                        }
                     }
-                } else {
-                    for (int c = 0; c < NCOLS; c++) {
-                        ptqtp_gemm_quantize(panel[i], x + c * COLS, acts + c * (COLS / 32), COLS);
-                    }
-                }
-                best = fmin(best, now() - t);
-            } while (now() < end);
-            const char * const names[] = { "gemv", "gemm", "act_gemv", "act_gemm" };
-            const double work = what == 0 ? N : what == 1 ? (double) N * NCOLS : COLS * NCOLS;
-            printf("%s,%s,%d,%.1f\n", names[what], name, PTQTP_TP2_1, work / best * 1e-6);
+                    best = fmin(best, now() - t);
+                } while (now() < end);
+                const char * const names[] = { "gemv", "gemm", "act" };
+                const double work = what == 0 ? N : what == 1 ? (double) N * NCOLS : COLS * NCOLS;
+                printf("%s%s,%s,%d,%.1f\n", names[what], form == PTQTP_WIDE ? "-wide" : "", name, PTQTP_TP2_1,
+                       work / best * 1e-6);
+            }
         }
     }
     free(panels);

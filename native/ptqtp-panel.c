@@ -5,9 +5,11 @@
 
 #include <stdlib.h>
 
-size_t ptqtp_panels_size(int64_t nrows, int64_t n) {
+static const uint8_t quad_order[PTQTP_UNIT] = { PTQTP_QUAD_ORDER };
+
+size_t ptqtp_panels_size(int form, int64_t nrows, int64_t n) {
     const int64_t npanels = (nrows + PTQTP_PANEL_ROWS - 1) / PTQTP_PANEL_ROWS;
-    return (size_t) npanels * (size_t) (n / PTQTP_UNIT) * PTQTP_TILE_SIZE;
+    return (size_t) npanels * (size_t) (n / PTQTP_UNIT) * (size_t) ptqtp_tile_size(form);
 }
 
 static void tile_put(uint8_t * tile, int row, const ptqtp_unit * u) {
@@ -24,37 +26,74 @@ static void tile_get(const uint8_t * tile, int row, ptqtp_unit * u) {
     memcpy(&u->side, tile + 192 + 2 * row, 2);
 }
 
-void ptqtp_panels_from_rows(const void * rows, void * panels, int64_t first, int64_t nrows, int64_t n) {
+static void wide_put(uint8_t * tile, int row, const ptqtp_unit * u) {
+    uint8_t digits[PTQTP_UNIT], codes[PTQTP_UNIT];
+    ptqtp_unit_unpack(u, digits);
+    for (int i = 0; i < PTQTP_UNIT; i++) {
+        codes[i] = (uint8_t) (ptqtp_level[digits[quad_order[i]]] + 5);
+    }
+    for (int i = 0; i < 4; i++) {
+        for (int k = 0; k < 4; k++) {
+            tile[64 * i + 4 * row + k] = (uint8_t) (codes[4 * i + k] | codes[4 * (i + 4) + k] << 4);
+        }
+    }
+    tile[256 + row] = u->side;
+}
+
+static void wide_get(const uint8_t * tile, int row, ptqtp_unit * u) {
+    uint8_t digit_of[16] = { 0 }, digits[PTQTP_UNIT];
+    for (int d = 0; d < 9; d++) {
+        digit_of[ptqtp_level[d] + 5] = (uint8_t) d;
+    }
+    for (int i = 0; i < 4; i++) {
+        for (int k = 0; k < 4; k++) {
+            const uint8_t two = tile[64 * i + 4 * row + k];
+            digits[quad_order[4 * i + k]] = digit_of[two & 15];
+            digits[quad_order[4 * (i + 4) + k]] = digit_of[two >> 4];
+        }
+    }
+    ptqtp_unit_pack(digits, tile[256 + row], u);
+}
+
+void ptqtp_panels_from_rows(int form, const void * rows, void * panels, int64_t first, int64_t nrows, int64_t n) {
     const int64_t ntiles = n / PTQTP_UNIT;
     const ptqtp_unit * src = rows;
     ptqtp_unit zero;
-    static const uint8_t zeros[PTQTP_UNIT] = { 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4,
-                                               4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4 };
+    uint8_t zeros[PTQTP_UNIT];
+    memset(zeros, 4, sizeof zeros);
     ptqtp_unit_pack(zeros, 0, &zero);
-    uint8_t * panel = (uint8_t *) panels + ptqtp_panels_size(first, n);
+    uint8_t * panel = (uint8_t *) panels + ptqtp_panels_size(form, first, n);
     for (int64_t row = 0; row < nrows; row += PTQTP_PANEL_ROWS) {
-        for (int64_t t = 0; t < ntiles; t++, panel += PTQTP_TILE_SIZE) {
+        for (int64_t t = 0; t < ntiles; t++, panel += ptqtp_tile_size(form)) {
             for (int r = 0; r < PTQTP_PANEL_ROWS; r++) {
-                tile_put(panel, r, row + r < nrows ? &src[(row + r) * ntiles + t] : &zero);
+                const ptqtp_unit * u = row + r < nrows ? &src[(row + r) * ntiles + t] : &zero;
+                if (form == PTQTP_WIDE) {
+                    wide_put(panel, r, u);
+                } else {
+                    tile_put(panel, r, u);
+                }
             }
         }
     }
 }
 
-void ptqtp_rows_from_panels(const void * panels, void * rows, int64_t first, int64_t nrows, int64_t n) {
+void ptqtp_rows_from_panels(int form, const void * panels, void * rows, int64_t first, int64_t nrows, int64_t n) {
     const int64_t ntiles = n / PTQTP_UNIT;
     ptqtp_unit * dst = rows;
     for (int64_t row = first; row < first + nrows; row++) {
-        const uint8_t * panel = (const uint8_t *) panels + row / PTQTP_PANEL_ROWS * ntiles * (int64_t) PTQTP_TILE_SIZE;
-        for (int64_t t = 0; t < ntiles; t++) {
-            tile_get(panel + t * PTQTP_TILE_SIZE, (int) (row % PTQTP_PANEL_ROWS), dst++);
+        const uint8_t * tile = (const uint8_t *) panels + row / PTQTP_PANEL_ROWS * ntiles * ptqtp_tile_size(form);
+        const int r = (int) (row % PTQTP_PANEL_ROWS);
+        for (int64_t t = 0; t < ntiles; t++, tile += ptqtp_tile_size(form), dst++) {
+            if (form == PTQTP_WIDE) {
+                wide_get(tile, r, dst);
+            } else {
+                tile_get(tile, r, dst);
+            }
         }
     }
 }
 
 /* ---- the scalar reference ---- */
-
-static const uint8_t quad_order[PTQTP_UNIT] = { PTQTP_QUAD_ORDER };
 
 static void quantize_scalar(const float * x, ptqtp_act * acts, int64_t n) {
     ptqtp_quantize_quads(x, acts, n);
@@ -81,6 +120,18 @@ static void unpack_scalar(int64_t ntiles, const void * tiles, uint8_t * codes, f
     }
 }
 
+static void unpack_wide_scalar(int64_t ntiles, const void * tiles, uint8_t * codes, float * scales) {
+    const uint8_t * tile = tiles;
+    for (int64_t t = 0; t < ntiles; t++, tile += PTQTP_WIDE_TILE_SIZE, scales += PTQTP_PANEL_ROWS) {
+        for (int r = 0; r < PTQTP_PANEL_ROWS; r++, codes += PTQTP_UNIT) {
+            scales[r] = ptqtp_scale_value(tile[256 + r]);
+            for (int k = 0; k < PTQTP_UNIT; k++) {
+                codes[k] = tile[64 * (k / 4 % 4) + 4 * r + k % 4] >> (k < 16 ? 0 : 4) & 15;
+            }
+        }
+    }
+}
+
 static void gemm_scalar(int64_t ntiles, const uint8_t * codes, const float * scales, int ncols,
                         const ptqtp_act * const * acts, float * const * y, bool add) {
     for (int c = 0; c < ncols; c++) {
@@ -99,28 +150,34 @@ static void gemm_scalar(int64_t ntiles, const uint8_t * codes, const float * sca
     }
 }
 
-static void gemv_scalar(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
+static void gemv_any_scalar(int form, int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
     const uint8_t * tile = panels;
     const ptqtp_act * a = acts;
     for (int64_t p = 0; p < npanels; p++, y += PTQTP_PANEL_ROWS) {
-        for (int64_t t = 0; t < n / PTQTP_UNIT; t++, tile += PTQTP_TILE_SIZE) {
+        for (int64_t t = 0; t < n / PTQTP_UNIT; t++, tile += ptqtp_tile_size(form)) {
             uint8_t codes[PTQTP_CODES_SIZE];
             float scales[PTQTP_PANEL_ROWS];
             const ptqtp_act * const one = a + t;
-            unpack_scalar(1, tile, codes, scales);
+            (form == PTQTP_WIDE ? unpack_wide_scalar : unpack_scalar)(1, tile, codes, scales);
             gemm_scalar(1, codes, scales, 1, &one, &y, t > 0);
         }
     }
 }
 
+static void gemv_scalar(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
+    gemv_any_scalar(PTQTP_PACKED, n, npanels, panels, acts, y);
+}
+
+static void gemv_wide_scalar(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
+    gemv_any_scalar(PTQTP_WIDE, n, npanels, panels, acts, y);
+}
+
 const struct ptqtp_panel_kernel ptqtp_panel_scalar = {
     .name = "scalar",
     .supported = ptqtp_cpu_scalar,
-    .gemv_act_size = sizeof(ptqtp_act),
-    .gemv_quantize = gemv_quantize_scalar,
     .gemm_quantize = quantize_scalar,
-    .gemv = gemv_scalar,
-    .unpack = unpack_scalar,
+    .form = { { sizeof(ptqtp_act), gemv_quantize_scalar, gemv_scalar, unpack_scalar },
+              { sizeof(ptqtp_act), gemv_quantize_scalar, gemv_wide_scalar, unpack_wide_scalar } },
     .gemm = gemm_scalar,
     .max_cols = 8,
 };
@@ -164,12 +221,12 @@ bool ptqtp_panel_kernel_supported(const struct ptqtp_panel_kernel * k) {
     return k->supported();
 }
 
-size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k) {
-    return k->gemv_act_size;
+size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k, int form) {
+    return k->form[form].gemv_act_size;
 }
 
-void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, const float * x, void * acts, int64_t n) {
-    k->gemv_quantize(x, acts, n);
+void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, int form, const float * x, void * acts, int64_t n) {
+    k->form[form].gemv_quantize(x, acts, n);
 }
 
 void ptqtp_gemm_quantize(const struct ptqtp_panel_kernel * k, const float * x, ptqtp_act * acts, int64_t n) {
@@ -178,17 +235,17 @@ void ptqtp_gemm_quantize(const struct ptqtp_panel_kernel * k, const float * x, p
 
 /* ---- loops over panels ---- */
 
-void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int64_t n, int64_t nrows, const void * panels, int64_t panel0,
-                int64_t panel1, const void * acts, float * y) {
-    const int64_t panel_size = n / PTQTP_UNIT * PTQTP_TILE_SIZE;
+void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_t nrows, const void * panels,
+                int64_t panel0, int64_t panel1, const void * acts, float * y) {
+    const int64_t panel_size = n / PTQTP_UNIT * ptqtp_tile_size(form);
     const uint8_t * src = (const uint8_t *) panels + panel0 * panel_size;
     const int64_t whole = nrows / PTQTP_PANEL_ROWS < panel1 ? nrows / PTQTP_PANEL_ROWS : panel1;
     if (whole > panel0) {
-        k->gemv(n, whole - panel0, src, acts, y + panel0 * PTQTP_PANEL_ROWS);
+        k->form[form].gemv(n, whole - panel0, src, acts, y + panel0 * PTQTP_PANEL_ROWS);
     }
     if (whole < panel1 && whole >= panel0) { /* the matrix' last panel, partly filled */
         float last[PTQTP_PANEL_ROWS];
-        k->gemv(n, 1, src + (whole - panel0) * panel_size, acts, last);
+        k->form[form].gemv(n, 1, src + (whole - panel0) * panel_size, acts, last);
         memcpy(y + whole * PTQTP_PANEL_ROWS, last, (size_t) (nrows - whole * PTQTP_PANEL_ROWS) * sizeof(float));
     }
 }
@@ -200,8 +257,9 @@ enum {
 };
 PTQTP_STATIC_ASSERT(PTQTP_GEMM_SCRATCH == BLOCK_PANELS * BLOCK_TILES * (PTQTP_CODES_SIZE + 64), "scratch size");
 
-void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int64_t n, int64_t nrows, const void * panels, int64_t panel0,
-                int64_t panel1, int64_t ncols, const ptqtp_act * const * acts, float * const * y, void * scratch) {
+void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_t nrows, const void * panels,
+                int64_t panel0, int64_t panel1, int64_t ncols, const ptqtp_act * const * acts, float * const * y,
+                void * scratch) {
     const int64_t all_tiles = n / PTQTP_UNIT;
     uint8_t * codes = scratch;
     float * scales = (float *) (codes + BLOCK_PANELS * BLOCK_TILES * PTQTP_CODES_SIZE);
@@ -210,9 +268,9 @@ void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int64_t n, int64_t nrows, c
         for (int64_t t0 = 0; t0 < all_tiles; t0 += BLOCK_TILES) {
             const int64_t nt = all_tiles - t0 < BLOCK_TILES ? all_tiles - t0 : BLOCK_TILES;
             for (int64_t p = 0; p < np; p++) {
-                const uint8_t * tiles = (const uint8_t *) panels + ((p0 + p) * all_tiles + t0) * PTQTP_TILE_SIZE;
-                k->unpack(nt, tiles, codes + p * BLOCK_TILES * PTQTP_CODES_SIZE,
-                          scales + p * BLOCK_TILES * PTQTP_PANEL_ROWS);
+                const uint8_t * tiles = (const uint8_t *) panels + ((p0 + p) * all_tiles + t0) * ptqtp_tile_size(form);
+                k->form[form].unpack(nt, tiles, codes + p * BLOCK_TILES * PTQTP_CODES_SIZE,
+                                     scales + p * BLOCK_TILES * PTQTP_PANEL_ROWS);
             }
             for (int64_t c0 = 0; c0 < ncols; c0 += k->max_cols) {
                 const int nc = ncols - c0 < k->max_cols ? (int) (ncols - c0) : k->max_cols;

@@ -17,19 +17,24 @@
 struct ptqtp_panel_kernel {
     const char * name;
     bool (*supported)(void);
-    size_t gemv_act_size; /* bytes of a block of 32 activations as gemv wants it */
-    void (*gemv_quantize)(const float * x, void * acts, int64_t n);
     void (*gemm_quantize)(const float * x, ptqtp_act * acts, int64_t n);
-    /* y: 16 floats for each of npanels panels */
-    void (*gemv)(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y);
-    /* ntiles tiles of one panel -> PTQTP_CODES_SIZE bytes and 16 scales each. The order of the codes is the kernel's
-     * own. */
-    void (*unpack)(int64_t ntiles, const void * tiles, uint8_t * codes, float * scales);
+    struct {                  /* for packed and for wide panels */
+        size_t gemv_act_size; /* bytes of a block of 32 activations as gemv wants it */
+        void (*gemv_quantize)(const float * x, void * acts, int64_t n);
+        /* y: 16 floats for each of npanels panels */
+        void (*gemv)(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y);
+        /* ntiles tiles of one panel -> PTQTP_CODES_SIZE bytes and 16 scales each. The codes are the kernel's own. */
+        void (*unpack)(int64_t ntiles, const void * tiles, uint8_t * codes, float * scales);
+    } form[2];
     /* y[c][0..15] (+)= sum over ntiles tiles, for c < ncols <= max_cols */
     void (*gemm)(int64_t ntiles, const uint8_t * codes, const float * scales, int ncols, const ptqtp_act * const * acts,
                  float * const * y, bool add);
     int max_cols;
 };
+
+static inline int64_t ptqtp_tile_size(int form) {
+    return form == PTQTP_WIDE ? PTQTP_WIDE_TILE_SIZE : PTQTP_TILE_SIZE;
+}
 
 /* ptqtp_act.q[i] belongs to weight order[i] */
 #define PTQTP_QUAD_ORDER                                                                                               \

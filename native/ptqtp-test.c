@@ -369,6 +369,7 @@ static void test_kernels(void) {
 /* ---- panels ---- */
 
 static const struct ptqtp_panel_kernel * panel_kernel;
+static int form;
 
 /* Integer activations with a 127 in each block quantize to themselves, d = 1; with unit scales every result is an
  * integer and must be equal. block >= 0: all other blocks are 0, so that a lane that leaks shows. */
@@ -376,14 +377,14 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
     enum { NCOLS = 19 };
     const struct ptqtp_panel_kernel * k = panel_kernel;
     const int64_t nb = n / 32, npanels = (nrows + 15) / 16;
-    const size_t row_bytes = (size_t) nb * 14, size = ptqtp_panels_size(nrows, n);
-    CHECK(size == (size_t) npanels * 16 * row_bytes, "panels_size");
+    const size_t row_bytes = (size_t) nb * 14, size = ptqtp_panels_size(form, nrows, n);
+    CHECK(size == (size_t) (npanels * nb * (form == PTQTP_WIDE ? 272 : 224)), "panels_size");
     uint8_t *digits = malloc((size_t) (nrows * n)), *codes = malloc((size_t) (nrows * nb));
     uint8_t *rows = malloc((size_t) nrows * row_bytes), *back = malloc((size_t) nrows * row_bytes);
     float *x = malloc((size_t) n * sizeof(float)), *want = calloc((size_t) (nrows * NCOLS), sizeof(float));
     CHECK(digits && codes && rows && back && x && want, "malloc");
     uint8_t * panels = guarded(size);
-    uint8_t * gemv_acts = guarded((size_t) nb * ptqtp_gemv_act_size(k));
+    uint8_t * gemv_acts = guarded((size_t) nb * ptqtp_gemv_act_size(k, form));
     ptqtp_act * acts = (ptqtp_act *) guarded(NCOLS * (size_t) nb * sizeof(ptqtp_act));
     float * y = (float *) guarded((size_t) (nrows * NCOLS) * sizeof(float));
     uint8_t * scratch = guarded(PTQTP_GEMM_SCRATCH);
@@ -393,15 +394,15 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
     }
     memset(codes, 0xf0, (size_t) (nrows * nb)); /* 1.0 */
     ptqtp_pack_tp2_1(digits, codes, rows, nrows * n);
-    ptqtp_panels_from_rows(rows, panels, 0, nrows, n);
-    ptqtp_rows_from_panels(panels, back, 0, nrows, n);
+    ptqtp_panels_from_rows(form, rows, panels, 0, nrows, n);
+    ptqtp_rows_from_panels(form, panels, back, 0, nrows, n);
     CHECK(!memcmp(rows, back, (size_t) nrows * row_bytes), "panels and back");
     if (nrows > 20) {
-        ptqtp_rows_from_panels(panels, back, 17, 3, n);
+        ptqtp_rows_from_panels(form, panels, back, 17, 3, n);
         CHECK(!memcmp(rows + 17 * row_bytes, back, 3 * row_bytes), "rows 17..19 from panels");
         memset(panels, 0, size); /* in two parts, as a thread or an expert at a time */
-        ptqtp_panels_from_rows(rows, panels, 0, 16, n);
-        ptqtp_panels_from_rows(rows + 16 * row_bytes, panels, 16, nrows - 16, n);
+        ptqtp_panels_from_rows(form, rows, panels, 0, 16, n);
+        ptqtp_panels_from_rows(form, rows + 16 * row_bytes, panels, 16, nrows - 16, n);
     }
     const ptqtp_act * act_of[NCOLS];
     float * y_of[NCOLS];
@@ -414,7 +415,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
         y_of[c] = y + c * nrows;
         ptqtp_gemm_quantize(k, x, acts + c * nb, n);
         if (c == 0) {
-            ptqtp_gemv_quantize(k, x, gemv_acts, n);
+            ptqtp_gemv_quantize(k, form, x, gemv_acts, n);
         }
         if (fill == 2 && c == 1) { /* the most negative code, which no quantizer makes */
             for (int64_t i = 0; i < nb; i++) {
@@ -438,7 +439,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
         for (int64_t p1 = p0; p1 <= npanels; p1 += 1 + npanels / 2) {
             memset(y, 0x5a, (size_t) nrows * sizeof(float));
             const int64_t r0 = p0 * 16, r1 = p1 * 16 < nrows ? p1 * 16 : nrows;
-            ptqtp_gemv(k, n, nrows, panels, p0, p1, gemv_acts, y);
+            ptqtp_gemv(k, form, n, nrows, panels, p0, p1, gemv_acts, y);
             for (int64_t r = 0; r < nrows; r++) {
                 float untouched;
                 memset(&untouched, 0x5a, sizeof untouched);
@@ -450,7 +451,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
     }
     for (int ncols = 1; ncols <= NCOLS; ncols += n > 1000 ? 6 : 1) {
         memset(y, 0, (size_t) (nrows * NCOLS) * sizeof(float));
-        ptqtp_gemm(k, n, nrows, panels, 0, npanels, ncols, act_of, y_of, scratch);
+        ptqtp_gemm(k, form, n, nrows, panels, 0, npanels, ncols, act_of, y_of, scratch);
         for (int64_t i = 0; i < nrows * ncols; i++) {
             CHECK(y[i] == want[i], "%s gemm, n %d, %d columns, column %d, row %d, fill %d: %.1f, expected %.1f",
                   ptqtp_panel_kernel_name(k), (int) n, ncols, (int) (i / nrows), (int) (i % nrows), fill, y[i],
@@ -458,7 +459,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
         }
     }
     release(panels, size);
-    release(gemv_acts, (size_t) nb * ptqtp_gemv_act_size(k));
+    release(gemv_acts, (size_t) nb * ptqtp_gemv_act_size(k, form));
     release((uint8_t *) acts, NCOLS * (size_t) nb * sizeof(ptqtp_act));
     release((uint8_t *) y, (size_t) (nrows * NCOLS) * sizeof(float));
     release(scratch, PTQTP_GEMM_SCRATCH);
@@ -479,15 +480,18 @@ static void check_panels_any_bytes(int64_t n, int64_t nrows) {
     const struct ptqtp_panel_kernel * const * all = ptqtp_panel_kernels(&count);
     const struct ptqtp_panel_kernel * scalar = all[count - 1];
     const int64_t nb = n / 32, npanels = (nrows + 15) / 16;
-    const size_t size = ptqtp_panels_size(nrows, n), scalar_act = ptqtp_gemv_act_size(scalar);
+    const size_t size = ptqtp_panels_size(form, nrows, n), scalar_act = ptqtp_gemv_act_size(scalar, form);
     uint8_t *panels = guarded(size), *scratch = guarded(PTQTP_GEMM_SCRATCH);
-    uint8_t * one = guarded((size_t) nb * ptqtp_gemv_act_size(k));
+    uint8_t * one = guarded((size_t) nb * ptqtp_gemv_act_size(k, form));
     uint8_t * one_ref = guarded((size_t) nb * scalar_act);
     ptqtp_act acts[NCOLS][32], ref[NCOLS][32];
     float x[NCOLS][32 * 32], y[NCOLS + 1][64], want[NCOLS + 1][64];
     CHECK(nb <= 32 && nrows <= 64, "test sizes");
     for (size_t i = 0; i < size; i++) {
         panels[i] = (uint8_t) rnd();
+        if (form == PTQTP_WIDE && i % 272 < 256) { /* a code is 0 to 10 */
+            panels[i] = (uint8_t) (rnd() % 11 | rnd() % 11 << 4);
+        }
     }
     const ptqtp_act *act_of[NCOLS], *ref_of[NCOLS];
     float *y_of[NCOLS], *want_of[NCOLS];
@@ -509,12 +513,12 @@ static void check_panels_any_bytes(int64_t n, int64_t nrows) {
               ptqtp_panel_kernel_name(k));
         act_of[c] = acts[c], ref_of[c] = ref[c], y_of[c] = y[c], want_of[c] = want[c];
     }
-    ptqtp_gemm(k, n, nrows, panels, 0, npanels, NCOLS, act_of, y_of, scratch);
-    ptqtp_gemm(scalar, n, nrows, panels, 0, npanels, NCOLS, ref_of, want_of, scratch);
-    ptqtp_gemv_quantize(k, x[0], one, n);
-    ptqtp_gemv_quantize(scalar, x[0], one_ref, n);
-    ptqtp_gemv(k, n, nrows, panels, 0, npanels, one, y[NCOLS]);
-    ptqtp_gemv(scalar, n, nrows, panels, 0, npanels, one_ref, want[NCOLS]);
+    ptqtp_gemm(k, form, n, nrows, panels, 0, npanels, NCOLS, act_of, y_of, scratch);
+    ptqtp_gemm(scalar, form, n, nrows, panels, 0, npanels, NCOLS, ref_of, want_of, scratch);
+    ptqtp_gemv_quantize(k, form, x[0], one, n);
+    ptqtp_gemv_quantize(scalar, form, x[0], one_ref, n);
+    ptqtp_gemv(k, form, n, nrows, panels, 0, npanels, one, y[NCOLS]);
+    ptqtp_gemv(scalar, form, n, nrows, panels, 0, npanels, one_ref, want[NCOLS]);
     for (int c = 0; c <= NCOLS; c++) {
         for (int64_t r = 0; r < nrows; r++) {
             CHECK(fabs((double) y[c][r] - want[c][r]) <= bound, "%s, n %d, column %d, row %d: %g, reference %g",
@@ -526,13 +530,13 @@ static void check_panels_any_bytes(int64_t n, int64_t nrows) {
         x[0][5] = bad[i];
         ptqtp_gemm_quantize(k, x[0], acts[0], n);
         CHECK(isnan(acts[0][0].d), "a block with Inf or NaN is marked");
-        ptqtp_gemv_quantize(k, x[0], one, n);
-        ptqtp_gemv(k, n, nrows, panels, 0, npanels, one, y[0]);
+        ptqtp_gemv_quantize(k, form, x[0], one, n);
+        ptqtp_gemv(k, form, n, nrows, panels, 0, npanels, one, y[0]);
         CHECK(isnan(y[0][0]) && isnan(y[0][nrows - 1]), "Inf and NaN reach the result");
     }
     release(panels, size);
     release(scratch, PTQTP_GEMM_SCRATCH);
-    release(one, (size_t) nb * ptqtp_gemv_act_size(k));
+    release(one, (size_t) nb * ptqtp_gemv_act_size(k, form));
     release(one_ref, (size_t) nb * scalar_act);
 }
 
@@ -545,20 +549,22 @@ static void test_panels(void) {
             printf("not on this CPU: panels, %s\n", ptqtp_panel_kernel_name(panel_kernel));
             continue;
         }
-        for (int64_t blocks = 1; blocks <= 19; blocks += 1 + blocks / 4) {
-            for (int64_t nrows = 1; nrows <= 64; nrows += 21) {
-                for (int fill = 0; fill < 3; fill++) {
-                    check_panels(blocks * 32, nrows, fill, -1);
+        for (form = PTQTP_PACKED; form <= PTQTP_WIDE; form++) {
+            for (int64_t blocks = 1; blocks <= 19; blocks += 1 + blocks / 4) {
+                for (int64_t nrows = 1; nrows <= 64; nrows += 21) {
+                    for (int fill = 0; fill < 3; fill++) {
+                        check_panels(blocks * 32, nrows, fill, -1);
+                    }
+                    check_panels(blocks * 32, nrows, 0, (int64_t) rnd() % blocks);
                 }
-                check_panels(blocks * 32, nrows, 0, (int64_t) rnd() % blocks);
+                for (int k = 0; k < 5; k++) {
+                    check_panels_any_bytes(blocks * 32, 1 + rnd() % 64);
+                }
             }
-            for (int k = 0; k < 5; k++) {
-                check_panels_any_bytes(blocks * 32, 1 + rnd() % 64);
+            const int64_t rows[] = { 576, 640, 896, 1536, 4864 };
+            for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
+                check_panels(rows[r], 176, 0, -1); /* more than the panels of a block, and whole ones */
             }
-        }
-        const int64_t rows[] = { 576, 640, 896, 1536, 4864 };
-        for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
-            check_panels(rows[r], 176, 0, -1); /* more than the panels of a block, and whole ones */
         }
         printf("panel kernel ok: %s\n", ptqtp_panel_kernel_name(panel_kernel));
         ran++;

@@ -163,6 +163,14 @@ PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
 #define PTQTP_PANEL_ROWS 16
 #define PTQTP_TILE_SIZE 224
 
+/* Wide panels, on request, for machines that compute slower than they read: the levels as 4-bit codes (level + 5), no
+ * digits to decode, 4.25 bits a weight. A tile is 272 bytes, the quads being those of ptqtp-panel.h:
+ *     byte  64*i + 4*row .. +3   (i = 0 .. 3)    quad i of the row in the low four bits, quad i+4 in the high ones
+ *     byte 256 + row                             scale code */
+#define PTQTP_WIDE_TILE_SIZE 272
+
+enum ptqtp_form { PTQTP_PACKED = 0, PTQTP_WIDE = 1 };
+
 /* A block of 32 activations: a = d * q. q is in the order in which kernels decode weights (see ptqtp-panel.h);
  * bias = -5 * sum of q, because decoded levels are stored with 5 added. */
 typedef struct {
@@ -174,10 +182,14 @@ PTQTP_STATIC_ASSERT(sizeof(ptqtp_act) == 4 + 4 + 32, "wrong activation block siz
 
 struct ptqtp_panel_kernel; /* one instruction set: ptqtp-panel.h */
 
-PTQTP_API size_t ptqtp_panels_size(int64_t nrows, int64_t n); /* bytes */
-/* rows first .. first+nrows-1 of TP2_1, n weights each, into panels, or out of them. first a multiple of 16. */
-PTQTP_API void ptqtp_panels_from_rows(const void * rows, void * panels, int64_t first, int64_t nrows, int64_t n);
-PTQTP_API void ptqtp_rows_from_panels(const void * panels, void * rows, int64_t first, int64_t nrows, int64_t n);
+/* form: enum ptqtp_form, the same in all calls for a matrix */
+PTQTP_API size_t ptqtp_panels_size(int form, int64_t nrows, int64_t n); /* bytes */
+/* rows first .. first+nrows-1 of TP2_1, n weights each, into panels (first a multiple of 16), or out of them: the same
+ * bytes again, if they are bytes that a packer writes. */
+PTQTP_API void ptqtp_panels_from_rows(int form, const void * rows, void * panels, int64_t first, int64_t nrows,
+                                      int64_t n);
+PTQTP_API void ptqtp_rows_from_panels(int form, const void * panels, void * rows, int64_t first, int64_t nrows,
+                                      int64_t n);
 
 /* All panel kernels built for this architecture, best first; the one in use, chosen like ptqtp_kernel_for's. */
 PTQTP_API const struct ptqtp_panel_kernel * const * ptqtp_panel_kernels(int * count);
@@ -187,16 +199,17 @@ PTQTP_API bool ptqtp_panel_kernel_supported(const struct ptqtp_panel_kernel * k)
 
 /* x: n floats -> n/32 blocks of ptqtp_act (many columns), or of ptqtp_gemv_act_size() bytes (one column). Rounds to
  * nearest even; d = max|x|/127. A block that holds Inf or NaN gets d = NaN. */
-PTQTP_API size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k);
-PTQTP_API void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, const float * x, void * acts, int64_t n);
+PTQTP_API size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k, int form);
+PTQTP_API void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, int form, const float * x, void * acts,
+                                   int64_t n);
 PTQTP_API void ptqtp_gemm_quantize(const struct ptqtp_panel_kernel * k, const float * x, ptqtp_act * acts, int64_t n);
 
 /* y[row] = row . x for the rows of panels panel0 .. panel1-1, of a matrix of nrows rows; y is the whole column. */
-PTQTP_API void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int64_t n, int64_t nrows, const void * panels,
+PTQTP_API void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_t nrows, const void * panels,
                           int64_t panel0, int64_t panel1, const void * acts, float * y);
 /* The same for ncols columns: acts[c] and y[c] are one column each. scratch: PTQTP_GEMM_SCRATCH bytes, 64-aligned. */
 #define PTQTP_GEMM_SCRATCH 73728
-PTQTP_API void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int64_t n, int64_t nrows, const void * panels,
+PTQTP_API void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_t nrows, const void * panels,
                           int64_t panel0, int64_t panel1, int64_t ncols, const ptqtp_act * const * acts,
                           float * const * y, void * scratch);
 
