@@ -1,4 +1,5 @@
 /* What this CPU can do, asked at run time: one function for each name in ptqtp-kernels.inc. */
+#define _GNU_SOURCE
 #include "ptqtp-kernels.h"
 
 bool ptqtp_cpu_scalar(void) {
@@ -6,6 +7,12 @@ bool ptqtp_cpu_scalar(void) {
 }
 
 #ifdef PTQTP_X86
+
+#    include <cpuid.h>
+#    if defined(__linux__)
+#        include <sys/syscall.h>
+#        include <unistd.h>
+#    endif
 
 bool ptqtp_cpu_ssse3(void) {
     return __builtin_cpu_supports("ssse3");
@@ -30,6 +37,20 @@ bool ptqtp_cpu_avx512bw(void) {
 
 bool ptqtp_cpu_avx512vnni(void) {
     return ptqtp_cpu_avx512bw() && __builtin_cpu_supports("avx512vnni");
+}
+
+/* The tile registers are large: Linux gives them to a process that asks. */
+bool ptqtp_cpu_amx(void) {
+    unsigned a, b, c, d;
+    if (!ptqtp_cpu_avx512vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) {
+        return false;
+    }
+#    if defined(__linux__) && defined(__x86_64__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#    else
+    return false;
+#    endif
 }
 
 #endif

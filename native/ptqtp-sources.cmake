@@ -12,7 +12,8 @@ set(PTQTP_X86_FILES
     "ptqtp-panel-avx2.c:-mavx2 -mfma"
     "ptqtp-panel-avxvnni.c:-mavx2 -mfma -mavxvnni"
     "ptqtp-panel-avx512bw.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"
-    "ptqtp-panel-avx512vnni.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma")
+    "ptqtp-panel-avx512vnni.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma"
+    "ptqtp-panel-amx.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mamx-tile -mamx-int8")
 set(PTQTP_ARM64_FILES
     "ptqtp-dot-neon.c:-march=armv8-a"
     "ptqtp-dot-neon-dotprod.c:-march=armv8.2-a+dotprod"

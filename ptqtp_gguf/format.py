@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORMAT_VERSION = 0  # 0 = draft; frozen as 1 once the kernels' bake-off has chosen the layout
+FORMAT_VERSION = 1
 
 UNIT = 32  # weights a unit
 UNIT_WORDS = 6  # uint16 words of five digits a unit; a remainder byte holds the last two

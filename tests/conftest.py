@@ -80,6 +80,26 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral of two layers, four experts of which two are used, with the demo model's tokenizer."""
+    import torch
+    import transformers
+
+    demo = demo_folder()
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-moe"
+    config = transformers.MixtralConfig(
+        vocab_size=49152, hidden_size=128, intermediate_size=224, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
+        tie_word_embeddings=False, initializer_range=0.08, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((demo / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     return demo_folder()
 

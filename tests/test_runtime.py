@@ -146,7 +146,10 @@ def mean_kld(a: Path, b: Path, folder: Path, *args: str, env: dict[str, str] | N
     return abs(float(found.group(1))), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kernel", ["scalar", "avx2", "neon_dotprod"])
+KERNELS = sorted({name for name, _, _ in native.kernels()} | {"neon_dotprod", "avx2"})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_forced_kernels_agree(demo_files: dict[str, Path], kernel: str, tmp_path: Path) -> None:
     """Only the order of float sums differs between kernels; the runtime says which one it uses."""
     if not any(name == kernel and ok for name, _, ok in native.kernels()):
@@ -163,6 +166,34 @@ def test_an_unknown_kernel_is_an_error(demo_files: dict[str, Path]) -> None:
     done = tool("llama-completion", *args, env={"PTQTP_KERNEL": "doesnotexist"})
     assert done.returncode != 0
     assert "PTQTP_KERNEL" in done.stderr and "doesnotexist" in done.stderr
+
+
+# ---- panels ----
+
+
+def test_panels_rows_and_wide_panels_agree(demo_files: dict[str, Path], tmp_path: Path) -> None:
+    """The same weights row by row, interleaved (the default), and expanded to 4-bit codes at load."""
+    ours = demo_files["ours"]
+    for args, env, buffer in (
+        (["-v"], {}, "CPU_PTQTP model buffer"),
+        (["-v"], {"PTQTP_EXPAND": "1"}, "CPU_PTQTP_WIDE model buffer"),
+        (["-v", "--no-repack"], {}, None),
+    ):
+        kld, log = mean_kld(ours, ours, tmp_path, *args, env=env)
+        assert kld < SAME_LOGITS
+        assert buffer in log if buffer else "PTQTP model buffer" not in log and "PTQTP_WIDE model" not in log
+
+
+def test_experts_agree_with_the_row_path(moe_checkpoint: Path, tmp_path: Path) -> None:
+    """MUL_MAT_ID on panels: many tokens at once, and one by one, against the same file without panels."""
+    ours, exact = tmp_path / "ours.gguf", tmp_path / "exact.gguf"
+    convert.convert(moe_checkpoint, ours, Options(keep_bf16=exact))
+    with Reader(ours) as r:
+        assert sum(t.type == fmt.TP2_1.id and len(t.shape) == 3 for t in r.tensors) == 6
+    quantizing = mean_kld(exact, ours, tmp_path)[0]
+    for args in (["--no-repack"], ["-ub", "1"], ["-ub", "3"]):
+        assert mean_kld(ours, ours, tmp_path, *args)[0] < quantizing / 20
+    assert mean_kld(ours, ours, tmp_path, "-ub", "1", env={"PTQTP_EXPAND": "1"})[0] < quantizing / 20
 
 
 # ---- llama.cpp's own tools ----

@@ -72,11 +72,15 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kernel", action="append", default=[], help="also FILE with this kernel forced")
+    parser.add_argument("--wide", action="store_true", help="also FILE expanded to wide panels")
+    parser.add_argument("--also", type=Path, help="another file of ours, such as one with the head in the peer's type")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     ours = runtime.tool("llama-bench")
     rows = [Row("TP2_1", args.file, ours)]
+    rows += [Row("TP2_1 wide", args.file, ours, {"PTQTP_EXPAND": "1"})] if args.wide else []
     rows += [Row(f"TP2_1 {name}", args.file, ours, {"PTQTP_KERNEL": name}) for name in args.kernel]
+    rows += [Row("TP2_1, other head", args.also, ours)] if args.also else []
     for peer in args.peers:
         label, _, path = peer.partition("=")
         rows.append(Row(label, Path(path), args.stock / "llama-bench"))

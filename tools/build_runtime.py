@@ -3,6 +3,8 @@
 
     sdist (patches/UPSTREAM) -> check SHA-256 -> extract -> patches/*.patch -> native/ -> pip wheel
 
+With --upstream VERSION, UPSTREAM and the patches in patches/older/VERSION stand in for those of the same name.
+
 One CMake tree makes the Python bindings' libraries and llama.cpp's tools; both lie in the wheel, with the converter.
 A second run compiles what changed, or nothing. Needs a C++ compiler, git (or patch), and in this Python: pip,
 scikit-build-core, cmake and ninja. The build itself uses no network.
@@ -50,8 +52,9 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Upstream:
-    """The file patches/UPSTREAM."""
+    """A file UPSTREAM: of patches/, or of an older version's folder below it."""
 
+    folder: Path
     package: str
     version: str
     sdist: str
@@ -63,27 +66,49 @@ class Upstream:
     def wheel_version(self) -> str:
         return f"{self.version}+{self.local}"
 
+    @property
+    def patches(self) -> list[Path]:
+        """patches/*.patch, or the older version's own file of that name."""
+        files = {path.name: path for place in (PATCHES, self.folder) for path in place.glob("[0-9]*.patch")}
+        return [files[name] for name in sorted(files)]
 
-def read_upstream(path: Path = PATCHES / "UPSTREAM") -> Upstream:
+    def home(self, build: Path) -> Path:
+        """Where tree, objects and wheels lie: an older version's apart."""
+        return build if self.folder == PATCHES else build / "older" / self.version
+
+
+def read_upstream(folder: Path = PATCHES) -> Upstream:
+    path = folder / "UPSTREAM"
     fields = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             key, _, value = line.partition("=")
             fields[key.strip()] = value.strip()
     try:
-        return Upstream(**fields)
+        return Upstream(folder, **fields)
     except TypeError as error:
         raise BuildError(f"{path}: {error}") from error
 
 
-def patch_files() -> list[Path]:
-    return sorted(PATCHES.glob("[0-9]*.patch"))
+def upstreams() -> dict[str, Upstream]:
+    """By version, the pinned one first."""
+    folders = [PATCHES, *(path.parent for path in sorted(PATCHES.glob("older/*/UPSTREAM")))]
+    return {upstream.version: upstream for upstream in map(read_upstream, folders)}
 
 
-def patched_files(patches: Sequence[Path] | None = None) -> list[str]:
+def choose_upstream(version: str | None) -> Upstream:
+    if version is None:
+        return read_upstream()
+    known = upstreams()
+    if version not in known:
+        raise BuildError(f"no patches for llama-cpp-python {version}, only for {', '.join(known)}")
+    return known[version]
+
+
+def patched_files(patches: Sequence[Path]) -> list[str]:
     """The files that the patches touch, relative to the sdist's root."""
     names = set()
-    for patch in patch_files() if patches is None else patches:
+    for patch in patches:
         names.update(re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(encoding="utf-8"), re.MULTILINE))
     return sorted(names)
 
@@ -122,7 +147,8 @@ def check_sdist(sdist: Path, upstream: Upstream) -> None:
         raise BuildError(f"{sdist}: no such file")
     found = sha256(sdist)
     if found != upstream.sha256:
-        raise BuildError(f"{sdist}: SHA-256 is {found}, patches/UPSTREAM has {upstream.sha256}; delete the file")
+        wanted = f"{upstream.folder.relative_to(REPO).as_posix()}/UPSTREAM has {upstream.sha256}"
+        raise BuildError(f"{sdist}: SHA-256 is {found}, {wanted}; delete the file")
 
 
 def find_sdist(given: Path | None, build: Path, upstream: Upstream) -> Path:
@@ -312,19 +338,27 @@ def pip_wheel(tree: Path, cmake_dir: Path, defines: dict[str, str], jobs: int, l
 
 
 def build_runtime(
-    build: Path, wheel_dir: Path, sdist: Path | None = None, portable: bool = False, jobs: int = 0, force: bool = False
+    upstream: Upstream,
+    build: Path,
+    wheel_dir: Path | None = None,
+    sdist: Path | None = None,
+    portable: bool = False,
+    jobs: int = 0,
+    force: bool = False,
 ) -> Path:
     """The wheel, built or already there."""
-    upstream, patches = read_upstream(), patch_files()
-    build, wheel_dir = build.resolve(), wheel_dir.resolve()
+    build = build.resolve()
+    home = upstream.home(build)
+    wheel_dir = wheel_dir.resolve() if wheel_dir else home / "wheels"
     kind = "portable" if portable else "native"
-    tree = build / "runtime" / upstream.sdist.removesuffix(".tar.gz")
-    cmake_dir = build / "runtime" / f"cmake-{kind}"  # one each: CMake keeps the instruction sets of its first run
-    stamp_file = build / "runtime" / f"{kind}.json"
+    tree = home / "runtime" / upstream.sdist.removesuffix(".tar.gz")
+    cmake_dir = home / "runtime" / f"cmake-{kind}"  # one each: CMake keeps the instruction sets of its first run
+    stamp_file = home / "runtime" / f"{kind}.json"
     defines = cmake_defines(upstream, portable)
-    tree_stamp = fingerprint([PATCHES / "UPSTREAM", *patches])
+    hooks = [upstream.folder / "UPSTREAM", *upstream.patches]
+    tree_stamp = fingerprint(hooks)
     options = json.dumps([defines, {key: os.environ.get(key) for key in BUILD_ENVIRONMENT}])
-    stamp = fingerprint([PATCHES / "UPSTREAM", *patches, *native_files()], options)
+    stamp = fingerprint([*hooks, *native_files()], options)
 
     if force:
         for path in (tree, cmake_dir, *tree.parent.glob("unfinished-*")):
@@ -340,12 +374,12 @@ def build_runtime(
     check_tools()
     stamped = tree / TREE_STAMP
     if not stamped.is_file() or stamped.read_text() != tree_stamp:
-        make_tree(find_sdist(sdist, build, upstream), tree, patches, tree_stamp)
+        make_tree(find_sdist(sdist, build, upstream), tree, upstream.patches, tree_stamp)
     copy_native(tree)
 
     jobs = jobs if jobs > 0 else os.cpu_count() or 1
     say(f"build ({kind}, {jobs} jobs; the first time takes minutes)")
-    log = build / "runtime" / f"{kind}.log"
+    log = home / "runtime" / f"{kind}.log"
     with pip_wheel(tree, cmake_dir, defines, jobs, log) as made:
         if f"-{upstream.wheel_version}-" not in made.name:
             raise BuildError(f"the wheel is {made.name}, expected version {upstream.wheel_version}")
@@ -359,8 +393,7 @@ def build_runtime(
     return wheel
 
 
-def extract_pristine(build: Path, directory: Path, sdist: Path | None) -> None:
-    upstream = read_upstream()
+def extract_pristine(upstream: Upstream, build: Path, directory: Path, sdist: Path | None) -> None:
     if directory.exists():
         raise BuildError(f"{directory}: exists already")
     found = find_sdist(sdist, build, upstream)
@@ -372,8 +405,9 @@ def extract_pristine(build: Path, directory: Path, sdist: Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--upstream", metavar="VERSION", help="an older llama-cpp-python (the one of patches/UPSTREAM)")
     parser.add_argument("--build-dir", type=Path, default=REPO / "build", help="sdist, tree and objects (build)")
-    parser.add_argument("--wheel-dir", type=Path, help="where the wheel goes (<build-dir>/wheels)")
+    parser.add_argument("--wheel-dir", type=Path, help="where the wheel goes (<build-dir>/[older/VERSION/]wheels)")
     parser.add_argument("--sdist", type=Path, help="use this file, do not download")
     parser.add_argument("--portable", action="store_true", help="for AVX2 (x86), armv8-a (ARM), not this CPU")
     parser.add_argument("--jobs", type=int, default=0, help="compilers at a time (all cores)")
@@ -382,15 +416,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list-patched", action="store_true", help="list the files that the patches touch and stop")
     args = parser.parse_args(arguments)
     try:
+        upstream = choose_upstream(args.upstream)
         if args.list_patched:
-            files = patched_files()
+            files = patched_files(upstream.patches)
             inside = sum(name.startswith("vendor/llama.cpp/") for name in files)
             print("\n".join([*files, f"{len(files)} files, {inside} of them llama.cpp's"]))
         elif args.pristine:
-            extract_pristine(args.build_dir, args.pristine, args.sdist)
+            extract_pristine(upstream, args.build_dir, args.pristine, args.sdist)
         else:
-            wheel_dir = args.wheel_dir or args.build_dir / "wheels"
-            build_runtime(args.build_dir, wheel_dir, args.sdist, args.portable, args.jobs, args.force)
+            build_runtime(upstream, args.build_dir, args.wheel_dir, args.sdist, args.portable, args.jobs, args.force)
     except (BuildError, OSError, tarfile.TarError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
