@@ -1,7 +1,8 @@
 """A Llama forward pass in float64 numpy, straight from a GGUF file's dequantized tensors: the runtime's referee.
 
-Every matrix product is "dequantize and multiply". With `activations="q8_0"` the inputs of products with quantized
-weights are rounded to Q8_0 first, as ggml does; "exact" leaves them alone.
+Every matrix product is "dequantize and multiply". With `activations="rounded"` the inputs of products with quantized
+weights are rounded first, as the runtime does: to Q8_0, or for TP2_1 (panels) to the same codes with a float scale;
+"exact" leaves them alone.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ptqtp_gguf.format import TP2_1
 from ptqtp_gguf.gguf_io import FLOAT_IDS, Reader
 
 
-def round_q8_0(x: np.ndarray) -> np.ndarray:
-    """x (..., C) to the values of its Q8_0 blocks of 32: d = max|x|/127 in fp16, codes round(x/d)."""
+def round_blocks(x: np.ndarray, scale: type[np.floating]) -> np.ndarray:
+    """x (..., C) to the values of its blocks of 32: codes round(x/d) for d = max|x|/127, and d itself in type scale."""
     blocks = x.astype(np.float32).reshape(-1, 32)
     d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
     inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
     codes = np.rint(blocks * inverse)
-    return (codes.astype(np.float64) * d.astype(np.float16).astype(np.float64)).reshape(x.shape)
+    return (codes.astype(np.float64) * d.astype(scale).astype(np.float64)).reshape(x.shape)
 
 
 class Llama:
@@ -35,11 +37,12 @@ class Llama:
             self.theta = float(get("rope.freq_base") or 10000.0)
             self.w = {t.name: r.rows_f32(t).astype(np.float64) for t in r.tensors}
             self.quantized = {t.name for t in r.tensors if t.type not in FLOAT_IDS}
+            self.panels = {t.name for t in r.tensors if t.type == TP2_1.id}
 
     def product(self, x: np.ndarray, name: str, activations: str) -> np.ndarray:
         """x (T, C) times the matrix (R, C) -> (T, R)."""
-        if activations == "q8_0" and name in self.quantized:
-            x = round_q8_0(x)
+        if activations == "rounded" and name in self.quantized:
+            x = round_blocks(x, np.float32 if name in self.panels else np.float16)
         return x @ self.w[name].T
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
