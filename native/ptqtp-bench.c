@@ -2,6 +2,7 @@
  *
  *     ptqtp-bench [SECONDS]              time budget a row, default 0.5
  *     ptqtp-bench --read THREADS [SECONDS]   read bandwidth of memory instead, GB/s: 256 MB a thread, summed
+ *     ptqtp-bench --sweep [SECONDS]          the chosen kernel over lengths of rows and numbers of columns
  *
  * Prints CSV: what, kernel or method, type, million weights a second (best of the runs within the budget; for gemm,
  * million multiply-adds). Timed: the calls only; data is made before.
@@ -88,7 +89,79 @@ static int read_bandwidth(int threads, double budget) {
     return 0;
 }
 
+/* ---- rows short and long, columns few and many ---- */
+
+static int sweep(double budget) {
+    static const int64_t lengths[] = { 32, 64, 128, 576, 896, 1536, 4864, 8960, 18944 };
+    static const int columns[] = { 1, 2, 3, 4, 8, 16, 17, 64, 128 };
+    enum { WEIGHTS = 1 << 21, MAX_COLS = 128 };
+    const struct ptqtp_panel_kernel * k = ptqtp_panel_kernel_chosen();
+    if (!k || budget <= 0) {
+        fputs("ptqtp-bench: PTQTP_KERNEL names no kernel of this CPU, or SECONDS is not positive\n", stderr);
+        return 1;
+    }
+    printf("%s: millions of multiply-adds a second\nlength", ptqtp_panel_kernel_name(k));
+    for (size_t c = 0; c < sizeof columns / sizeof columns[0]; c++) {
+        printf(",%d", columns[c]);
+    }
+    putchar('\n');
+    void * scratch = aligned_alloc(64, PTQTP_GEMM_SCRATCH);
+    for (size_t l = 0; l < sizeof lengths / sizeof lengths[0]; l++) {
+        const int64_t n = lengths[l], nrows = WEIGHTS / n / 16 * 16;
+        const size_t size = ptqtp_panels_size(PTQTP_PACKED, nrows, n);
+        uint8_t * panels = malloc(size);
+        float * x = malloc((size_t) n * sizeof *x);
+        ptqtp_act * acts = malloc((size_t) (n / 32) * sizeof *acts);
+        void * one = malloc((size_t) (n / 32) * ptqtp_gemv_act_size(k, PTQTP_PACKED));
+        float * y = malloc((size_t) nrows * MAX_COLS * sizeof *y);
+        if (!panels || !x || !acts || !one || !y || !scratch) {
+            fputs("ptqtp-bench: no memory\n", stderr);
+            return 1;
+        }
+        for (size_t i = 0; i < size; i++) {
+            panels[i] = (uint8_t) rand();
+        }
+        for (int64_t i = 0; i < n; i++) {
+            x[i] = (float) rand() / (float) RAND_MAX - 0.5f;
+        }
+        ptqtp_gemv_quantize(k, PTQTP_PACKED, x, one, n);
+        ptqtp_gemm_quantize(k, x, acts, n);
+        const ptqtp_act * act_of[MAX_COLS];
+        float * y_of[MAX_COLS];
+        for (int c = 0; c < MAX_COLS; c++) {
+            act_of[c] = acts;
+            y_of[c] = y + c * nrows;
+        }
+        printf("%d", (int) n);
+        for (size_t c = 0; c < sizeof columns / sizeof columns[0]; c++) {
+            double best = 1e30;
+            const double end = now() + budget;
+            do {
+                const double t = now();
+                if (columns[c] == 1) {
+                    ptqtp_gemv(k, PTQTP_PACKED, n, nrows, panels, 0, nrows / 16, one, y);
+                } else {
+                    ptqtp_gemm(k, PTQTP_PACKED, n, nrows, panels, 0, nrows / 16, columns[c], act_of, y_of, scratch);
+                }
+                best = fmin(best, now() - t);
+            } while (now() < end);
+            printf(",%.0f", (double) (nrows * n) * columns[c] / best * 1e-6);
+        }
+        putchar('\n');
+        free(panels);
+        free(x);
+        free(acts);
+        free(one);
+        free(y);
+    }
+    free(scratch);
+    return 0;
+}
+
 int main(int argc, char ** argv) {
+    if (argc > 1 && !strcmp(argv[1], "--sweep")) {
+        return sweep(argc > 2 ? atof(argv[2]) : 0.1);
+    }
     if (argc > 2 && !strcmp(argv[1], "--read")) {
         return read_bandwidth(atoi(argv[2]), argc > 3 ? atof(argv[3]) : 2.0);
     }
