@@ -91,14 +91,6 @@ static void gemm(int64_t ntiles, const uint8_t * codes, const float * scales, in
     }
 }
 
-const struct ptqtp_panel_kernel ptqtp_panel_neon_dotprod = {
-    .name = "neon_dotprod",
-    .supported = ptqtp_cpu_neon_dotprod,
-    .gemm_quantize = gemm_quantize,
-    .form = { { sizeof(ptqtp_act), quads_quantize, gemv, unpack },
-              { sizeof(ptqtp_act), quads_quantize, gemv_wide, unpack_wide } },
-    .gemm = gemm,
-    .max_cols = 16,
-};
+PTQTP_NEON_KERNEL(neon_dotprod);
 
 #endif

@@ -105,14 +105,6 @@ static void gemm(int64_t ntiles, const uint8_t * codes, const float * scales, in
     }
 }
 
-const struct ptqtp_panel_kernel ptqtp_panel_neon_i8mm = {
-    .name = "neon_i8mm",
-    .supported = ptqtp_cpu_neon_i8mm,
-    .gemm_quantize = gemm_quantize,
-    .form = { { sizeof(ptqtp_act), quads_quantize, gemv, unpack },
-              { sizeof(ptqtp_act), quads_quantize, gemv_wide, unpack_wide } },
-    .gemm = gemm,
-    .max_cols = 16,
-};
+PTQTP_NEON_KERNEL(neon_i8mm);
 
 #endif
