@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ptqtp_gguf import gguf_io
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.format import TP2_1
+from ptqtp_gguf.format import FORMAT_VERSION, TP2_1
 from ptqtp_gguf.gguf_io import KV, OutTensor, Reader, build_header, kv_string, kv_u32, parse_header
 from ptqtp_gguf.packing import pack_tp2_1
 
@@ -49,7 +49,7 @@ def written(tmp_path: Path, kvs: list[KV], tensors: list[OutTensor], blocks: lis
     return path
 
 
-def ours(tmp_path: Path, rng: np.random.Generator, version: int | None = 0) -> Path:
+def ours(tmp_path: Path, rng: np.random.Generator, version: int | None = FORMAT_VERSION) -> Path:
     packed = pack_tp2_1(rng.integers(0, 9, size=(5, 64)).astype(np.uint8), np.full((5, 2), 99, np.uint8))
     kvs = [kv_string("general.architecture", "llama"), kv_string("name", "\u00fc"), kv_u32("n", 7)]
     if version is not None:

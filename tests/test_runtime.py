@@ -360,7 +360,7 @@ def test_rpc_between_patched_peers(demo_files: dict[str, Path], tmp_path: Path) 
             time.sleep(0.1)
         ours = demo_files["ours"]
         kld, _ = mean_kld(ours, ours, tmp_path, "--rpc", f"127.0.0.1:{port}", "-ngl", "99")
-        assert kld < SAME_LOGITS
+        assert kld < OTHER_ROUNDING  # the server holds rows
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=30)
