@@ -75,7 +75,7 @@ struct pieces {
     }
 };
 
-// columns: activations c at acts + c * act_stride (blocks), results at column c of dst
+// acts(c), out(c): where column c's activations lie, and where its results go
 template <typename Acts, typename Out>
 void run_piece(const product & p, const pieces & work, int64_t index, void * scratch, Acts acts, Out out) {
     const int64_t panel0 = index % work.panel_steps * work.panel_step;

@@ -1,10 +1,12 @@
 /* What a panel kernel is. Private to ptqtp-panel*.c.
  *
- * The order of a tile's 32 weights in ptqtp_act.q and in unpacked codes: eight quads of four weights, each quad what
- * one 32-bit lane (a row) holds when two digits of a word pair are joined to bytes: quads 0, 1, 2   digits 0 and 1 of
- * word pair p     weights 4p .. 4p+3 quads 3, 4, 5   digits 2 and 3 of word pair p     weights 14+4p .. 14+4p+3 quad  6
- * digit 4 of pairs 0 and 1          weights 26, 28, 27, 29 quad  7         digit 4 of pair 2, the remainder  weights
- * 30, 12, 31, 13
+ * The order of a tile's 32 weights in ptqtp_act.q and in unpacked codes: eight quads of four weights. A quad is
+ * what one 32-bit lane (a row) holds when two digits of a word pair are joined to bytes:
+ *
+ *     quads 0, 1, 2   digits 0 and 1 of word pair p      weights 4p .. 4p+3
+ *     quads 3, 4, 5   digits 2 and 3 of word pair p      weights 14+4p .. 14+4p+3
+ *     quad  6         digit 4 of pairs 0 and 1           weights 26, 28, 27, 29
+ *     quad  7         digit 4 of pair 2, the remainder   weights 30, 12, 31, 13
  */
 #ifndef PTQTP_PANEL_H
 #define PTQTP_PANEL_H
