@@ -1,5 +1,5 @@
 # The one list of native sources: included by the top-level build and, inside a patched ggml, by ggml-ptqtp.cmake.
-set(PTQTP_CODEC_SOURCES ptqtp-codec.c ptqtp-quantize.c)
+set(PTQTP_CODEC_SOURCES ptqtp-codec.c ptqtp-planes.c ptqtp-quantize.c)
 set(PTQTP_DOT_SOURCES ptqtp-cpu.c ptqtp-dot.c ptqtp-panel.c)
 
 # A file that holds one instruction set, and its flags; ptqtp-cpu.c asks the CPU before anything calls in. On another
@@ -21,12 +21,26 @@ set(PTQTP_ARM64_FILES
     "ptqtp-panel-neon-dotprod.c:-march=armv8.2-a+dotprod"
     "ptqtp-panel-neon-i8mm.c:-march=armv8.2-a+dotprod+i8mm")
 
+# What a converter needs besides; the package's own library only.
+set(PTQTP_CONVERT_SOURCES ptqtp-parallel.cpp ptqtp-convert.cpp ptqtp-check.c ptqtp-bulk.c ptqtp-bulk-base.c)
+set(PTQTP_CONVERT_X86_FILES
+    "ptqtp-bulk-avx2.c:-mavx2 -mfma -mf16c"
+    "ptqtp-bulk-avx512.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512")
+set(PTQTP_CONVERT_ARM64_FILES)
+
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" ptqtp_processor)
-# ptqtp_isa_files(DIR): appends the files to PTQTP_DOT_SOURCES and sets their flags; DIR is where native/ lies
+# ptqtp_isa_files(DIR [CONVERT]): appends the files to PTQTP_DOT_SOURCES (or PTQTP_CONVERT_SOURCES) and sets their flags;
+# DIR is where native/ lies
 function(ptqtp_isa_files dir)
-  set(sources ${PTQTP_DOT_SOURCES})
+  set(what DOT)
+  set(lists PTQTP)
+  if("CONVERT" IN_LIST ARGN)
+    set(what CONVERT)
+    set(lists PTQTP_CONVERT)
+  endif()
+  set(sources ${PTQTP_${what}_SOURCES})
   foreach(arch X86 ARM64)
-    foreach(entry IN LISTS PTQTP_${arch}_FILES)
+    foreach(entry IN LISTS ${lists}_${arch}_FILES)
       string(REPLACE ":" ";" entry "${entry}")
       list(GET entry 0 file)
       list(GET entry 1 flags)
@@ -40,5 +54,5 @@ function(ptqtp_isa_files dir)
       endif()
     endforeach()
   endforeach()
-  set(PTQTP_DOT_SOURCES ${sources} PARENT_SCOPE)
+  set(PTQTP_${what}_SOURCES ${sources} PARENT_SCOPE)
 endfunction()

@@ -137,6 +137,44 @@ PTQTP_API int ptqtp_quantize_rows(int type, int method, const float * x, const f
 PTQTP_API int ptqtp_quantize_parallel(int type, int method, const float * x, const float * importance, void * dst,
                                       int64_t nrows, int64_t n_per_row, int nthreads);
 
+struct ptqtp_stats {
+    double error;  /* sum of (w - r)^2 */
+    double power;  /* sum of w^2 */
+    uint64_t hash; /* ptqtp_hash of r */
+};
+/* The same, and what became of the weights: r is the quantizer's own reconstruction, from its planes and scales before
+ * they are packed. first: index of x[0] in its tensor. error and power are summed in a fixed order. */
+PTQTP_API int ptqtp_quantize_stats(int type, int method, const float * x, const float * importance, void * dst,
+                                   int64_t nrows, int64_t n_per_row, uint64_t first, int nthreads,
+                                   struct ptqtp_stats * stats);
+
+/* ---- for a converter (ptqtp-convert.cpp, ptqtp-check.c); nthreads <= 0: all cores, and no result depends on it ----
+ */
+
+/* A checksum of floats, their bits and their places: the sum mod 2^64 over i of a mix of x[i] and first + i, so that of
+ * a whole is the sum of those of its pieces. */
+PTQTP_API uint64_t ptqtp_hash(const float * x, int64_t n, uint64_t first, int nthreads);
+
+/* Verification by a second decoder that shares nothing with the codec: *hash = ptqtp_hash of the weights, *bad_block =
+ * the first block that no packer writes or whose scale is not finite, or -1; PTQTP_OK only if there is none. */
+PTQTP_API int ptqtp_check(int type, const void * data, int64_t nblocks, uint64_t first, int nthreads, uint64_t * hash,
+                          int64_t * bad_block);
+
+/* ggml's F32 (0), F16 (1), Q8_0 (8) and BF16 (30), n weights, to float, and float to the last three: PTQTP_BAD_TYPE for
+ * others. The bytes are those of gguf-py, for finite weights. */
+PTQTP_API int ptqtp_to_float(int ggml_type, const void * src, float * dst, int64_t n, int nthreads);
+PTQTP_API int ptqtp_from_float(int ggml_type, const float * src, void * dst, int64_t n, int nthreads);
+
+struct ptqtp_scan_result {
+    int64_t bad;    /* index of the first NaN or Inf, or -1 */
+    float largest;  /* largest |x| of the finite ones */
+    int64_t groups; /* groups with a finite weight that is not 0 */
+    int64_t below;  /* those of them whose largest |x| is below the floor */
+};
+/* A last group may be shorter. */
+PTQTP_API int ptqtp_scan(const float * x, int64_t n, int64_t group, float floor, int nthreads,
+                         struct ptqtp_scan_result * out);
+
 /* ---- dot products with Q8_0 activations (ptqtp-dot.c and one file an instruction set) --------------------- */
 
 typedef float (*ptqtp_dot_fn)(int64_t n, const void * weights, const void * q8_0);

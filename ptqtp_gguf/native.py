@@ -9,6 +9,7 @@ import ctypes
 import functools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,36 @@ class _Kernel(ctypes.Structure):
         ("dot", ctypes.CFUNCTYPE(ctypes.c_float, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)),
         ("supported", ctypes.CFUNCTYPE(ctypes.c_bool)),
     )
+
+
+class _Stats(ctypes.Structure):
+    _fields_ = (("error", ctypes.c_double), ("power", ctypes.c_double), ("hash", ctypes.c_uint64))
+
+
+class _Scan(ctypes.Structure):
+    _fields_ = (
+        ("bad", ctypes.c_int64),
+        ("largest", ctypes.c_float),
+        ("groups", ctypes.c_int64),
+        ("below", ctypes.c_int64),
+    )
+
+
+class Stats(NamedTuple):
+    """What quantizing did to a piece of a tensor."""
+
+    error: float  # sum of (w - r)^2, r the quantizer's own reconstruction, before packing
+    power: float  # sum of w^2
+    hash: int  # float_hash of r
+
+
+class Scan(NamedTuple):
+    """What a piece of a tensor holds."""
+
+    bad: int  # index of the first NaN or Inf, or -1
+    largest: float  # largest |x| of the finite ones
+    groups: int  # groups with any finite weight that is not 0
+    below: int  # those of them whose largest |x| is below the floor
 
 
 def library_path() -> Path:
@@ -53,7 +84,12 @@ def _lib() -> ctypes.CDLL:
     for name in ("ptqtp_dequantize_tp2_1", "ptqtp_dequantize_tp2_0"):
         getattr(lib, name).argtypes, getattr(lib, name).restype = [p, p, i64], None
     lib.ptqtp_validate.argtypes = [i, p, ctypes.c_size_t, ctypes.POINTER(i64)]
-    lib.ptqtp_quantize_parallel.argtypes = [i, i, p, p, p, i64, i64, i]
+    u64, f = ctypes.c_uint64, ctypes.c_float
+    lib.ptqtp_quantize_stats.argtypes = [i, i, p, p, p, i64, i64, u64, i, ctypes.POINTER(_Stats)]
+    lib.ptqtp_check.argtypes = [i, p, i64, u64, i, ctypes.POINTER(u64), ctypes.POINTER(i64)]
+    lib.ptqtp_to_float.argtypes = lib.ptqtp_from_float.argtypes = [i, p, p, i64, i]
+    lib.ptqtp_scan.argtypes = [p, i64, i64, f, i, ctypes.POINTER(_Scan)]
+    lib.ptqtp_hash.argtypes, lib.ptqtp_hash.restype = [p, i64, u64, i], u64
     lib.ptqtp_kernels.argtypes = [ctypes.POINTER(i)]
     lib.ptqtp_kernels.restype = ctypes.POINTER(_Kernel)
     lib.ptqtp_kernel_for.argtypes, lib.ptqtp_kernel_for.restype = [i], ctypes.POINTER(_Kernel)
@@ -76,13 +112,29 @@ def sizes(t: fmt.TensorType) -> tuple[int, int]:
 
 def quantize(t: fmt.TensorType, method: str, weights: F32, importance: F32 | None = None, threads: int = 0) -> U8:
     """weights float32 (R, C) contiguous, importance (C,) or None -> uint8 rows. See quantize.quantize."""
+    return _quantize(t, method, weights, importance, threads, 0, None)
+
+
+def quantize_stats(
+    t: fmt.TensorType, method: str, weights: F32, importance: F32 | None = None, threads: int = 0, first: int = 0
+) -> tuple[U8, Stats]:
+    """`quantize`, and what it did to the weights. first: index of the first weight in its tensor."""
+    stats = _Stats()
+    out = _quantize(t, method, weights, importance, threads, first, stats)
+    return out, Stats(stats.error, stats.power, stats.hash)
+
+
+def _quantize(
+    t: fmt.TensorType, method: str, weights: F32, importance: F32 | None, threads: int, first: int, stats: _Stats | None
+) -> U8:
     rows, cols = weights.shape
     if cols % t.block:
         raise QuantizeError(f"rows of {cols} weights; {t.name} needs a multiple of {t.block}")
     out = np.empty((rows, cols // t.block * t.size), np.uint8)
-    status = _lib().ptqtp_quantize_parallel(
-        t.id, _METHODS[method], _ptr(weights), _ptr(importance), _ptr(out), rows, cols, threads
-    )
+    status = _lib().ptqtp_quantize_stats(
+        t.id, _METHODS[method], _ptr(weights), _ptr(importance), _ptr(out), rows, cols, first, threads,
+        None if stats is None else ctypes.byref(stats),
+    )  # fmt: skip
     _check(status, f"{method} to {t.name}")
     return out
 
@@ -103,6 +155,79 @@ def first_bad_block(t: fmt.TensorType, data: U8) -> int | None:
     if status != _OK and bad.value < 0:
         _check(status, t.name)
     return None if status == _OK else bad.value
+
+
+def check(t: fmt.TensorType, data: U8, first: int = 0, threads: int = 0) -> tuple[int | None, int]:
+    """The first bad block or None, and float_hash of the weights, by the library's second decoder, which shares nothing
+    with the codec. data: uint8, any shape, contiguous, whole blocks. Raises QuantizeError where they are not whole."""
+    if data.nbytes % t.size:
+        raise QuantizeError(f"{data.nbytes} bytes of {t.name}; blocks have {t.size}")
+    data = np.ascontiguousarray(data)
+    sum_, bad = ctypes.c_uint64(), ctypes.c_int64(-1)
+    _lib().ptqtp_check(t.id, _ptr(data), data.nbytes // t.size, first, threads, ctypes.byref(sum_), ctypes.byref(bad))
+    return (None if bad.value < 0 else bad.value), sum_.value
+
+
+def float_hash(x: F32, first: int = 0, threads: int = 0) -> int:
+    """64-bit checksum of float32 bits and places, x[0] having the index `first`; that of a whole is the sum mod 2**64
+    of those of its pieces."""
+    x = np.ascontiguousarray(x, np.float32)
+    return int(_lib().ptqtp_hash(_ptr(x), x.size, first, threads))
+
+
+_TO_FLOAT = {0: (1, 4), 1: (1, 2), 8: (32, 34), 30: (1, 2)}  # weights and bytes a block of ggml's F32, F16, Q8_0, BF16
+
+
+def to_float(type_id: int, data: U8, threads: int = 0, out: F32 | None = None) -> F32 | None:
+    """uint8, any shape, contiguous, of ggml's F32 (0), F16 (1), Q8_0 (8) or BF16 (30) -> float32 (N,); None for another
+    type. out: where to put them, float32 contiguous, at least N. Raises QuantizeError unless the blocks are whole."""
+    if type_id not in _TO_FLOAT:
+        return None
+    block, size = _TO_FLOAT[type_id]
+    if data.nbytes % size:
+        raise QuantizeError(f"{data.nbytes} bytes of ggml type {type_id}; blocks have {size}")
+    data = np.ascontiguousarray(data)
+    n = data.nbytes // size * block
+    out = np.empty(n, np.float32) if out is None else out[:n]
+    if out.size != n or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise QuantizeError(f"output of {out.size} {out.dtype}; {n} contiguous float32 are needed")
+    _check(_lib().ptqtp_to_float(type_id, _ptr(data), _ptr(out), n, threads), f"ggml type {type_id}")
+    return out
+
+
+def _from_float(type_id: int, x: F32, threads: int) -> U8:
+    """float32 (R, C) -> uint8 rows of ggml's F16, Q8_0 or BF16."""
+    block, size = _TO_FLOAT[type_id]
+    x = np.ascontiguousarray(x, np.float32)
+    rows, cols = x.shape
+    if cols % block:
+        raise QuantizeError(f"rows of {cols} weights; ggml type {type_id} needs a multiple of {block}")
+    out = np.empty((rows, cols // block * size), np.uint8)
+    _check(_lib().ptqtp_from_float(type_id, _ptr(x), _ptr(out), x.size, threads), f"ggml type {type_id}")
+    return out
+
+
+def to_q8_0(x: F32, threads: int = 0) -> U8:
+    """float32 (R, C), finite -> uint8 (R, C/32*34), the bytes of gguf-py."""
+    return _from_float(8, x, threads)
+
+
+def to_f16(x: F32, threads: int = 0) -> U8:
+    """float32 (R, C) -> uint8 (R, 2*C), fp16 to nearest even."""
+    return _from_float(1, x, threads)
+
+
+def to_bf16(x: F32, threads: int = 0) -> U8:
+    """float32 (R, C) -> uint8 (R, 2*C), bf16 to nearest even."""
+    return _from_float(30, x, threads)
+
+
+def scan(x: F32, group: int, floor: float, threads: int = 0) -> Scan:
+    """Looks through float32 (N,), contiguous, in groups of `group`; a last one may be shorter."""
+    x = np.ascontiguousarray(x, np.float32)
+    found = _Scan()
+    _check(_lib().ptqtp_scan(_ptr(x), x.size, group, floor, threads, ctypes.byref(found)), "scan")
+    return Scan(found.bad, found.largest, found.groups, found.below)
 
 
 def pack(t: fmt.TensorType, digits: U8, scales: NDArray[np.generic]) -> U8:

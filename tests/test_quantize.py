@@ -48,6 +48,34 @@ def test_native_equals_reference(t: fmt.TensorType, m, kind: str, rng: np.random
         assert np.array_equal(quantize(t, m, w, h), quantize(t, m, w, h, use_reference=True))
 
 
+def odd_kinds(rng: np.random.Generator) -> np.ndarray:
+    """Groups on which the fast ways of the native core must step aside, next to ones on which they need not."""
+    n, levels = (2, 256), np.array(fmt.LEVELS)
+    gauss = 0.02 * rng.normal(size=n)
+    kinds = [
+        gauss, gauss * 1e-20, np.clip(300 * gauss, -9.6875, 9.6875), np.where(gauss < 0, -0.0, 0.0),
+        0.01 * rng.choice(levels, size=n), np.full(n, -0.3), np.where(rng.random(n) < 0.9, 0.0, gauss),
+        0.25 * rng.integers(-3, 4, size=n), gauss * 2.0 ** -rng.integers(0, 120, size=n),
+        np.where(gauss > 0.03, 9, 1e-9), 0.1 * rng.integers(-1, 2, size=n) + 0.05 * rng.integers(-1, 2, size=n),
+        2.0**-126 * rng.integers(-9, 9, size=n),
+    ]  # fmt: skip
+    w = np.concatenate(kinds).astype(np.float32)
+    coarse = (w.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # as from bf16
+    return np.concatenate([w, coarse])
+
+
+@pytest.mark.parametrize(("t", "m"), CASES, ids=ids)
+def test_native_equals_reference_on_odd_kinds(t: fmt.TensorType, m, rng: np.random.Generator) -> None:
+    w = odd_kinds(rng)
+    for h in [None] + [rng.exponential(size=256).astype(np.float32)] * m.takes_importance:
+        if h is not None:
+            h[32:64] = 0
+        assert np.array_equal(quantize(t, m, w, h), quantize(t, m, w, h, use_reference=True))
+    # rows one by one: `paper` then stops each by itself
+    for row in w[::3] if m is PAPER else w[:0]:
+        assert np.array_equal(quantize(t, m, row[None]), quantize(t, m, row[None], use_reference=True))
+
+
 extreme = st.floats(-9.5, 9.5, width=32) | st.sampled_from([0.0, -0.0, 1e-30, 1e-5, 0.5, 9.6875, -9.6875])
 
 

@@ -35,7 +35,10 @@ REPO = Path(__file__).resolve().parent.parent
 PATCHES = REPO / "patches"
 NATIVE = REPO / "native"
 NATIVE_SUFFIXES = {".c", ".cpp", ".h", ".inc", ".cmake"}
-NATIVE_NOT_IN_GGML = {"ptqtp-test.c", "ptqtp-bench.c", "ptqtp-parallel.cpp", "aarch64.cmake"}
+# tests, benchmarks, and what only a converter needs
+NATIVE_NOT_IN_GGML = re.compile(
+    r"ptqtp-(test|bench)(-\w+)?\.c|ptqtp-(parallel|convert)\.cpp|ptqtp-(bulk|check|chunks|hash)[\w-]*\.(c|h|inc)|aarch64\.cmake"
+)
 NATIVE_IN_TREE = "vendor/llama.cpp/ggml/src/ptqtp"
 TREE_STAMP = ".ptqtp-tree"
 
@@ -115,7 +118,7 @@ def patched_files(patches: Sequence[Path]) -> list[str]:
 
 def native_files() -> list[Path]:
     files = (path for path in NATIVE.iterdir() if path.is_file() and path.suffix in NATIVE_SUFFIXES)
-    return sorted(path for path in files if path.name not in NATIVE_NOT_IN_GGML)
+    return sorted(path for path in files if not NATIVE_NOT_IN_GGML.fullmatch(path.name))
 
 
 def say(text: str) -> None:
