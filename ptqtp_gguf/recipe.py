@@ -1,20 +1,44 @@
-"""Which tensor gets which type, as data with a reason column.
+"""Which tensor gets which type: rules as data, each with its reason.
 
-Rules are tried in order; the first whose pattern matches the whole tensor name decides. A rule that asks for a type
-which the tensor cannot take falls back, and the plan says why.
+A recipe file is JSON; `ptqtp_gguf/recipes/` holds those that ship:
+
+    {"name": "mine", "description": "what it is for", "rules": [
+      {"pattern": "blk\\\\.\\\\d+\\\\.attn_v\\\\.weight", "type": "Q6_K", "reason": "small, and every head reads it"},
+      {"pattern": "blk\\\\.\\\\d+\\\\.ffn_down\\\\.weight", "layers": [[0, 0.125]], "type": "Q5_K", "reason": "..."},
+      {"pattern": "blk\\\\..*", "type": "{type}", "reason": "the user's --type"}]}
+
+pattern  regular expression that matches the WHOLE name of a tensor; the first rule that matches decides
+type     TP2_1, TP2_0, a ggml type that llama-quantize writes, "keep", or "{type}"; a tensor without a rule is kept
+layers   optional: only layers whose depth i/n lies in one of these half-open ranges
+override optional: true for what --tensor-type asked for; its pattern is SEARCHED in the name, as llama-quantize does
+
+Before any rule, tensors that llama-quantize never quantizes are kept (GUARDS). A tensor that cannot take the type that
+it is given falls back, and the plan says why.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
+from . import ggml
 from .errors import RecipeError
 from .format import BY_NAME, TP2_0, TP2_1, TYPES, TensorType
 from .gguf_io import F16_ID, FLOAT_IDS, Q8_0_ID, TYPE_IDS, TensorInfo, type_block, type_name
 
 KEEP = "keep"
+USER_TYPE = "{type}"
+MAX_BYTES = 1 << 20  # of a recipe file
+MAX_RULES = 1000
+MAX_TEXT = 1000  # characters of a pattern or reason
+SHIPPED = ("default", "quality", "small")
 
 
 class Role(Enum):
@@ -28,39 +52,54 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose name matches `pattern` get `target` ("keep", or a type name)."""
+    """Tensors whose name matches `pattern` get `target`: "keep", "{type}" or a type name. See the module's text."""
 
     pattern: str
     target: str
     reason: str
+    layers: tuple[tuple[float, float], ...] = ()
+    override: bool = False
+
+    def matches(self, name: str, depth: float | None = None) -> bool:
+        """Whether the rule speaks of this tensor. depth: layer / layers, None for a tensor outside the layers."""
+        found = _regex(self.pattern).search(name) if self.override else _regex(self.pattern).fullmatch(name)
+        if not found or not self.layers:
+            return found is not None
+        return depth is not None and any(a <= depth < b for a, b in self.layers)
 
 
-# What stays as it is inside a block: llama-quantize leaves the same tensors alone (src/llama-quant.cpp,
-# tensor_allows_quantization): they are small, and the graph reads some of them as F32.
-_KEEP_IN_BLOCKS = (
+@functools.cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+# Kept before any rule, whatever it says: small, read as F32 by the graph, or no weights of a matrix product
+# (the tensors that src/llama-quant.cpp, tensor_allows_quantization, leaves alone).
+GUARDS = (
+    r".*(?<!weight)",
     r".*_norm(_[a-z0-9]+)?\.weight",
     r".*ffn_gate_(inp(_shexp)?|tid2eid)\.weight",
     r".*(altup|laurel|per_layer_model_proj).*",
-    r".*(ssm_conv1d|shortconv\.conv|ssm_(a|d|dt|f_a|f_b|g_a|g_b|beta)\.|ssm_(a|d)$).*",
+    r".*(ssm_conv1d|shortconv\.conv|ssm_(a|d|dt|f_a|f_b|g_a|g_b|beta)\.).*",
     r".*(indexer\.|indexer_|\.hc_).*",
     r".*time_mix_(first|w[012]|v[012]|a[012]|g[012]|decay_w[12]|lerp.*)\.weight",
-    r".*(attn_rel_b|pos_embd|position_embd|token_types).*",
-    r"(v|mm|a)\..*",
+    r".*(attn_rel_b|pos_embd|position_embd|token_types|\.rel_pos|\.patch_embd|\.patch_merger).*",
+    r".*(sam\.(neck\.|net_)|a\.rvq\.codebook|mm\.a\.code_embd).*",
 )
+_GUARD = re.compile("|".join(f"(?:{g})" for g in GUARDS))
+WHY_GUARDED = "small, or read as F32 by the graph"
 
 EMBEDDING = r"token_embd\.weight"
 OUTPUT = r"output\.weight"
+BLOCK = r"(blk|enc\.blk|dec\.blk|block)\.\d+\..*\.weight"
+_LAYER = re.compile(r"((?:[a-z]+\.)*?(?:blk|block))\.(\d+)\.")
 
-
-def default_rules(block_type: TensorType) -> list[Rule]:
-    """The default recipe: every block matrix in block_type, embedding and output in Q8_0, the rest untouched."""
-    return [
-        *(Rule(p, KEEP, "small, or read as F32 by the graph") for p in _KEEP_IN_BLOCKS),
-        Rule(EMBEDDING, "Q8_0", "embedding: looked up, and often the output too"),
-        Rule(OUTPUT, "Q8_0", "output: errors here reach every logit"),
-        Rule(r"(blk|enc\.blk|dec\.blk|block)\.\d+\..*\.weight", block_type.name, "block matrix"),
-        Rule(r".*", KEEP, "as the converter gave it"),
-    ]
+# Where a type goes that wants longer blocks than the rows have: what llama-quantize does; ours go to Q8_0.
+_SHORTER = {
+    **{f"IQ{kind}": "IQ4_NL" for kind in ("1_S", "1_M", "2_XXS", "2_XS", "2_S", "3_XXS", "3_S", "4_XS")},
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    **{"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
+}
 
 
 @dataclass(frozen=True)
@@ -72,55 +111,238 @@ class Choice:
     fallback: bool = False
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order, with a name. Immutable; see the module's text."""
+
+    name: str
+    description: str
+    rules: tuple[Rule, ...]
+
+    def with_overrides(self, overrides: Iterable[str]) -> Recipe:
+        """The recipe with "REGEX=TYPE" put before its rules, the first of them first. Raises RecipeError.
+
+        The REGEX is searched in the name, as llama-quantize does; TYPE in any case.
+        """
+        rules = []
+        for text in overrides:
+            pattern, equals, kind = text.rpartition("=")
+            if not equals or not pattern or not kind:
+                raise RecipeError(f"--tensor-type {text}: write REGEX=TYPE, such as attn_v=Q6_K")
+            raw = {"pattern": pattern, "type": kind, "reason": f"--tensor-type {pattern}", "override": True}
+            rules.append(_rule(raw, f"--tensor-type {text}"))
+        return replace(self, rules=(*rules, *self.rules))
+
+    def bind(self, block_type: str) -> Recipe:
+        """The recipe with the user's --type in the place of "{type}". Raises RecipeError for an unknown type."""
+        name = _target(block_type, f"--type {block_type}")
+        rules = tuple(replace(r, target=name) if r.target == USER_TYPE else r for r in self.rules)
+        return replace(self, rules=rules)
+
+    def canonical(self) -> str:
+        """The recipe as JSON on one line, always the same for the same rules; a valid recipe file itself."""
+        rules = []
+        for r in self.rules:
+            rule: dict[str, object] = {"pattern": r.pattern, "type": r.target, "reason": r.reason}
+            if r.layers:
+                rule["layers"] = [list(span) for span in r.layers]
+            if r.override:
+                rule["override"] = True
+            rules.append(rule)
+        whole = {"name": self.name, "description": self.description, "rules": rules}
+        return json.dumps(whole, sort_keys=True, separators=(",", ":"))
+
+    def plan(self, tensors: Sequence[TensorInfo]) -> dict[str, Choice]:
+        """Decide on every tensor of a model; name -> choice.
+
+        Raises RecipeError for an override that reaches no tensor, RuntimeMissing for a type that only the patched
+        runtime writes where there is none.
+        """
+        self.check_overrides(tensors)
+        depths = depths_of(tensors)
+        choices = {t.name: choose(t, self.rules, depths.get(t.name)) for t in tensors}
+        for t in tensors:
+            target = choices[t.name].type
+            if target != t.type and target not in TYPES:
+                ggml.require(target)
+        return choices
+
+    def check_overrides(self, tensors: Sequence[TensorInfo]) -> None:
+        """Raise RecipeError for an override that reaches none of the tensors: a slip of the pen, most often."""
+        depths = depths_of(tensors)
+        for rule in self.rules:
+            if rule.override:
+                found = [t for t in tensors if rule.matches(t.name, depths.get(t.name))]
+                if not found:
+                    raise RecipeError(
+                        f"{rule.reason}: matches no tensor; 'ptqtp-gguf inspect --tensors' lists the names"
+                    )
+                if all(always_kept(t) for t in found):
+                    raise RecipeError(f"{rule.reason}: all that it matches, as {found[0].name}, is always kept")
+
+
+def load(name_or_path: str | Path) -> Recipe:
+    """A recipe that ships, by its name, or one from a JSON file, by its path.
+
+    Raises RecipeError naming file and rule for anything that is not as the module's text says.
+    """
+    text = str(name_or_path)
+    if text in SHIPPED:
+        raw = (resources.files(__package__) / "recipes" / f"{text}.json").read_bytes()
+        return parse(raw, f"recipe {text}")
+    path = Path(name_or_path)
+    if path.suffix.lower() != ".json":
+        raise RecipeError(f"no recipe '{text}'; there are {', '.join(SHIPPED)}, or give the path of a .json file")
+    try:
+        with path.open("rb") as f:
+            raw = f.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise RecipeError(f"{path}: {e.strerror}") from None
+    return parse(raw, str(path))
+
+
+def parse(raw: bytes, where: str) -> Recipe:
+    """A recipe from the bytes of a JSON file; `where` names it in errors. Raises RecipeError."""
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"{where}: larger than the limit of {MAX_BYTES} bytes for a recipe")
+    try:
+        whole = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, where))
+    except RecursionError:
+        raise RecipeError(f"{where}: nested too deeply for a recipe") from None
+    except ValueError as e:
+        raise RecipeError(f"{where}: not JSON: {e}") from None
+    whole = _checked(whole, where, {"name": str, "description": str, "rules": list}, {})
+    if not 1 <= len(whole["rules"]) <= MAX_RULES:
+        raise RecipeError(f"{where}: {len(whole['rules'])} rules; a recipe has 1 to {MAX_RULES}")
+    rules = (_rule(rule, f"{where}: rule {i}") for i, rule in enumerate(whole["rules"], 1))
+    return Recipe(whole["name"], whole["description"], tuple(rules))
+
+
+def _object(pairs: list[tuple[str, object]], where: str) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise RecipeError(f"{where}: key '{twice[:40]}' stands twice in one object")
+    return found
+
+
+def _checked(raw: object, where: str, must: dict[str, type], may: dict[str, type]) -> dict[str, Any]:
+    """raw, if it is an object with all keys of `must`, none but those and `may`, and values of their types."""
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: must be a JSON object with {', '.join(must)}")
+    for key in raw:
+        if key not in must and key not in may:
+            raise RecipeError(f"{where}: unknown key '{key[:40]}'; there are {', '.join([*must, *may])}")
+    for key, kind in (must | may).items():
+        if key not in raw:
+            if key in must:
+                raise RecipeError(f"{where}: key '{key}' is missing")
+        elif not isinstance(raw[key], kind):
+            raise RecipeError(f"{where}: '{key}' must be a {_JSON_NAMES[kind]}")
+        elif kind is str and (len(raw[key]) > MAX_TEXT or not raw[key].isprintable() or not raw[key].strip()):
+            raise RecipeError(f"{where}: '{key}' must be one line of 1 to {MAX_TEXT} characters")
+    return raw
+
+
+_JSON_NAMES = {str: "string", list: "list", bool: "true or false"}
+
+
+def _rule(raw: object, where: str) -> Rule:
+    raw = _checked(raw, where, {"pattern": str, "type": str, "reason": str}, {"layers": list, "override": bool})
+    try:
+        _regex(raw["pattern"])
+    except (re.error, OverflowError, RecursionError) as e:
+        raise RecipeError(f"{where}: pattern '{raw['pattern']}' is no regular expression: {e}") from None
+    layers = []
+    for span in raw.get("layers", []):
+        numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
+        if not numbers or not 0 <= span[0] < span[1] <= 1:
+            raise RecipeError(f"{where}: 'layers' must be a list of ranges of depth such as [0, 0.125]")
+        layers.append((float(span[0]), float(span[1])))
+    return Rule(raw["pattern"], _target(raw["type"], where), raw["reason"], tuple(layers), raw.get("override", False))
+
+
+def _target(name: str, where: str) -> str:
+    """The type's name as we write it. Raises RecipeError for one that cannot be a target."""
+    if name.lower() in (KEEP, USER_TYPE):
+        return name.lower()
+    type_id = TYPE_IDS.get(name.upper())
+    if type_id is None or not (type_id in TYPES or type_id in ggml.WRITABLE):
+        known = ", ".join(type_name(i) for i in [*TYPES, *sorted(ggml.WRITABLE - ggml.NEEDS_IMPORTANCE)])
+        raise RecipeError(f"{where}: unknown tensor type '{name[:40]}'; there are {known}, {KEEP}")
+    if type_id in ggml.NEEDS_IMPORTANCE:
+        raise RecipeError(
+            f"{where}: {name.upper()} needs an importance matrix, which is not made yet; IQ3_S does without"
+        )
+    return name.upper()
+
+
+def default_rules(block_type: TensorType) -> list[Rule]:
+    """Rules of the recipe `default`: every block matrix in block_type, embedding and output in Q8_0."""
+    return list(load("default").bind(block_type.name).rules)
+
+
 def role_of(name: str) -> Role:
     """Role of a tensor by its name."""
-    if re.fullmatch(EMBEDDING, name):
-        return Role.EMBEDDING
-    if re.fullmatch(OUTPUT, name):
-        return Role.OUTPUT
-    if re.fullmatch(r"(blk|enc\.blk|dec\.blk|block)\.\d+\..*\.weight", name):
-        return Role.BLOCK
+    for pattern, role in ((EMBEDDING, Role.EMBEDDING), (OUTPUT, Role.OUTPUT), (BLOCK, Role.BLOCK)):
+        if _regex(pattern).fullmatch(name):
+            return role
     return Role.OTHER
 
 
-def choose(t: TensorInfo, rules: list[Rule]) -> Choice:
-    """Apply the rules to one tensor. Raises RecipeError if no rule matches or one names an unknown type."""
-    for rule in rules:
-        if re.fullmatch(rule.pattern, t.name):
-            return _apply(t, rule)
-    raise RecipeError(f"no rule of the recipe matches tensor {t.name}; end the recipe with a rule for '.*'")
+def depths_of(tensors: Iterable[TensorInfo]) -> dict[str, float]:
+    """name -> layer / layers for the tensors that stand in one; each stack (blk, enc.blk, v.blk, ...) by itself."""
+    found = {t.name: (m[1], int(m[2])) for t in tensors if (m := _LAYER.match(t.name))}
+    layers: dict[str, int] = {}
+    for stack, layer in found.values():
+        layers[stack] = max(layers.get(stack, 0), layer + 1)
+    return {name: layer / layers[stack] for name, (stack, layer) in found.items()}
 
 
-def _apply(t: TensorInfo, rule: Rule) -> Choice:
+def always_kept(t: TensorInfo) -> bool:
+    """Whether no rule can change this tensor: a vector, or one that llama-quantize leaves alone."""
+    return len(t.shape) < 2 or t.n_weights == t.shape[0] or _GUARD.fullmatch(t.name) is not None
+
+
+def rule_for(t: TensorInfo, rules: Sequence[Rule], depth: float | None = None) -> Rule | None:
+    """The rule that decides on a tensor; None for one that is kept."""
+    if always_kept(t):
+        return None
+    return next((r for r in rules if r.matches(t.name, depth)), None)
+
+
+def choose(t: TensorInfo, rules: Sequence[Rule], depth: float | None = None) -> Choice:
+    """Apply the rules to one tensor; see depths_of for depth. Raises RecipeError for a rule with an unknown type."""
+    rule = rule_for(t, rules, depth)
+    if rule is None:
+        guarded = _GUARD.fullmatch(t.name)
+        why = WHY_GUARDED if guarded else "a vector, not a matrix" if always_kept(t) else "no rule names it"
+        return Choice(t.type, why)
     if rule.target == KEEP:
         return Choice(t.type, rule.reason)
     if rule.target not in TYPE_IDS:
         raise RecipeError(f"recipe: unknown tensor type {rule.target}")
-    if len(t.shape) < 2 or t.n_weights == t.shape[0]:
-        return Choice(t.type, "a vector, not a matrix")
     target = TYPE_IDS[rule.target]
-    if t.type not in FLOAT_IDS and target not in TYPES:
+    if t.type not in FLOAT_IDS and target not in TYPES and not rule.override:
         return Choice(t.type, f"{rule.reason}; already {t.type_name} in the source")
     return fit(t, target, rule.reason)
 
 
 def fit(t: TensorInfo, target: int, reason: str) -> Choice:
-    """target if the rows divide into its blocks, else Q8_0, else F16."""
-    for type_id in (target, Q8_0_ID, F16_ID):
-        block = type_block(type_id)
-        if t.shape[0] % block == 0:
+    """target if the rows divide into its blocks, else the type that llama-quantize takes then, else F16."""
+    shorter = TYPE_IDS[_SHORTER.get(type_name(target), "Q8_0")]
+    for type_id in (target, shorter, F16_ID):
+        if t.shape[0] % type_block(type_id) == 0:
             if type_id == target:
                 return Choice(type_id, reason)
-            wanted = type_block(target)
-            why = f"rows of {t.shape[0]} are no multiple of {wanted} ({type_name(target)})"
+            why = f"rows of {t.shape[0]} are no multiple of {type_block(target)} ({type_name(target)})"
             return Choice(type_id, why, fallback=True)
     raise AssertionError("F16 has blocks of one")
 
 
 def fall_back(t: TensorInfo, why: str) -> Choice:
     """The type for a tensor whose values the trit-plane type cannot hold."""
-    c = fit(t, Q8_0_ID, why)
-    return Choice(c.type, why, fallback=True)
+    return Choice(fit(t, Q8_0_ID, why).type, why, fallback=True)
 
 
 def block_type(name: str) -> TensorType:

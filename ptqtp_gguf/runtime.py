@@ -1,15 +1,19 @@
 """The patched runtime: finds it, checks it, and is the only importer of llama_cpp.
 
 `tools/build_runtime.py` builds the wheel llama-cpp-python 0.3.36+ptqtp.N. Beside the Python bindings it holds the
-command-line tools (llama_cpp/bin) and llama.cpp's converter with its own gguf-py (llama_cpp/convert).
+command-line tools (llama_cpp/bin) and llama.cpp's converter with its own gguf-py (llama_cpp/convert). Its libggml-base
+is opened here alone, without the Python package around it: it quantizes and dequantizes stock types (`ggml.py`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +61,43 @@ def converter() -> Path:
     if not path.is_file():
         raise RuntimeMissing(f"llama.cpp's converter is missing at {path}; {HOW_TO_BUILD}")
     return path
+
+
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _Traits(ctypes.Structure):
+    """struct ggml_type_traits of ggml.h, as far as it is read here."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _TO_FLOAT),
+    )
+
+
+@functools.cache
+def ggml_library() -> ctypes.CDLL:
+    """The patched build's libggml-base with its quantizers declared. Raises RuntimeMissing.
+
+    Its calls release the GIL. Pointers are passed as integers (`array.ctypes.data`).
+    """
+    name = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
+    path = package_dir() / "lib" / name
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise RuntimeMissing(f"the runtime's library {path} cannot be loaded: {e}; {HOW_TO_BUILD}") from None
+    i, i64, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    lib.ggml_quantize_init.argtypes, lib.ggml_quantize_init.restype = [i], None
+    lib.ggml_quantize_requires_imatrix.argtypes, lib.ggml_quantize_requires_imatrix.restype = [i], ctypes.c_bool
+    lib.ggml_quantize_chunk.argtypes, lib.ggml_quantize_chunk.restype = [i, p, p, i64, i64, i64, p], ctypes.c_size_t
+    lib.ggml_validate_row_data.argtypes, lib.ggml_validate_row_data.restype = [i, p, ctypes.c_size_t], ctypes.c_bool
+    lib.ggml_get_type_traits.argtypes, lib.ggml_get_type_traits.restype = [i], ctypes.POINTER(_Traits)
+    return lib
 
 
 def run_tool(name: str, *args: str, timeout: float | None = None) -> str:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from ptqtp_gguf.errors import RecipeError
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptqtp_gguf import ggml
+from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.format import TP2_0, TP2_1
 from ptqtp_gguf.gguf_io import TYPE_IDS, TensorInfo, type_name
-from ptqtp_gguf.recipe import Rule, block_type, choose, default_rules, fall_back
+from ptqtp_gguf.recipe import (
+    MAX_BYTES,
+    SHIPPED,
+    Recipe,
+    Rule,
+    block_type,
+    choose,
+    default_rules,
+    fall_back,
+    fit,
+    load,
+    parse,
+)
 
 
 def info(name: str, *shape: int, kind: str = "BF16") -> TensorInfo:
@@ -64,11 +82,190 @@ def test_a_quantized_embedding_stays_but_a_quantized_block_matrix_is_taken() -> 
     assert type_name(choose(info("blk.0.attn_q.weight", 576, 9, kind="Q5_0"), rules).type) == "TP2_1"
 
 
-def test_recipes_that_cannot_be_applied() -> None:
+def test_unknown_types() -> None:
     with pytest.raises(RecipeError, match="unknown tensor type NOPE"):
         choose(info("blk.0.a.weight", 64, 8), [Rule(".*", "NOPE", "")])
-    with pytest.raises(RecipeError, match="no rule of the recipe matches tensor x"):
-        choose(info("x", 64, 8), [Rule("y", "keep", "")])
     with pytest.raises(RecipeError, match="no trit-plane type 'Q4_0'"):
         block_type("Q4_0")
     assert block_type("tp2_0") is TP2_0
+
+
+def model(layers: int = 16, width: int = 512) -> list[TensorInfo]:
+    shapes = {"attn_q": (width, width), "attn_k": (width, 64), "attn_v": (width, 64), "attn_output": (width, width)}
+    shapes |= {"ffn_up": (width, 1024), "ffn_gate": (width, 1024), "ffn_down": (1024, width), "attn_norm": (width,)}
+    found = [info(f"blk.{i}.{n}.weight", *s) for i in range(layers) for n, s in shapes.items()]
+    return [info("token_embd.weight", width, 999), *found, info("output.weight", width, 999)]
+
+
+def types(recipe: Recipe, tensors: list[TensorInfo]) -> dict[str, str]:
+    return {name: type_name(c.type) for name, c in recipe.plan(tensors).items()}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes(name: str) -> None:
+    recipe = load(name)
+    assert recipe.name == name and all(r.reason for r in recipe.rules)
+    assert parse(recipe.canonical().encode(), "x") == recipe
+    bound = recipe.bind("tp2_0")
+    assert "{type}" in recipe.canonical() and "{type}" not in bound.canonical()
+    assert bound.canonical() != recipe.bind("TP2_1").canonical()
+    choices = choose(info("blk.0.attn_q.weight", 512, 512), bound.rules)
+    assert type_name(choices.type) == "TP2_0"
+
+
+@pytest.mark.runtime
+def test_what_small_and_quality_do() -> None:
+    small = types(load("small").bind("TP2_1"), model())
+    assert {small[n] for n in small if "norm" not in n} == {"TP2_1"}
+    quality = types(load("quality").bind("TP2_1"), model())
+    assert quality["token_embd.weight"] == quality["output.weight"] == "Q6_K"
+    assert [quality[f"blk.{i}.ffn_down.weight"] for i in range(16)] == ["Q6_K"] * 2 + ["TP2_1"] * 12 + ["Q6_K"] * 2
+    assert {quality[f"blk.{i}.attn_v.weight"] for i in range(16)} == {"Q6_K"}
+    assert {quality[f"blk.{i}.ffn_up.weight"] for i in range(16)} == {"TP2_1"}
+    assert quality["blk.0.attn_norm.weight"] == "BF16"
+
+
+def test_layers_are_ranges_of_depth_of_each_stack() -> None:
+    raw = [{"pattern": ".*", "layers": [[0, 0.25], [0.5, 0.75]], "type": "Q8_0", "reason": "r"}]
+    recipe = parse(json.dumps({"name": "n", "description": "d", "rules": raw}).encode(), "x")
+    names = [f"{s}.{i}.attn_q.weight" for s, n in (("enc.blk", 8), ("dec.blk", 4)) for i in range(n)]
+    got = types(recipe, [info(n, 64, 64) for n in [*names, "output.weight"]])
+    assert [n for n in names if got[n] == "Q8_0"] == [
+        *(f"enc.blk.{i}.attn_q.weight" for i in (0, 1, 4, 5)), "dec.blk.0.attn_q.weight", "dec.blk.2.attn_q.weight",
+    ]  # fmt: skip
+    assert got["output.weight"] == "BF16"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_inp.weight", "blk.0.ssm_conv1d.weight", "blk.0.ssm_a",
+     "blk.0.ffn_gate_exps.bias", "v.patch_embd.weight", "a.position_embd.weight", "altup_proj.weight"],
+)  # fmt: skip
+def test_no_rule_reaches_what_the_graph_needs_as_it_is(name: str) -> None:
+    t = info(name, 64, 64)
+    assert choose(t, [Rule(".*", "Q8_0", "all")]).type == t.type
+    with pytest.raises(RecipeError, match=f"tensor-type .*: all that it matches, as {name}, is always kept"):
+        load("default").with_overrides([".=Q8_0"]).plan([t])
+
+
+def test_overrides_search_and_come_first() -> None:
+    recipe = (
+        load("default").bind("TP2_1").with_overrides(["attn_v=q8_0", r"blk\.(0|1)\.attn=BF16", "(?=ffn)ffn_up=keep"])
+    )
+    got = recipe.plan(model(3))
+    assert type_name(got["blk.0.attn_v.weight"].type) == "Q8_0"
+    assert got["blk.0.attn_v.weight"].reason == "--tensor-type attn_v"
+    assert type_name(got["blk.1.attn_k.weight"].type) == "BF16"
+    assert type_name(got["blk.2.attn_k.weight"].type) == "TP2_1"
+    assert got["blk.0.ffn_up.weight"].reason == "--tensor-type (?=ffn)ffn_up"
+    assert parse(recipe.canonical().encode(), "x") == recipe
+    # what the user names is done to a quantized source too; a recipe's own rule leaves it
+    q8 = [info("output.weight", 64, 9, kind="Q8_0")]
+    assert types(load("default").with_overrides(["output=Q4_0"]), q8) == {"output.weight": "Q4_0"}
+    with pytest.raises(RecipeError, match=r"^--tensor-type attn_w: matches no tensor"):
+        load("default").bind("TP2_1").with_overrides(["attn_w=Q8_0"]).plan(model(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("attn_v", "write REGEX=TYPE"), ("=Q8_0", "write REGEX=TYPE"), ("attn_v=", "write REGEX=TYPE"),
+        ("attn_(v=Q8_0", "no regular expression"), ("v=Q9_9", "unknown tensor type 'Q9_9'; there are TP2_0, TP2_1"),
+        ("attn_v=Q8_K", "unknown tensor type"), ("attn_v=I32", "unknown"), ("v=iq2_xs", "IQ2_XS needs an importance"),
+    ],
+)  # fmt: skip
+def test_bad_overrides(text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says) as e:
+        load("default").with_overrides([text])
+    assert str(e.value).startswith(f"--tensor-type {text}: ") and "\n" not in str(e.value)
+
+
+RULE = {"pattern": ".*", "type": "Q8_0", "reason": "r"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ([], "0 rules"),
+        ([RULE, 3], "rule 2: must be a JSON object"),
+        ([RULE, {**RULE, "pattrn": "x"}], "rule 2: unknown key 'pattrn'"),
+        ([{"pattern": ".*", "type": "Q8_0"}], "rule 1: key 'reason' is missing"),
+        ([{**RULE, "pattern": "(x"}], "rule 1: pattern '.x' is no regular expression: missing"),
+        ([{**RULE, "pattern": 3}], "rule 1: 'pattern' must be a string"),
+        ([{**RULE, "pattern": "x" * 1001}], "rule 1: 'pattern' must be one line of 1 to 1000"),
+        ([{**RULE, "reason": "a\nb"}], "rule 1: 'reason' must be one line"),
+        ([{**RULE, "type": "Q4_KM"}], "rule 1: unknown tensor type 'Q4_KM'"),
+        ([RULE, RULE, {**RULE, "type": "IQ1_S"}], "rule 3: IQ1_S needs an importance matrix"),
+        ([{**RULE, "layers": [[0.5, 0.5]]}], "rule 1: 'layers' must be"),
+        ([{**RULE, "layers": [[0, float("nan")]]}], "rule 1: 'layers' must be"),
+        ([{**RULE, "layers": [[False, True]]}], "rule 1: 'layers' must be"),
+        ([{**RULE, "override": 1}], "rule 1: 'override' must be a true or false"),
+        ([RULE] * 1001, "1001 rules"),
+    ],
+)
+def test_bad_rules_are_named_by_file_and_number(tmp_path: Path, rules: list[object], says: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"name": "n", "description": "d", "rules": rules}))
+    with pytest.raises(RecipeError, match=says) as e:
+        load(path)
+    assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    for raw, says in [
+        (b"", "not JSON"), (b"\xff", "not JSON"), (b"[]", "must be a JSON object"), (b"[" * 100000, "too deeply"),
+        (b'{"name": "a", "name": "b"}', "key 'name' stands twice"), (b" " * (MAX_BYTES + 1), "larger than the limit"),
+        (b'{"name": "n", "description": "d", "rules": {}}', "'rules' must be a list"),
+    ]:  # fmt: skip
+        with pytest.raises(RecipeError, match=says):
+            parse(raw, "x")
+    with pytest.raises(RecipeError, match="no recipe 'smal'; there are default, quality, small"):
+        load("smal")
+    with pytest.raises(RecipeError, match="No such file"):
+        load(tmp_path / "none.json")
+    with pytest.raises(RecipeError, match="unknown tensor type 'tp3'"):
+        load("default").bind("tp3")
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["Q8_0", ".*", "keep"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["name", "description", "rules", "pattern", "type", "reason", "layers", "override"]), inner
+    ),
+))  # fmt: skip
+def test_a_recipe_is_read_or_refused(value: object) -> None:
+    raw = json.dumps(value).encode()
+    try:
+        recipe = parse(raw, "x")
+    except RecipeError as e:
+        assert str(e).startswith("x: ") and len(str(e).splitlines()) == 1
+    else:
+        assert parse(recipe.canonical().encode(), "x") == recipe
+
+
+@pytest.mark.parametrize(
+    ("wanted", "row", "got"),
+    [
+        ("Q6_K", 576, "Q8_0"), ("Q5_K", 576, "Q5_1"), ("Q4_K", 576, "Q5_0"), ("Q3_K", 576, "Q4_0"),
+        ("Q2_K", 576, "Q4_0"), ("TQ1_0", 576, "Q4_0"), ("IQ4_XS", 576, "IQ4_NL"), ("IQ3_S", 576, "IQ4_NL"),
+        ("IQ1_M", 576, "IQ4_NL"),
+        ("Q6_K", 100, "F16"), ("Q4_0", 100, "F16"), ("TP2_0", 96, "Q8_0"), ("MXFP4", 40, "F16"),
+        ("Q6_K", 512, "Q6_K"),
+    ],
+)  # fmt: skip
+def test_where_rows_do_not_divide_llama_quantizes_table_holds(wanted: str, row: int, got: str) -> None:
+    choice = fit(info("blk.0.a.weight", row, 8), TYPE_IDS[wanted], "asked for")
+    assert (type_name(choice.type), choice.fallback) == (got, got != wanted)
+    assert choice.reason == "asked for" if got == wanted else f"rows of {row} are no multiple of" in choice.reason
+
+
+def test_without_the_runtime_a_k_type_is_refused_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> None:
+        raise RuntimeMissing("the patched llama-cpp-python is not installed; build it")
+
+    monkeypatch.setattr(ggml.runtime, "ggml_library", gone)
+    with pytest.raises(
+        RuntimeMissing, match=r"^Q6_K is quantized by the patched runtime: the patched llama-cpp-python"
+    ):
+        load("quality").bind("TP2_1").plan(model(1))
+    assert types(load("default").bind("TP2_1"), model(1))["output.weight"] == "Q8_0"

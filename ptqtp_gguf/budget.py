@@ -1,0 +1,215 @@
+"""A type for each tensor so that the whole file meets a budget in bits per weight.
+
+Each tensor that the recipe quantizes is tried on a sample of its rows in every type of a ladder; then bytes go where
+they take away the most error, the largest drop per byte first. Unlike a recipe, this knows the tensors; unlike a
+calibrated method, it does not know what passes through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil, floor, isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import format as fmt
+from . import ggml, native
+from . import quantize as methods
+from .errors import QuantizeError, RecipeError, RuntimeMissing
+from .gguf_io import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
+from .packing import F32
+from .recipe import KEEP, Choice, Recipe, Rule, choose, depths_of, rule_for
+
+SAMPLE = 1 << 16  # weights of a tensor that its errors are measured on
+# After the trit planes; of each rung the first type whose blocks fit the rows and that can be written here.
+LADDER = (("Q4_K", "Q4_0"), ("Q5_K", "Q5_0"), ("Q6_K",), ("Q8_0",))
+
+Sample = Callable[[TensorInfo, int], F32]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a tensor may become: type id, bytes in the file, and its error."""
+
+    type: int
+    nbytes: int
+    error: float
+
+
+def fit_budget(
+    tensors: Sequence[TensorInfo],
+    recipe: Recipe,
+    target: float,
+    header_bytes: int,
+    sample: Sample,
+    *,
+    method: str = "search",
+    threads: int = 0,
+    alignment: int = DEFAULT_ALIGNMENT,
+    takes: Callable[[TensorInfo, int], bool] = lambda t, type_id: True,
+    progress: Callable[[str, int, int, str], None] = lambda stage, done, total, detail: None,
+) -> dict[str, Choice]:
+    """Choose every tensor's type so that the file has at most `target` bits per weight; name -> choice.
+
+    recipe        bound; says what is quantized. What it keeps, gives a float type, or has from --tensor-type stays so
+    target        8 * bytes of the whole file / weights of all tensors, as `inspect` counts
+    header_bytes  what stands before the tensor data, padded
+    sample        sample(tensor, n) -> float32 (r, C): rows spread evenly over the tensor, about n weights; see `spread`
+    method        how trit planes are made
+    takes         takes(tensor, type id): whether the tensor's values fit the type, where more is known than the sample
+    The sum over tensors of (relative squared error x weights) is made small: a bit is worth the same everywhere. (Every
+    tensor counted alike whatever its size starves the embedding: KLD .44 against .27, SmolLM2-135M at 4.66 bits.) The
+    result is the optimum for the bytes that the steps up to the first that does not fit take; what is left then is
+    filled with later steps. It never gets worse with a larger target, and does not depend on threads.
+    Raises RecipeError for a target that cannot be reached, QuantizeError for a value that is not finite, RuntimeMissing
+    for a pinned type that cannot be written here.
+    """
+    if not isfinite(target) or target <= 0:
+        raise RecipeError(f"target of {target} bits per weight; give a number above 0")
+    recipe.check_overrides(tensors)
+    ours = next((fmt.BY_NAME[r.target] for r in recipe.rules if r.target in fmt.BY_NAME), fmt.TP2_1)
+    methods.require(methods.find(method), ours)
+    depths, weights = depths_of(tensors), sum(t.n_weights for t in tensors)
+    chosen: dict[str, Choice] = {}
+    free: list[tuple[TensorInfo, list[Option]]] = []
+    for i, t in enumerate(tensors):
+        progress("measuring", i, len(tensors), t.name)
+        if _is_free(rule_for(t, recipe.rules, depths.get(t.name))):
+            fitting = [k for k in _ladder(t, ours) if takes(t, k)]
+            options = _measure(t, fitting, sample, methods.find(method), threads, alignment)
+            free.append((t, options or [Option(t.type, align(t.nbytes, alignment), 0.0)]))
+        else:
+            chosen[t.name] = choose(t, recipe.rules, depths.get(t.name))
+            if chosen[t.name].type not in fmt.TYPES and chosen[t.name].type != t.type:
+                ggml.require(chosen[t.name].type)
+    progress("measuring", len(tensors), len(tensors), "")
+    fixed = header_bytes + sum(_nbytes(t, chosen[t.name].type, alignment) for t in tensors if t.name in chosen)
+    room = floor(Fraction(target) * weights / 8) - fixed
+    free.sort(key=lambda item: item[0].name)  # ties go by name, whatever the order in the file
+    steps = [hull(options) for _, options in free]
+    least = sum(s[0].nbytes for s in steps)
+    if least > room:
+        bpw = ceil(8000 * (least + fixed) / weights) / 1000 if weights else 0.0
+        raise RecipeError(
+            f"target of {target:g} bits per weight: the smallest that this recipe reaches is {bpw:.3f}; "
+            "raise the target, or keep and name fewer tensors"
+        )
+    for (t, _), s, k in zip(free, steps, spend(steps, room), strict=True):
+        chosen[t.name] = _choice(t, s, k, target)
+    return {t.name: chosen[t.name] for t in tensors}
+
+
+def spread(rows: int, cols: int, n: int) -> NDArray[np.int64]:
+    """Indices of about n / cols rows, at least one, spread evenly over `rows`."""
+    count = min(rows, max(1, round(n / cols)))
+    return (np.arange(count, dtype=np.int64) * 2 + 1) * rows // (2 * count)
+
+
+def hull(options: Sequence[Option]) -> list[Option]:
+    """The options on the lower convex hull of error over bytes: ascending bytes, falling error and falling gain.
+
+    options  at least one; of two with equal bytes the better, or the smaller type id, counts
+    """
+    found: list[Option] = []
+    for o in sorted(options, key=lambda o: (o.nbytes, o.error, o.type)):
+        if found and o.error >= found[-1].error:
+            continue
+        while len(found) > 1 and _gain(found[-2], found[-1]) <= _gain(found[-1], o):
+            found.pop()
+        found.append(o)
+    return found
+
+
+def _gain(a: Option, b: Option) -> float:
+    """Error that a step from a to b takes away, per byte."""
+    return (a.error - b.error) / (b.nbytes - a.nbytes)
+
+
+def spend(steps: Sequence[Sequence[Option]], room: int) -> list[int]:
+    """Index of the option of each tensor that uses at most `room` bytes in all, which must suffice for every first one.
+
+    steps  per tensor the options of `hull`
+    Takes the step with the largest gain per byte, ties by order, as long as there is room; a tensor that cannot take
+    its next step stays where it is.
+    """
+    room -= sum(s[0].nbytes for s in steps)
+    assert room >= 0
+    order = sorted((-_gain(s[k - 1], s[k]), i, k) for i, s in enumerate(steps) for k in range(1, len(s)))
+    at = [0] * len(steps)
+    for _, i, k in order:
+        cost = steps[i][k].nbytes - steps[i][k - 1].nbytes
+        if at[i] == k - 1 and cost <= room:
+            at[i], room = k, room - cost
+    return at
+
+
+def _is_free(rule: Rule | None) -> bool:
+    """Whether the budget decides: the recipe quantizes the tensor, and the user has not named its type."""
+    return rule is not None and not rule.override and rule.target != KEEP and TYPE_IDS.get(rule.target) not in FLOAT_IDS
+
+
+def _ladder(t: TensorInfo, ours: fmt.TensorType) -> list[int]:
+    """Type ids that the tensor's rows fit into and that can be written here, ours first; then its own, or F16."""
+    rungs = [[ours.id], *([TYPE_IDS[name] for name in rung] for rung in LADDER)]
+    fitting = [[k for k in rung if t.shape[0] % TYPES[k][1] == 0 and _writable(k)] for rung in rungs]
+    found = [rung[0] for rung in fitting if rung]
+    last = F16_ID if t.type_name in ("F32", "F64") else t.type
+    return [k for k in found if _nbytes(t, k, 1) < _nbytes(t, last, 1)] + [last]
+
+
+def _writable(type_id: int) -> bool:
+    if type_id not in fmt.TYPES:
+        try:
+            ggml.require(type_id)
+        except RuntimeMissing:
+            return False
+    return True
+
+
+def _nbytes(t: TensorInfo, type_id: int, alignment: int) -> int:
+    return align(t.n_weights // t.shape[0] * row_size(type_id, t.shape[0]), alignment)
+
+
+def _measure(
+    t: TensorInfo, ladder: list[int], sample: Sample, method: methods.Method, threads: int, alignment: int
+) -> list[Option]:
+    """The options of one tensor. A type that cannot hold the sample is none."""
+    w = sample(t, SAMPLE)
+    power = float(np.square(w, dtype=np.float64).sum())
+    if not isfinite(power):
+        raise QuantizeError(f"tensor {t.name}: a value is not finite; the checkpoint is damaged")
+    options = []
+    for kind in ladder:
+        if kind == t.type:
+            error = 0.0
+        else:
+            try:
+                error = _squared_error(w, kind, method, threads)
+            except QuantizeError:
+                continue
+        relative = error / power if power else 0.0
+        options.append(Option(kind, _nbytes(t, kind, alignment), relative * t.n_weights))
+    return options
+
+
+def _squared_error(w: F32, kind: int, method: methods.Method, threads: int) -> float:
+    if kind in fmt.TYPES:
+        ours = fmt.TYPES[kind]
+        back = native.dequantize(ours, methods.quantize(ours, method, w, threads=threads))
+    else:
+        back = ggml.dequantize(kind, ggml.quantize(kind, w, threads=threads), threads)
+    return float(np.square(back - w, dtype=np.float64).sum())
+
+
+def _choice(t: TensorInfo, steps: list[Option], k: int, target: float) -> Choice:
+    """The choice of option k, with its neighbour in the reason."""
+
+    def told(o: Option) -> str:
+        return f"{o.error / t.n_weights:.2g} at {8 * TYPES[o.type][2] / TYPES[o.type][1]:.3g} bits"
+
+    near = k + 1 if k + 1 < len(steps) else k - 1
+    other = f", {told(steps[near])}" if len(steps) > 1 else f"; only {type_name(steps[k].type)} fits"
+    return Choice(steps[k].type, f"budget {target:.2f}: error {told(steps[k])}{other}")

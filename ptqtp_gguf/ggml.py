@@ -1,0 +1,180 @@
+"""Stock ggml types: float32 to bytes and back, through the library that the patched runtime ships.
+
+The bytes are those of llama-quantize of the same build. Without the runtime gguf-py serves the types that it can
+write, with the same bytes. Unlike ours, ggml's quantizers are only as reproducible as the build: another compiler or
+CPU family may contract a*b+c and move a rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from . import format as fmt
+from . import runtime
+from .errors import QuantizeError, RuntimeMissing
+from .gguf_io import BF16_ID, F16_ID, F32_ID, TYPE_IDS, TYPES, quantize_plain, type_name
+from .gguf_io import dequantize as dequantize_python
+from .packing import F32, U8
+
+# What llama-quantize writes, where this gguf-py knows the type; ours stand apart (native/).
+WRITABLE = frozenset(
+    TYPE_IDS[name]
+    for name in (
+        *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+        *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0"),
+    )
+    if name in TYPE_IDS
+)
+# Without importance ggml aborts at some of these, and llama-quantize refuses all: the result would be garbage.
+NEEDS_IMPORTANCE = frozenset(TYPE_IDS[name] for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"))
+_BY_PYTHON = frozenset(
+    TYPE_IDS[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4")
+)
+_ALWAYS_BY_PYTHON = frozenset((F32_ID, F16_ID, BF16_ID))
+
+REACH = 65504.0  # largest |weight|: scales are fp16, and beyond it some quantizers of ggml abort the process
+CHUNK = 1 << 15  # weights a call: small enough to share rows evenly and to let Ctrl-C through
+
+
+def require(type_id: int) -> None:
+    """Raise RuntimeMissing or QuantizeError unless `quantize` can write the type here."""
+    if type_id not in WRITABLE:
+        raise QuantizeError(f"no weights can be written as {type_name(type_id)}")
+    if type_id not in _BY_PYTHON:
+        try:
+            _library(type_id)
+        except RuntimeMissing as e:
+            raise RuntimeMissing(f"{type_name(type_id)} is quantized by the patched runtime: {e}") from None
+
+
+def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads: int = 0) -> U8:
+    """Quantize one matrix to a stock ggml type.
+
+    type_id     a member of WRITABLE
+    weights     float32 (R, C), finite, C a multiple of the type's block; up to 65504 but for F32 and BF16
+    importance  float32 (C,) >= 0, weight of each input's squared error, or None; NEEDS_IMPORTANCE want one
+    threads     0 = all cores; the bytes do not depend on it
+    returns     uint8 (R, C / block * bytes a block)
+    Raises QuantizeError for arguments or values that the type does not take, RuntimeMissing where only the patched
+    runtime can write it.
+    """
+    require(type_id)
+    name, block, size = TYPES[type_id]
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    if weights.ndim != 2 or weights.shape[1] % block:
+        raise QuantizeError(f"weights of shape {weights.shape}; {name} needs rows of a multiple of {block}")
+    largest = max(abs(float(weights.max(initial=0.0))), abs(float(weights.min(initial=0.0))))  # NaN comes through
+    if not np.isfinite(largest):
+        raise QuantizeError(f"value is not finite; {name} holds numbers only")
+    if largest > REACH and type_id not in (F32_ID, BF16_ID):
+        raise QuantizeError(f"largest weight {largest:.4g}; {name} reaches {REACH:g}; BF16 holds it")
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+        if importance.shape != weights.shape[1:]:
+            raise QuantizeError(f"importance of shape {importance.shape} for rows of {weights.shape[1]}")
+        if not np.isfinite(importance).all() or (importance < 0).any():
+            raise QuantizeError("importance must be finite and not negative")
+        importance = _tamed(importance)
+    elif type_id in NEEDS_IMPORTANCE:
+        raise QuantizeError(f"{name} needs an importance matrix; IQ3_S does without")
+    if type_id in _ALWAYS_BY_PYTHON:
+        return quantize_plain(weights, type_id)
+    try:
+        lib = _library(type_id)
+    except RuntimeMissing:
+        if importance is not None:
+            raise
+        return quantize_plain(weights, type_id)
+
+    rows, cols = weights.shape
+    out = np.empty((rows, cols // block * size), np.uint8)
+    lib.ggml_quantize_init(type_id)
+    table = None if importance is None else importance.ctypes.data
+
+    def some(first: int, count: int) -> None:
+        src, dst = weights[first:].ctypes.data, out[first:].ctypes.data
+        nbytes = lib.ggml_quantize_chunk(type_id, src, dst, 0, count, cols, table)
+        if not lib.ggml_validate_row_data(type_id, dst, nbytes):
+            raise QuantizeError(f"{name} cannot hold these weights: a scale is out of its range; BF16 holds them")
+
+    _share(some, rows, cols, threads)
+    return out
+
+
+def _tamed(importance: F32) -> F32:
+    """The same shares with a largest value near 1 where it is far from that: ggml's sums overflow, some then abort.
+
+    Only by a power of two, which the result does not depend on.
+    """
+    largest = float(importance.max(initial=0.0))
+    if largest == 0 or 2.0**-20 < largest < 2.0**20:
+        return importance
+    return np.ldexp(importance, -int(np.frexp(largest)[1]))
+
+
+def dequantize(type_id: int, data: U8, threads: int = 0) -> F32:
+    """uint8 (R, B) of any stock type -> float32 (R, C); without the runtime by gguf-py, which is slower.
+
+    Raises QuantizeError unless rows are whole blocks, InputError for a type that cannot be decoded.
+    """
+    name, block, size = TYPES[type_id]
+    if data.ndim != 2 or data.shape[1] % size:
+        raise QuantizeError(f"bytes of shape {data.shape}; rows of {name} are a multiple of {size}")
+    try:
+        to_float = None if type_id in _ALWAYS_BY_PYTHON or type_id in fmt.TYPES else _decoder(type_id)
+    except RuntimeMissing:
+        to_float = None
+    if not to_float:
+        return dequantize_python(data, type_id, "tensor data")
+    decode = to_float
+    data = np.ascontiguousarray(data)
+    rows, cols = data.shape[0], data.shape[1] // size * block
+    out = np.empty((rows, cols), np.float32)
+
+    def some(first: int, count: int) -> None:
+        decode(data[first:].ctypes.data, out[first:].ctypes.data, count * cols)
+
+    _share(some, rows, cols, threads)
+    return out
+
+
+def _library(type_id: int) -> Any:
+    """The library, after a look that it and gguf-py mean the same type. Raises RuntimeMissing."""
+    lib = runtime.ggml_library()
+    traits = lib.ggml_get_type_traits(type_id).contents
+    if (traits.blck_size, traits.type_size) != TYPES[type_id][1:]:
+        raise RuntimeMissing(
+            f"the runtime has {type_name(type_id)} as {traits.blck_size} weights in {traits.type_size} bytes, "
+            f"gguf-py as {TYPES[type_id][1]} in {TYPES[type_id][2]}; {runtime.HOW_TO_BUILD}"
+        )
+    return lib
+
+
+def _decoder(type_id: int) -> Callable[[int, int, int], None] | None:
+    """ggml's to_float(bytes, floats, weights) of the type, or None if it has none. Raises RuntimeMissing."""
+    decoder = _library(type_id).ggml_get_type_traits(type_id).contents.to_float
+    return decoder or None
+
+
+def _share(some: Callable[[int, int], None], rows: int, cols: int, threads: int) -> None:
+    """Call some(first row, rows) for all rows, a few at a time, on threads."""
+    step = max(1, CHUNK // max(cols, 1))
+    starts = range(0, rows, step)
+    threads = min(threads or os.cpu_count() or 1, len(starts))
+    if threads <= 1:
+        for first in starts:
+            some(first, min(step, rows - first))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for _ in pool.map(lambda first: some(first, min(step, rows - first)), starts):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
