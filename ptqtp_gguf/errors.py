@@ -28,5 +28,9 @@ class OutputError(PtqtpError):
     """The output cannot be written: path, rights, space, or a failed verification."""
 
 
+class ResumeError(OutputError):
+    """An unfinished conversion lies beside the target, and it was begun in another way."""
+
+
 class RuntimeMissing(PtqtpError):
     """The patched runtime, one of its tools or its converter is not installed."""

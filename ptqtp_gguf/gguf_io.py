@@ -35,7 +35,7 @@ MAX_NESTING = 4  # arrays of arrays
 MAX_WEIGHTS = 1 << 62
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-STRING, ARRAY, UINT32 = 8, 9, 4
+UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64 = 2, 4, 5, 6, 7, 8, 9, 10, 11
 
 # type id -> (name, weights a block, bytes a block)
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -141,11 +141,24 @@ class _Cursor:
             inner, n = self.array_head(depth)
             if inner in _SCALARS:
                 self.take(n * struct.calcsize(_SCALARS[inner]), "an array")
+            elif inner == STRING:
+                self.skip_strings(n)
             else:
                 for _ in range(n):
                     self.skip(inner, depth + 1)
         else:
             raise self.fail(f"unknown value type {kind}")
+
+    def skip_strings(self, n: int) -> None:
+        """A vocabulary has hundreds of thousands; so this loop is a bare one."""
+        data, pos, end, length = self.data, self.pos, len(self.data), struct.Struct("<Q").unpack_from
+        for _ in range(n):
+            after = pos + 8 + length(data, pos)[0] if end - pos >= 8 else end + 1
+            if after > end:
+                self.pos = pos
+                self.skip(STRING)  # raises, and says why
+            pos = after
+        self.pos = pos
 
     def value(self, kind: int, depth: int = 0) -> object:
         if kind in _SCALARS:
@@ -172,8 +185,12 @@ class Header:
     data_offset: int = 0
 
 
-def parse_header(data: memoryview, where: str) -> Header:
-    """Parse and validate a whole GGUF header. data: the whole file. Raises InputError on anything out of order."""
+def parse_header(data: memoryview, where: str, size: int | None = None) -> Header:
+    """Parse and validate a whole GGUF header. Raises InputError on anything out of order.
+
+    data  the whole file, or at least its header; then size = the bytes of the whole file
+    """
+    size = len(data) if size is None else size
     c = _Cursor(data, where)
     if bytes(c.take(4, "magic")) != MAGIC:
         c.pos = 0
@@ -184,8 +201,8 @@ def parse_header(data: memoryview, where: str) -> Header:
     if version not in (2, 3):
         raise c.fail(f"GGUF version {version}; versions 2 and 3 are supported")
     n_tensors, n_kv = c.number("<Q", "tensor count"), c.number("<Q", "metadata count")
-    if n_kv > len(data) // 13 or n_tensors > len(data) // 32:
-        raise c.fail(f"{n_tensors} tensors and {n_kv} metadata entries do not fit into {len(data)} bytes")
+    if n_kv > size // 13 or n_tensors > size // 32:
+        raise c.fail(f"{n_tensors} tensors and {n_kv} metadata entries do not fit into {size} bytes")
 
     h = Header()
     for _ in range(n_kv):
@@ -211,7 +228,7 @@ def parse_header(data: memoryview, where: str) -> Header:
         names.add(info.name)
         relative.append(info)
     h.data_offset = align(c.pos, h.alignment)
-    room = len(data) - h.data_offset
+    room = size - h.data_offset
     end, before = 0, ""
     for t in sorted(relative, key=lambda t: t.offset):
         if t.offset < end:
@@ -219,7 +236,7 @@ def parse_header(data: memoryview, where: str) -> Header:
         if t.nbytes > room - t.offset:
             raise InputError(
                 f"{where}: truncated: tensor {t.name} ends at byte {h.data_offset + t.offset + t.nbytes}, "
-                f"the file at {len(data)}"
+                f"the file at {size}"
             )
         end, before = t.offset + t.nbytes, t.name
     h.tensors = [TensorInfo(t.name, t.shape, t.type, h.data_offset + t.offset, t.nbytes) for t in relative]
@@ -266,23 +283,29 @@ class Reader:
         """name: what errors call the file, where it is only our intermediate of something that the user knows."""
         self.path = name or path
         try:
-            with open(path, "rb") as f:
-                if os.fstat(f.fileno()).st_size == 0:
-                    raise InputError(f"{path}: the file is empty")
-                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = open(path, "rb", buffering=0)
         except OSError as e:
             raise InputError(f"{path}: {e.strerror}") from None
+        self._map: mmap.mmap | None = None
         try:
+            if os.fstat(self._file.fileno()).st_size == 0:
+                raise InputError(f"{path}: the file is empty")
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
             with memoryview(self._map) as view:
                 self.header = parse_header(view, str(self.path))
             self.tensors = self.header.tensors
             self.by_name = {t.name: t for t in self.tensors}
             self._check_format_version()
+        except OSError as e:
+            self.close()
+            raise InputError(f"{path}: {e.strerror}") from None
         except BaseException:
             self.close()
             raise
 
     def _check_format_version(self) -> None:
+        if self.get("split.no"):  # only the first part of a split file carries the metadata
+            return
         ours = any(t.type in fmt.TYPES for t in self.tensors)
         version = self.get(fmt.Key.FORMAT_VERSION)
         if (ours or version is not None) and version != fmt.FORMAT_VERSION:
@@ -299,8 +322,10 @@ class Reader:
         self.close()
 
     def close(self) -> None:
+        self._file.close()
         try:
-            self._map.close()
+            if self._map is not None:
+                self._map.close()
         except BufferError:  # an array still looks at it; the map goes with the last of them
             pass
 
@@ -309,8 +334,32 @@ class Reader:
         kv = self.header.kvs.get(key)
         return None if kv is None else kv.value()
 
+    def chunks(self, t: TensorInfo, size: int) -> Iterator[U8]:
+        """The tensor's bytes, read (not mapped) in arrays of `size` bytes; the last may be smaller.
+
+        Raises InputError where the file has become shorter, or cannot be read.
+        """
+        for start in range(0, t.nbytes, size):
+            out = np.empty(min(size, t.nbytes - start), np.uint8)
+            done = 0
+            while done < out.size:
+                try:
+                    n = os.preadv(self._file.fileno(), [out[done:].data], t.offset + start + done)
+                except OSError as e:
+                    raise InputError(f"{self.path}: tensor {t.name}: {e.strerror}") from None
+                if n == 0:
+                    raise InputError(f"{self.path}: tensor {t.name}: the file has become shorter while it was read")
+                done += n
+            yield out
+
+    def drop_cache(self) -> None:
+        """Ask the system to read the file from the disk again, not from its cache."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def bytes_of(self, t: TensorInfo) -> U8:
         """The tensor's bytes, (rows, bytes a row), a view of the file."""
+        assert self._map is not None
         flat = np.frombuffer(self._map, np.uint8, t.nbytes, t.offset)
         return flat.reshape(-1, row_size(t.type, t.shape[0]))
 
@@ -352,12 +401,22 @@ def kv_string(key: str, value: str) -> KV:
     return KV(key, STRING, struct.pack("<Q", len(raw)) + raw)
 
 
+def kv_scalar(key: str, kind: int, value: int | float | bool) -> KV:
+    """A number or truth value of a GGUF type. Raises struct.error where the type cannot hold it."""
+    return KV(key, kind, struct.pack(_SCALARS[kind], value))
+
+
 def kv_u32(key: str, value: int) -> KV:
-    return KV(key, UINT32, struct.pack("<I", value))
+    return kv_scalar(key, UINT32, value)
+
+
+def kv_list(key: str, kind: int, values: list[int]) -> KV:
+    code = _SCALARS[kind][1]
+    return KV(key, ARRAY, struct.pack(f"<IQ{len(values)}{code}", kind, len(values), *values))
 
 
 def kv_u32_list(key: str, values: list[int]) -> KV:
-    return KV(key, ARRAY, struct.pack(f"<IQ{len(values)}I", UINT32, len(values), *values))
+    return kv_list(key, UINT32, values)
 
 
 @dataclass(frozen=True)
