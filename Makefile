@@ -23,8 +23,10 @@ CMAKE_FLAGS := -G Ninja -DPTQTP_WERROR=ON
 demo: setup
 	$(PY) tools/demo.py
 
+# the demo model first: several workers would all fetch it
 test: setup test-native
-	$(VENV)/bin/pytest
+	$(PY) tools/demo_model.py build/demo
+	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
 setup: $(PACKAGE)
 
@@ -33,8 +35,8 @@ $(DEPS): constraints.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt scikit-build-core cmake ninja
 	$(PIP) install -c constraints.txt numpy gguf typer rich diskcache jinja2 typing-extensions \
-	  torch transformers accelerate safetensors sentencepiece protobuf \
-	  pytest hypothesis ruff mypy clang-format
+	  torch transformers huggingface_hub accelerate safetensors sentencepiece protobuf \
+	  pytest pytest-xdist hypothesis ruff mypy clang-format
 	@touch $@
 
 # The tool knows itself what changed: it is asked each time the inputs are newer, and compiles what it must.

@@ -1,28 +1,50 @@
-"""The command line: parse, call the library, print. One line on error, exit 1 (wrong usage 2, Ctrl-C 130)."""
+"""The command line: parse, call the library, print. One line on error.
+
+Exit codes: 0 done; 1 an error, or a file that does not verify; 2 wrong usage; 130 interrupted (Ctrl-C, SIGTERM).
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import sys
-import textwrap
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 from . import __version__
 from . import convert as conversion
+from .card import card
 from .errors import PtqtpError
 from .export import export_q4_0
-from .gguf_io import type_name
-from .inspect import Report
 from .inspect import inspect as inspect_file
+from .options import Options
+from .output import check_text_target, write_text
+from .plan import Progress
 from .quantize import METHODS
+from .recipe import SHIPPED
+from .results import Summary, card_facts
+from .terminal import (
+    Bar,
+    JsonLines,
+    err_console,
+    event,
+    line,
+    plan_dict,
+    print_plan,
+    print_report,
+    print_summary,
+    print_verdict,
+    summary_dict,
+    verdict_dict,
+)
+from .verify import verify as verify_file
+
+EXIT_CODES = "Exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted."
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,37 +52,30 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Hugging Face checkpoints to trit-plane GGUF files (PTQTP, 3.5 bits per weight) that llama.cpp runs.",
+    epilog=EXIT_CODES,
 )
-out_console = Console(highlight=False)
-err_console = Console(stderr=True, highlight=False)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+Threads = Annotated[int, typer.Option("--threads", "-j", min=0, help="Threads; 0 = all cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON lines on standard output: progress, result, error.")]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_json_lines = False  # whether errors are told as JSON too
 
 
-class Bar:
-    """Shows the library's progress reports as one rich bar a stage."""
+def parse_size(text: str) -> int:
+    """ "2G", "500M", "1.5GiB", "4000000" -> bytes. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not match or match[2] not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2]])):
+        raise typer.BadParameter(f"{text!r} is no size; write 500M, 2G or 1.5GiB")
+    return size
 
-    def __init__(self, quiet: bool) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description:>10}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"),
-            console=err_console, disable=quiet or not err_console.is_terminal, transient=True,
-        )  # fmt: skip
-        self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(stage, total=total or None, detail="")
-        width = max(10, err_console.width - 70)
-        self.bar.update(self.tasks[stage], completed=done, total=total or None, detail=detail[-width:])
+def _reporter(quiet: bool, as_json: bool) -> Bar | JsonLines:
+    global _json_lines
+    _json_lines = as_json
+    return JsonLines() if as_json else Bar(quiet)
 
 
 def _version(value: bool) -> None:
@@ -76,57 +91,92 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder (config.json, safetensors), or a GGUF file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Checkpoint folder, GGUF file of any type (of a split one, any part), or hub id org/name."),
+    ],
     out: Annotated[Path, typer.Argument(help="The GGUF file to write.")],
     method: Annotated[str, typer.Option("--method", "-m", help=f"One of: {', '.join(METHODS)}.")] = "search",
     type: Annotated[str, typer.Option("--type", "-t", help="Type of the block matrices: TP2_1 or TP2_0.")] = "TP2_1",
-    threads: Annotated[int, typer.Option("--threads", "-j", min=0, help="Threads; 0 = all cores.")] = 0,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help=f"Which tensor gets which type: {', '.join(SHIPPED)}, or a file.")
+    ] = "default",
+    tensor_type: Annotated[
+        list[str] | None, typer.Option(help="REGEX=TYPE: tensors whose name it finds get the type. Repeatable.")
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=32, help="Choose types by measured error, within these bits per weight."),
+    ] = None,
+    split_max_size: Annotated[str | None, typer.Option(help="Split the output into files of at most this: 2G.")] = None,
+    override_kv: Annotated[
+        list[str] | None, typer.Option(help="KEY=TYPE:VALUE in the metadata (int, float, bool, str). Repeatable.")
+    ] = None,
+    model_card: Annotated[Path | None, typer.Option(help="Write a model card (README.md for the hub) there.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto: the same bytes.")] = "auto",
+    threads: Threads = 0,
+    max_memory: Annotated[str | None, typer.Option(help="Stay below this: 2G. Smaller pieces, the same bytes.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     keep_bf16: Annotated[Path | None, typer.Option(help="Keep the intermediate bf16 GGUF under this name.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it needs; write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left unfinished.")] = False,
     force: Force = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint or a GGUF file to a trit-plane GGUF.
 
-    The output appears complete and verified, or not at all.
+    The output appears complete and verified, or not at all. A conversion that was stopped goes on where it was when
+    the same command is run again.
 
     Examples:
 
       ptqtp-gguf convert ./SmolLM2-135M smollm2.gguf
 
-      ptqtp-gguf convert model-bf16.gguf model-tp2.gguf --threads 4
+      ptqtp-gguf convert model-bf16.gguf model.gguf --dry-run
+
+      ptqtp-gguf convert Qwen/Qwen2.5-0.5B qwen.gguf --recipe quality
+
+      ptqtp-gguf convert ./model model.gguf --tensor-type attn_v=Q6_K --split-max-size 4G
+
+      ptqtp-gguf convert ./model model.gguf --target-bpw 4.25 --model-card README.md
 
       ptqtp-gguf convert ./model model-paper.gguf --method paper --type TP2_0
     """
-    options = conversion.Options(method=method, type=type, threads=threads, force=force, keep_bf16=keep_bf16)
-    with Bar(quiet) as bar:
-        summary = conversion.convert(source, out, options, bar)
-    if not quiet:
-        _print_summary(summary)
+    options = Options(
+        method=method, type=type, recipe=recipe, tensor_types=tuple(tensor_type or ()), target_bpw=target_bpw,
+        overrides=tuple(override_kv or ()), split_max_size=parse_size(split_max_size) if split_max_size else 0,
+        revision=revision, keep_bf16=keep_bf16, threads=threads, device=device,
+        max_memory=parse_size(max_memory) if max_memory else 0, force=force, restart=restart,
+    )  # fmt: skip
+    with _reporter(quiet, as_json) as progress:
+        if model_card:
+            check_text_target(model_card, force)
+        if dry_run:
+            plan = conversion.dry_run(source, out, options, progress)
+        else:
+            summary = _convert(source, out, options, progress)
+    if dry_run:
+        if as_json:
+            event("plan", **plan_dict(plan))
+        elif not quiet:
+            print_plan(plan, shutil.disk_usage(out.resolve().parent).free)
+        return
+    if model_card:
+        write_text(model_card, card(card_facts(summary, source, options)))
+    if as_json:
+        event("done", **summary_dict(summary))
+    elif not quiet:
+        print_summary(summary)
 
 
-def _print_summary(s: conversion.Summary) -> None:
-    by_type = ", ".join(
-        f"{n / 1e6:.1f} M {kind}" for kind, n in sorted(s.weights_by_type().items(), key=lambda x: -x[1])
-    )
-    out_console.print(f"{s.path}: {s.size / 1e6:.1f} MB, {s.bpw:.3f} bits per weight, {s.seconds:.1f} s")
-    out_console.print(f"  weights: {by_type}", soft_wrap=True)
-    errors = sorted(((r.rel_mse, r.tensor.name) for r in s.rows if r.rel_mse is not None), reverse=True)
-    if errors:
-        worst = ", ".join(f"{name} {e:.4f}" for e, name in errors[:3])
-        out_console.print(f"  relative squared error: worst {worst}", soft_wrap=True)
-    quantized = [kind for kind in s.source_types if kind not in ("F32", "F16", "BF16", "F64")]
-    if quantized:
-        out_console.print(
-            f"  note: the source was already quantized ({', '.join(quantized)}); its error adds to ours", soft_wrap=True
-        )
-    for r in s.fallbacks[:20]:
-        out_console.print(
-            f"  fallback: {r.tensor.name} is {type_name(r.choice.type)}: {r.choice.reason}", soft_wrap=True
-        )
-    if len(s.fallbacks) > 20:
-        out_console.print(f"  ... and {len(s.fallbacks) - 20} more fallbacks")
+def _convert(source: Path, out: Path, options: Options, progress: Progress) -> Summary:
+    try:
+        return conversion.convert(source, out, options, progress)
+    except conversion.Interrupted as e:  # typer would swallow its text
+        _fail(str(e), 130)
 
 
 @app.command("export-q4_0")
@@ -147,7 +197,44 @@ def export_q4_0_command(
     with Bar(quiet) as bar:
         s = export_q4_0(source, out, force=force, progress=bar)
     if not quiet:
-        out_console.print(f"{s.path}: {s.size / 1e6:.1f} MB, {s.bpw:.3f} bits per weight, weights equal bit for bit")
+        line(f"{s.path}: {s.size / 1e6:.1f} MB, {s.bpw:.3f} bits per weight, weights equal bit for bit")
+
+
+@app.command(epilog=EXIT_CODES)
+def verify(
+    file: Annotated[Path, typer.Argument(help="A GGUF file; of a split one, any part.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="What it was made from (GGUF or checkpoint folder): measure every tensor's error."),
+    ] = None,
+    all_errors: Annotated[
+        bool, typer.Option("--all", "-a", help="List every tensor's error, not the worst ten.")
+    ] = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a file: structure, offsets, digit words, scales, checksums; and its distance to the source.
+
+    Examples:
+
+      ptqtp-gguf verify model.gguf
+
+      ptqtp-gguf verify model.gguf --against ./model --all
+    """
+    with _reporter(quiet, as_json) as progress:
+        if against is None:
+            verdict = verify_file(file, None, progress, threads)
+        else:
+            with conversion.open_source(against, progress) as source:
+                verdict = verify_file(file, source, progress, threads)
+    if as_json:
+        event("done", **verdict_dict(verdict))
+    elif not quiet:
+        print_verdict(verdict, all_errors)
+    if not verdict.good:
+        more = f" and {len(verdict.faults) - 1} more faults" if len(verdict.faults) > 1 else ""
+        _fail(f"{file}: {verdict.faults[0]}{more}", 1)
 
 
 @app.command()
@@ -168,33 +255,7 @@ def inspect(
     if as_json:
         print(json.dumps(report.as_dict(), indent=1, allow_nan=False, default=str))
     else:
-        _print_report(report, tensors)
-
-
-def _print_report(report: Report, tensors: bool) -> None:
-    out_console.print(
-        f"{report.path}: {report.size / 1e6:.1f} MB, {report.weights / 1e6:.1f} M weights, "
-        f"{report.bpw:.3f} bits per weight (embedding, head and metadata counted)"
-    )
-    table = Table("role", "type", *(_right(h) for h in ("tensors", "M weights", "MB", "bpw")))
-    for p in report.parts:
-        table.add_row(
-            p.role.value, p.type, str(p.tensors), f"{p.weights / 1e6:.2f}", f"{p.nbytes / 1e6:.2f}", f"{p.bpw:.3f}"
-        )
-    out_console.print(table)
-    if tensors:
-        listing = Table("tensor", "shape", "type", _right("MB"))
-        for t in report.tensors:
-            listing.add_row(t.name, " x ".join(map(str, t.shape)), t.type_name, f"{t.nbytes / 1e6:.3f}")
-        out_console.print(listing)
-    for key, value in report.metadata.items():
-        if key.startswith(("ptqtp.", "general.")):
-            text = textwrap.shorten(str(value), 200, placeholder=" ...")
-            out_console.print(f"  {key} = {text}", soft_wrap=True, markup=False)
-
-
-def _right(header: str) -> Column:
-    return Column(header, justify="right")
+        print_report(report, tensors)
 
 
 @app.command()
@@ -255,5 +316,7 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    if _json_lines:
+        event("error", message=" ".join(message.split()), exit_code=code)
     err_console.print(f"Error: {' '.join(message.split())}", soft_wrap=True, markup=False, style="red")
     sys.exit(code)

@@ -1,143 +1,121 @@
-"""Checkpoint or GGUF in, trit-plane GGUF out: check -> plan -> stream -> verify -> rename."""
+"""Checkpoint or GGUF in, trit-plane GGUF out: check -> plan -> stream -> verify -> rename, and all of it resumable."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from . import __version__, checkpoint, native
-from . import format as fmt
-from . import quantize as methods
-from .errors import InputError, OutputError, QuantizeError, RecipeError
-from .gguf_io import (
-    FLOAT_IDS,
-    KV,
-    OutTensor,
-    Reader,
-    TensorInfo,
-    dequantize,
-    kv_string,
-    kv_u32,
-    kv_u32_list,
-    quantize_plain,
-    total_size,
-    type_name,
-    write_stream,
-)
-from .output import check_space, check_target, partial_file, scratch_path
-from .packing import U8
-from .recipe import Choice, Role, block_type, choose, default_rules, fall_back, role_of
-
-# stage, weights done, weights in all, what is being worked on
-Progress = Callable[[str, int, int, str], None]
-
-CHUNK = 1 << 22  # weights looked at together in the first pass
-MOSTLY_BELOW = 0.5  # share of groups below the scales' range from which a tensor falls back
+from . import checkpoint, hub, metadata
+from .encode import make_encoder
+from .errors import InputError, OutputError, PtqtpError, ResumeError
+from .gguf_io import KV
+from .journal import Journal
+from .memory import memory_need, piece_for
+from .options import Options, decisive, described, recipe_of
+from .output import check_space, check_target, scratch_path
+from .parts import Part, discard, finish, lay_out, publish
+from .plan import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
+from .recipe import Choice, Recipe, Role, role_of
+from .results import Plan, Summary
+from .resume import fingerprint, require_same
+from .source import GgufSource, Source, StreamSource
+from .transcode import Job, take_record, transcode
+from .verify import intact_tensors, verify_written
 
 
-def no_progress(stage: str, done: int, total: int, detail: str) -> None:
-    """Report nothing."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to convert. threads 0 = all cores."""
-
-    method: str = "search"
-    type: str = "TP2_1"
-    threads: int = 0
-    force: bool = False
-    keep_bf16: Path | None = None
-    use_reference: bool = False
-
-
-@dataclass
-class PlanRow:
-    """One tensor: what it is, what it becomes, why; after quantizing, its relative squared error."""
-
-    tensor: TensorInfo
-    choice: Choice
-    role: Role
-    rel_mse: float | None = None
-
-    @property
-    def out(self) -> OutTensor:
-        return OutTensor(self.tensor.name, self.tensor.shape, self.choice.type)
-
-
-@dataclass
-class Summary:
-    """What was written."""
-
-    path: Path
-    size: int
-    seconds: float
-    rows: list[PlanRow] = field(default_factory=list)
-    source_types: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def n_weights(self) -> int:
-        return sum(r.tensor.n_weights for r in self.rows)
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight of the whole file, metadata counted."""
-        return 8 * self.size / self.n_weights
-
-    def weights_by_type(self) -> dict[str, int]:
-        """Weights in each target type."""
-        count: Counter[str] = Counter()
-        for r in self.rows:
-            count[type_name(r.choice.type)] += r.tensor.n_weights
-        return dict(count)
-
-    @property
-    def fallbacks(self) -> list[PlanRow]:
-        return [r for r in self.rows if r.choice.fallback]
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; the text says what was kept."""
 
 
 def convert(source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress) -> Summary:
-    """Convert a Hugging Face folder or a GGUF file to a trit-plane GGUF.
+    """Convert a Hugging Face folder, a hub id or a GGUF file to a trit-plane GGUF.
 
-    source    folder with config.json and safetensors, or a GGUF of any ggml type
+    source    folder with config.json and safetensors, a GGUF of any ggml type (or a part of a split one), or the id of
+              a model on the Hugging Face hub
     out       the file to write; appears complete and verified, or not at all
-    progress  called often; see Progress
-    Raises a subclass of PtqtpError for anything that the caller can mend.
+    progress  called often, from two threads; see plan.Progress
+
+    A conversion that was killed goes on with its last finished tensor when it is called again with the same source
+    and options. Raises a subclass of PtqtpError for anything that the caller can mend, Interrupted for Ctrl-C.
     """
     options = options or Options()
-    methods.require(methods.find(options.method), block_type(options.type))
     started = time.monotonic()
-    if not source.exists():
-        raise InputError(f"{source}: no such file or folder")
+    recipe = recipe_of(options)
+    check_target(out, source, True)
+    source = _local(source, options, progress)
     with ExitStack() as stack:
-        if checkpoint.is_gguf(source):
+        journal = stack.enter_context(Journal(out, options.restart))
+        if options.restart:
+            discard(out)
+        if journal.verified is None:
             check_target(out, source, options.force)
-            path = source
-        elif source.is_dir():
-            check_target(out, source, options.force)
-            if options.keep_bf16:
-                check_target(options.keep_bf16, source, options.force)
-                if options.keep_bf16.resolve() == out.resolve():
-                    raise OutputError(f"{out}: is also the name to keep the bf16 GGUF under; give it one of its own")
-            path = options.keep_bf16 or stack.enter_context(scratch_path(out, ".bf16.gguf"))
-            _make_bf16(source, path, progress)
-        else:
-            raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
-        with Reader(path, source) as reader:
-            summary = _transcode(reader, out, options, progress)
+        stack.enter_context(_kept_on_failure(out, journal))
+        opened = stack.enter_context(_open(source, out, options, progress))
+        summary = _convert(opened, out, options, recipe, journal, progress)
     summary.seconds = time.monotonic() - started
     return summary
 
 
-def _make_bf16(source: Path, bf16: Path, progress: Progress) -> None:
+def dry_run(source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress) -> Plan:
+    """The plan of a conversion, without reading a weight (but for --target-bpw, which measures samples)."""
+    options = options or Options()
+    recipe = recipe_of(options)
+    check_target(out, source, True)
+    source = _local(source, options, progress)
+    with open_source(source, progress) as opened:
+        rows = _plan(opened, options, recipe, progress)
+        kvs = _metadata(opened, rows, options, recipe)
+        parts = lay_out(out, [r.out for r in rows], kvs, opened.alignment, options.split_max_size)
+        piece = piece_for(rows, options.method, options.max_memory, opened)
+        return Plan(rows, parts, memory_need(rows, options.method, piece, opened), recipe)
+
+
+def _local(source: Path, options: Options, progress: Progress) -> Path:
+    """The source on this machine: fetched, if it is the id of a model on the hub."""
+    if source.exists():
+        if options.revision:
+            raise InputError(f"{source}: --revision is for models on the hub, this is here already")
+        return source
+    if hub.looks_like_id(str(source)):
+        return hub.fetch(str(source), options.revision, lambda text: progress("download", 0, 0, text))
+    raise InputError(f"{source}: no such file or folder")
+
+
+@contextmanager
+def _open(source: Path, out: Path, options: Options, progress: Progress) -> Iterator[Source]:
+    """The source, ready to be read; with keep_bf16 its intermediate GGUF is made first, unless it was before."""
+    bf16 = options.keep_bf16
+    if bf16 is None:
+        with open_source(source, progress, out.with_name(f".{out.name}.bf16.gguf")) as opened:
+            yield opened
+        return
+    if checkpoint.is_gguf(source):
+        raise InputError(f"{source}: is a GGUF already; --keep-bf16 is for checkpoint folders")
+    if bf16.resolve() == out.resolve():
+        raise OutputError(f"{out}: is also the name to keep the bf16 GGUF under; give it one of its own")
     found = checkpoint.check(source)
+    with Journal(bf16) as note:
+        stamp = [list(s) for s in checkpoint.stamp(source)]
+        made = note.job is not None and note.job == {"bf16": stamp, "size": _size(bf16)}
+        if not made:
+            check_target(bf16, source, options.force)
+            _make_bf16(found, bf16, progress)
+            note.clear()
+            note.append({"job": {"bf16": stamp, "size": _size(bf16)}})
+        with GgufSource(bf16, source) as opened:
+            opened.stamp = checkpoint.stamp(source)
+            yield opened
+        note.clear()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def _make_bf16(found: checkpoint.Checkpoint, bf16: Path, progress: Progress) -> None:
     check_space(bf16.parent, found.nbytes + found.nbytes // 3)
     progress("converter", 0, 0, found.architecture)
     with scratch_path(bf16, ".work") as work:
@@ -146,182 +124,126 @@ def _make_bf16(source: Path, bf16: Path, progress: Progress) -> None:
         work.replace(bf16)
 
 
-def plan(reader: Reader, options: Options, progress: Progress = no_progress) -> list[PlanRow]:
-    """Decide on every tensor, and look at every weight once: NaN, Inf, out of reach, below the scales' range.
+def open_source(source: Path, progress: Progress = no_progress, scratch: Path | None = None) -> Source:
+    """A GGUF file or a checkpoint folder, ready to be read. Raises InputError.
 
-    Raises InputError for a value that is not finite, RecipeError if no tensor would become a trit-plane tensor.
+    scratch: where the bf16 GGUF may lie for the time being if the converter cannot be read as a stream.
     """
-    split = reader.get("split.count")
-    if isinstance(split, int) and split > 1:
-        raise InputError(f"{reader.path}: one of {split} parts of a split GGUF; merge them first with llama-gguf-split")
-    rules = default_rules(block_type(options.type))
-    rows = [PlanRow(t, choose(t, rules), role_of(t.name)) for t in reader.tensors]
-    total, done = sum(r.tensor.n_weights for r in rows), 0
-    for row in rows:
-        t = row.tensor
-        progress("checking", done, total, t.name)
-        if t.type in FLOAT_IDS or row.choice.type != t.type:
-            why = _examine(reader, t, fmt.TYPES.get(row.choice.type))
-            if why:
-                row.choice = fall_back(t, why)
-        done += t.n_weights
-    progress("checking", total, total, "")
-    if not any(r.choice.type in fmt.TYPES for r in rows):
-        first = next((r for r in rows if r.role is Role.BLOCK and r.choice.fallback), None)
-        why = f"; {first.tensor.name}: {first.choice.reason}" if first else ""
-        raise RecipeError(f"{reader.path}: no tensor takes {options.type.upper()}{why}")
-    return rows
+    if checkpoint.is_gguf(source):
+        return GgufSource(source)
+    if not source.is_dir():
+        raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
+    found = checkpoint.check(source)
+    progress("converter", 0, 0, found.architecture)
+    return StreamSource(found, lambda line: progress("converter", 0, 0, line), scratch)
 
 
-def _examine(reader: Reader, t: TensorInfo, target: fmt.TensorType | None) -> str | None:
-    """Check the values of one tensor; the reason to fall back from target, or None."""
-    largest = 0.0
-    groups = below = 0
-    per_chunk = max(1, CHUNK // t.shape[0])
-    data = reader.bytes_of(t)
-    for first in range(0, len(data), per_chunk):
-        w = dequantize(data[first : first + per_chunk], t.type, f"{reader.path}: tensor {t.name}")
-        bad = ~np.isfinite(w)
-        if bad.any():
-            row, col = (int(i) for i in np.argwhere(bad)[0])
-            raise InputError(
-                f"{reader.path}: tensor {t.name} holds {w[row, col]} at row {first + row}, column {col}; "
-                "the checkpoint is damaged"
-            )
-        if target is None:
-            continue
-        tops = np.abs(w).reshape(-1, target.group).max(axis=1)
-        largest = max(largest, float(tops.max()))
-        groups += int((tops > 0).sum())
-        below += int(((tops > 0) & (tops < fmt.MAX_LEVEL * fmt.SMALLEST_SCALE)).sum())
-    if target is None:
-        return None
-    if largest > target.reach:
-        return f"largest weight {largest:.4g}; {target.name} reaches {target.reach:.4g}"
-    if groups and below > MOSTLY_BELOW * groups:
-        return f"{below} of {groups} groups lie below the range of the scales of {target.name}"
-    return None
+@contextmanager
+def _kept_on_failure(out: Path, journal: Journal) -> Iterator[None]:
+    """Leaves a state that can be taken up again where that makes sense, and nothing at all where it does not."""
+    try:
+        yield
+    except ResumeError:
+        raise
+    except (KeyboardInterrupt, OutputError, OSError, MemoryError) as e:
+        n = len(journal.rows)
+        if n == 0:
+            _forget(out, journal)
+        kept = f"{n} finished tensors are kept; run the same command again to go on" if n else "nothing was left behind"
+        if isinstance(e, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {kept}") from None
+        if isinstance(e, OSError):
+            raise OutputError(f"{out}: writing failed: {e.strerror or e}; {kept}") from None
+        raise
+    except PtqtpError:
+        if journal.found == 0:  # what this run has begun is of no use; what it found is not for it to throw away
+            _forget(out, journal)
+        raise
 
 
-def _transcode(reader: Reader, out: Path, options: Options, progress: Progress) -> Summary:
-    rows = plan(reader, options, progress)
-    kvs = _metadata(reader, rows, options)
-    digests: list[bytes] = []
-    blocks = _blocks(reader, rows, options, progress, digests)
-    size = write_verified(
-        out, kvs, [r.out for r in rows], reader.header.alignment, blocks,
-        lambda path: _verify(path, out, rows, digests, progress),
-    )  # fmt: skip
+def _forget(out: Path, journal: Journal) -> None:
+    discard(out)
+    journal.clear()
+
+
+def _plan(source: Source, options: Options, recipe: Recipe, progress: Progress) -> list[PlanRow]:
+    # a little more than the header will take: names, shapes, our own keys
+    header = 4096 + sum(len(kv.raw) + len(kv.key) + 12 for kv in source.kvs.values())
+    header += sum(60 + len(t.name.encode()) + 8 for t in source.tensors)
+    return make_plan(
+        source, recipe, options.type, options.target_bpw, header, options.method, options.threads, progress
+    )
+
+
+def _metadata(source: Source, rows: list[PlanRow], options: Options, recipe: Recipe) -> list[KV]:
+    return metadata.build(source, rows, options.method, options.type, described(options, recipe), options.overrides)
+
+
+def _convert(
+    source: Source, out: Path, options: Options, recipe: Recipe, journal: Journal, progress: Progress
+) -> Summary:
+    job = fingerprint(source, decisive(options, recipe))
+    if journal.job is None:
+        rows = _plan(source, options, recipe, progress)
+        if options.split_max_size:  # the files' sizes must be known before the first is written
+            check_values(source, rows, options.threads, progress)
+            require_planes(source, rows, options.type)
+        job["plan"] = [[r.choice.type, r.choice.reason, r.choice.fallback] for r in rows]
+    else:
+        require_same(out, source, journal, job)
+        choices = [Choice(*c) for c in journal.job["plan"]]
+        rows = [PlanRow(t, c, role_of(t.name)) for t, c in zip(source.tensors, choices, strict=True)]
+    piece = piece_for(rows, options.method, options.max_memory, source)
+    kvs = _metadata(source, rows, options, recipe)
+    parts = lay_out(out, [r.out for r in rows], kvs, source.alignment, options.split_max_size)
+    if journal.verified is None and len(parts) > 1:
+        for part in parts:
+            check_target(part.path, source.path, options.force)
+    resumed = _take_up(parts, rows, journal)
+    check_space(out.parent, sum(p.size for p in parts) - sum(_size(p.work) for p in parts if p.work.exists()))
+    if journal.job is None:
+        discard(out)  # of a run whose journal is lost
+        journal.append({"job": job})
+    device = "none"
+    if journal.verified is None:
+        with closing(make_encoder(options.device, options.threads, options.use_reference)) as encoder:
+            transcode(Job(source, rows, parts, journal, encoder, options.method, piece, progress))
+            device = encoder.name
+        require_planes(source, rows, options.type)
+    whole = _finish(source, parts, journal, options, progress)
+    assert journal.verified is not None
+    digests = {p.path.name: d for p, d in zip(parts, journal.verified, strict=True)}
     source_types = Counter(r.tensor.type_name for r in rows if r.role is Role.BLOCK)
-    return Summary(out, size, 0.0, rows, dict(source_types))
+    size = sum(p.path.stat().st_size for p in parts)
+    return Summary(
+        out, size, 0.0, rows, dict(source_types), [p.path for p in parts], digests, resumed, device, whole, parts[0].kvs
+    )
 
 
-def _blocks(
-    reader: Reader, rows: list[PlanRow], options: Options, progress: Progress, digests: list[bytes]
-) -> Iterator[U8]:
-    """Each tensor's bytes in its target type, in order; appends their digests."""
-    total, done = sum(r.tensor.n_weights for r in rows), 0
-    for row in rows:
-        progress("quantizing", done, total, row.tensor.name)
-        block = _encode(reader, row, options)
-        digests.append(_digest(block))
-        yield block
-        done += row.tensor.n_weights
-    progress("quantizing", total, total, "")
+def _finish(source: Source, parts: list[Part], journal: Journal, options: Options, progress: Progress) -> str:
+    """Headers, sync, reading back, names. Returns the source's hash."""
+    hashes = [r["hash"] for r in journal.rows]
+    whole = metadata.source_hash(source, [r["source"] for r in journal.rows])
+    parts[0].kvs = metadata.complete(parts[0].kvs, whole, hashes)
+    if journal.verified is None:
+        finish(parts)
+        journal.append({"verified": verify_written(parts, hashes, progress, options.threads)})
+        journal.sync()
+    publish(parts)
+    journal.remove()
+    return whole
 
 
-def _digest(data: U8) -> bytes:
-    return hashlib.blake2b(data.data, digest_size=16).digest()
-
-
-def _encode(reader: Reader, row: PlanRow, options: Options) -> U8:
-    t, target = row.tensor, row.choice.type
-    if target == t.type:
-        return reader.bytes_of(t)
-    w = reader.rows_f32(t)
-    if target not in fmt.TYPES:
-        return quantize_plain(w, target)
-    # experts are 3-D: one matrix at a time, as the method means it
-    matrices = w.reshape(-1, t.shape[1], t.shape[0])
-    method, kind = methods.find(options.method), fmt.TYPES[target]
-    parts = []
-    error = power = 0.0
-    for matrix in matrices:
-        try:
-            packed = methods.quantize(
-                kind, method, matrix, threads=options.threads, use_reference=options.use_reference
-            )
-        except QuantizeError as e:
-            raise QuantizeError(f"tensor {t.name}: {e}") from None
-        delta = native.dequantize(kind, packed)
-        delta -= matrix
-        error += float(np.vdot(delta, delta))
-        power += float(np.vdot(matrix, matrix))
-        parts.append(packed)
-    row.rel_mse = error / power if power else 0.0
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _metadata(reader: Reader, rows: list[PlanRow], options: Options) -> list[KV]:
-    """The source's metadata in its order, with ours put in."""
-    used = sorted({r.choice.type for r in rows if r.choice.type in fmt.TYPES})
-    source_types = Counter(r.tensor.type_name for r in rows if r.choice.type in fmt.TYPES)
-    ours = [
-        kv_u32("general.file_type", fmt.FILE_TYPE[options.type.upper()]),
-        kv_u32("general.quantization_version", 2),
-        kv_u32(fmt.Key.FORMAT_VERSION, fmt.FORMAT_VERSION),
-        kv_u32_list(fmt.Key.TYPE_IDS, used),
-        kv_u32_list(fmt.Key.GROUP_SIZE, [fmt.TYPES[i].group for i in used]),
-        kv_string(fmt.Key.METHOD, options.method),
-        kv_string(fmt.Key.VERSION, __version__),
-        kv_string(fmt.Key.RECIPE, "default"),
-        kv_string(fmt.Key.CALIBRATION, "none"),
-        kv_string(fmt.Key.SOURCE_TYPE, source_types.most_common(1)[0][0]),
-    ]
-    new = {kv.key: kv for kv in ours}
-    kept = [new.pop(kv.key, kv) for kv in reader.header.kvs.values()]
-    return kept + list(new.values())
-
-
-def write_verified(
-    out: Path,
-    kvs: list[KV],
-    tensors: list[OutTensor],
-    alignment: int,
-    data: Iterator[U8],
-    verify: Callable[[Path], None],
-) -> int:
-    """Write a whole GGUF beside `out`, check its size, let `verify` read it back, and only then give it its name.
-
-    Returns its bytes. verify raises OutputError where the file at the path it is given is not what it should be.
-    """
-    size = total_size(kvs, tensors, alignment)
-    check_space(out.parent, size)
-    with partial_file(out) as partial:
-        for _ in write_stream(partial.file, kvs, tensors, alignment, data):
-            pass
-        partial.sync()
-        written = partial.path.stat().st_size
-        if written != size:
-            raise OutputError(f"{out}: {written} bytes were written instead of {size}; try again")
-        verify(partial.path)
-        partial.publish()
-    return size
-
-
-def _verify(path: Path, out: Path, rows: list[PlanRow], digests: list[bytes], progress: Progress) -> None:
-    """Read the written file back: structure, every tensor's bytes, every trit-plane block."""
-    total, done = sum(r.tensor.n_weights for r in rows), 0
-    with Reader(path) as written:
-        for row, digest in zip(rows, digests, strict=True):
-            progress("verifying", done, total, row.tensor.name)
-            t = written.by_name[row.tensor.name]
-            data = written.bytes_of(t)
-            kind = fmt.TYPES.get(t.type)
-            same = _digest(data) == digest
-            if not same or (kind and native.first_bad_block(kind, data) is not None):
-                raise OutputError(
-                    f"{out}: tensor {t.name} reads back differently than it was written; is the disk sound?"
-                )
-            done += t.n_weights
-    progress("verifying", total, total, "")
+def _take_up(parts: list[Part], rows: list[PlanRow], journal: Journal) -> int:
+    """Put what the journal holds into plan and layout; forget what the disk has lost. Returns the tensors kept."""
+    if journal.verified is not None and not all(p.work.exists() or p.path.exists() for p in parts):
+        journal.cut(0)
+    for row, record in zip(rows, journal.rows, strict=False):
+        take_record(row, record)
+    for part in parts:
+        part.tensors = [r.out for r in rows[part.first : part.first + len(part.tensors)]]
+    if journal.verified is None:
+        intact = intact_tensors(parts, journal.rows)
+        if intact < len(journal.rows):
+            journal.cut(intact)
+    return len(journal.rows)

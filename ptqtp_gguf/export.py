@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from . import format as fmt
-from .convert import PlanRow as Row
-from .convert import Progress, Summary, no_progress, write_verified
 from .errors import InputError, OutputError
 from .gguf_io import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32
-from .output import check_target
+from .output import check_target, write_verified
 from .packing import LEVEL_OF_DIGIT, U8, scale_to_float, unpack_tp2_1
+from .plan import PlanRow as Row
+from .plan import Progress, no_progress
 from .recipe import Choice, role_of
+from .results import Summary
 
 FILE_TYPE_Q4_0 = 2  # LLAMA_FTYPE_MOSTLY_Q4_0
 _CODE_OF_DIGIT = (LEVEL_OF_DIGIT + 8).astype(np.uint8)
@@ -68,7 +69,7 @@ def _row(t: TensorInfo) -> Row:
 
 
 def _metadata(reader: Reader) -> list[KV]:
-    drop = {fmt.Key.FORMAT_VERSION, fmt.Key.TYPE_IDS, fmt.Key.GROUP_SIZE}
+    drop = {fmt.Key.FORMAT_VERSION, fmt.Key.TYPE_IDS, fmt.Key.GROUP_SIZE, fmt.Key.TENSOR_HASHES}
     new = {"general.file_type": kv_u32("general.file_type", FILE_TYPE_Q4_0)}
     kept = [new.pop(kv.key, kv) for kv in reader.header.kvs.values() if kv.key not in drop]
     return [*kept, *new.values(), kv_string("ptqtp.export", "Q4_0 twin of TP2_1, equal weights")]

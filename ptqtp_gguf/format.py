@@ -67,3 +67,5 @@ class Key:
     RECIPE = "ptqtp.recipe"
     CALIBRATION = "ptqtp.calibration"
     SOURCE_TYPE = "ptqtp.source_type"
+    SOURCE_HASH = "ptqtp.source_hash"
+    TENSOR_HASHES = "ptqtp.tensor_hashes"

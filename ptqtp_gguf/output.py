@@ -6,15 +6,20 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from .errors import OutputError
+from .gguf_io import KV, OutTensor, total_size, write_stream
+from .packing import U8
 
 
 def check_target(out: Path, source: Path, force: bool) -> None:
-    """Refuse a target that cannot or must not be written. Raises OutputError."""
+    """Refuse a target that cannot or must not be written. Raises OutputError.
+
+    source: what it is made from, which it must not be; need not exist
+    """
     if out.suffix.lower() != ".gguf":
         raise OutputError(f"{out}: the output's name must end in .gguf")
     if out.is_dir():
@@ -22,7 +27,7 @@ def check_target(out: Path, source: Path, force: bool) -> None:
     if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist")
     if out.exists():
-        if out.samefile(source):
+        if source.exists() and out.samefile(source):
             raise OutputError(f"{out}: output and input are the same file")
         if not force:
             raise OutputError(f"{out}: exists already; use --force to replace it")
@@ -37,6 +42,16 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(f"{folder}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free on the disk")
+
+
+def sync_folder(folder: Path) -> None:
+    """Push the names in a folder to the disk, where the system lets us."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 class Partial:
@@ -57,12 +72,7 @@ class Partial:
         os.umask(umask)
         os.chmod(self.path, 0o666 & ~umask)
         os.replace(self.path, self.target)
-        with contextlib.suppress(OSError):  # not every system lets a folder be synced
-            fd = os.open(self.target.parent, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        sync_folder(self.target.parent)
 
 
 @contextlib.contextmanager
@@ -89,10 +99,55 @@ def partial_file(target: Path) -> Iterator[Partial]:
 
 @contextlib.contextmanager
 def scratch_path(target: Path, suffix: str) -> Iterator[Path]:
-    """A name beside the target for an intermediate file; removed at the end, whoever wrote it."""
-    path = target.with_name(f".{target.name}.{os.getpid()}{suffix}")
+    """A name beside the target for an intermediate file; removed at the end, whoever wrote it.
+
+    The name is always the same, so what a killed process left is written over. Hold the target's journal.
+    """
+    path = target.with_name(f".{target.name}{suffix}")
     try:
         yield path
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+
+
+def check_text_target(path: Path, force: bool) -> None:
+    """Refuse a text file that must not be written, before the long work. Raises OutputError."""
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists already; use --force to replace it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {path.parent} does not exist")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file, whole or not at all. Raises OutputError."""
+    with partial_file(path) as partial:
+        partial.file.write(text.encode())
+        partial.sync()
+        partial.publish()
+
+
+def write_verified(
+    out: Path,
+    kvs: list[KV],
+    tensors: list[OutTensor],
+    alignment: int,
+    data: Iterator[U8],
+    verify: Callable[[Path], None],
+) -> int:
+    """Write a whole GGUF beside `out`, check its size, let `verify` read it back, and only then give it its name.
+
+    Returns its bytes. verify raises OutputError where the file at the path it is given is not what it should be.
+    """
+    size = total_size(kvs, tensors, alignment)
+    check_space(out.parent, size)
+    with partial_file(out) as partial:
+        for _ in write_stream(partial.file, kvs, tensors, alignment, data):
+            pass
+        partial.sync()
+        written = partial.path.stat().st_size
+        if written != size:
+            raise OutputError(f"{out}: {written} bytes were written instead of {size}; try again")
+        verify(partial.path)
+        partial.publish()
+    return size

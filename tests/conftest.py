@@ -107,8 +107,9 @@ def demo_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def demo_files(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model through the whole path: its bf16 GGUF, ours, and the Q4_0 twin."""
-    from ptqtp_gguf.convert import Options, convert
+    from ptqtp_gguf.convert import convert
     from ptqtp_gguf.export import export_q4_0
+    from ptqtp_gguf.options import Options
 
     folder = tmp_path_factory.mktemp("demo")
     files = {name: folder / f"{name}.gguf" for name in ("bf16", "ours", "twin")}

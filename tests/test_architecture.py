@@ -11,9 +11,20 @@ from helpers import REPO
 PACKAGE = REPO / "ptqtp_gguf"
 ORDER = [
     "errors", "format", "packing", "native", "quantize.lanes", "quantize.paper", "quantize.search", "quantize",
-    "gguf_io", "output", "runtime", "checkpoint", "recipe", "convert", "export", "inspect", "cli", "__main__",
+    "quantize.nvidia", "quantize.cuda", "gguf_io", "output", "runtime", "ggml", "pickles", "checkpoint", "hub",
+    "_converter_child", "stream", "recipe", "budget", "card", "encode", "source", "plan", "metadata", "journal",
+    "parts", "stages", "resume", "memory", "transcode", "verify", "options", "results", "convert", "export",
+    "inspect", "terminal", "cli", "__main__",
 ]  # fmt: skip
-DOORS = {"gguf": {"gguf_io"}, "ctypes": {"native"}, "llama_cpp": {"runtime"}, "torch": set(), "transformers": set()}
+DOORS = {  # _converter_child runs in the converter's process, with the converter's own gguf-py
+    "gguf": {"gguf_io", "_converter_child"},
+    "ctypes": {"native", "runtime", "_converter_child"},  # runtime: ggml's quantizers, from the library of the wheel
+    "llama_cpp": {"runtime"},
+    "torch": {"_converter_child"},
+    "transformers": set(),
+    "huggingface_hub": {"hub"},
+    "cuda": {"quantize.nvidia"},
+}
 MAX_LINES = 500
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf import __version__, convert, output
-from ptqtp_gguf.convert import Options
+from ptqtp_gguf import __version__, convert, output, transcode
 from ptqtp_gguf.errors import InputError, OutputError, QuantizeError, RecipeError
 from ptqtp_gguf.format import TP2_1, Key
 from ptqtp_gguf.gguf_io import Reader, quantize_plain
+from ptqtp_gguf.journal import Journal
+from ptqtp_gguf.options import Options
 from ptqtp_gguf.quantize import find, quantize
 
 EXPECTED = {
@@ -132,17 +131,6 @@ def test_nothing_to_quantize(tmp_path: Path) -> None:
         convert.convert(source, tmp_path / "b.gguf")
 
 
-def test_split_files_are_refused(tmp_path: Path, weights: dict) -> None:
-    from ptqtp_gguf.gguf_io import OutTensor, kv_u32, write_stream
-
-    path = tmp_path / "part.gguf"
-    with open(path, "wb") as f:
-        blocks = iter([np.zeros((1, 128), np.uint8)])
-        list(write_stream(f, [kv_u32("split.count", 3)], [OutTensor("blk.0.a.weight", (32, 1), 0)], 32, blocks))
-    with pytest.raises(InputError, match="one of 3 parts of a split GGUF"):
-        convert.convert(path, tmp_path / "b.gguf")
-
-
 # ---- targets ----
 
 
@@ -177,58 +165,25 @@ def test_small_disk_is_refused_early(tiny_gguf: Path, tmp_path: Path, monkeypatc
         convert.convert(tiny_gguf, tmp_path / "b.gguf")
 
 
-def test_disk_full_while_writing(tiny_gguf: Path, tmp_path: Path) -> None:
-    """A real limit: the process may write files of 8 KB at most, so a write fails half-way with EFBIG."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
-        f"sys.argv = ['x', 'convert', {str(tiny_gguf)!r}, {str(tmp_path / 'b.gguf')!r}];"
-        "from ptqtp_gguf.cli import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "writing failed: File too large; nothing was left behind" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
-
-
 def test_a_disk_that_lies_is_noticed(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = output.Partial.sync
+    """A bit that flips on the disk is found when the file is read back, and the next run mends it."""
+    convert.convert(tiny_gguf, tmp_path / "good.gguf")
+    real = convert.finish
 
-    def flip(self: output.Partial) -> None:
-        sync(self)
-        with open(self.path, "r+b") as f:
+    def flip(parts: list) -> None:
+        real(parts)
+        with open(parts[0].work, "r+b") as f:
             f.seek(-100, os.SEEK_END)
             byte = f.read(1)
             f.seek(-1, os.SEEK_CUR)
             f.write(bytes([byte[0] ^ 1]))
 
-    monkeypatch.setattr(output.Partial, "sync", flip)
-    with pytest.raises(OutputError, match="reads back differently than it was written"):
+    with monkeypatch.context() as m, pytest.raises(OutputError, match="reads back differently than it was written"):
+        m.setattr(convert, "finish", flip)
         convert.convert(tiny_gguf, tmp_path / "b.gguf")
-    assert not (tmp_path / "b.gguf").exists() and not leftovers(tmp_path)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(tmp_path: Path, rng: np.random.Generator, signum: int) -> None:
-    big = {f"blk.{i}.a.weight": rng.normal(size=(4096, 1024)).astype(np.float32) for i in range(6)}
-    source, out = write_gguf(tmp_path / "big.gguf", big), tmp_path / "out" / "b.gguf"
-    out.parent.mkdir()
-    script = Path(sys.executable).with_name("ptqtp-gguf")
-    command = [str(script), "convert", str(source), str(out), "-m", "paper", "-t", "TP2_0"]
-    # a job started in the background by a shell inherits an ignored SIGINT; the child must not
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    )
-    deadline = time.monotonic() + 60
-    while not list(out.parent.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert list(out.parent.iterdir()), "never started to write"
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in err and "Traceback" not in err
-    assert list(out.parent.iterdir()) == []
+    assert not (tmp_path / "b.gguf").exists()
+    assert convert.convert(tiny_gguf, tmp_path / "b.gguf").resumed == 6  # all but the last
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "good.gguf").read_bytes()
 
 
 def test_unknown_method_and_type(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -260,3 +215,50 @@ def test_memory_stays_with_the_largest_tensor(tmp_path: Path, rng: np.random.Gen
         peaks.append(int(done.stdout) * 1024)
     mapped = 24 * 2 * one.size * 1.25  # the source's own pages and the output read back count while they are mapped
     assert peaks[1] - peaks[0] < mapped + 2 * one.nbytes
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.runtime
+@pytest.mark.hf
+def test_one_pass_gives_the_bytes_of_two(moe_checkpoint: Path, tmp_path: Path) -> None:
+    """Without an intermediate file, with one, and from that file: the same output."""
+    folder = moe_checkpoint
+    one = convert.convert(folder, tmp_path / "one.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["one.gguf"]
+    bf16 = tmp_path / "bf16.gguf"
+    two = convert.convert(folder, tmp_path / "two.gguf", Options(keep_bf16=bf16))
+    three = convert.convert(bf16, tmp_path / "three.gguf")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "three.gguf").read_bytes()
+    assert one.source_hash == two.source_hash == three.source_hash
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bf16.gguf", "one.gguf", "three.gguf", "two.gguf"]
+
+
+@pytest.mark.runtime
+@pytest.mark.hf
+def test_a_checkpoint_goes_on_where_it_was(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert.convert(tiny_checkpoint, tmp_path / "whole.gguf")
+    real = transcode._close_tensor
+
+    def close(journal: Journal, *args: object) -> None:
+        real(journal, *args)  # type: ignore[arg-type]
+        if len(journal.rows) == 7:
+            raise KeyboardInterrupt
+
+    stages: list[str] = []
+    for options in (Options(), Options(keep_bf16=tmp_path / "bf16.gguf")):
+        out = tmp_path / "out.gguf"
+        with monkeypatch.context() as m, pytest.raises(convert.Interrupted, match="7 finished tensors are kept"):
+            m.setattr(transcode, "_close_tensor", close)
+            convert.convert(tiny_checkpoint, out, options)
+        stages.clear()
+        summary = convert.convert(tiny_checkpoint, out, options, lambda *a: stages.append(a[0]))
+        assert summary.resumed == 7
+        assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+        assert ("converter" in stages) == (options.keep_bf16 is None)  # the bf16 file was whole already
+        out.unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bf16.gguf", "whole.gguf"]

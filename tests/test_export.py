@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf.convert import Options, convert
+from ptqtp_gguf.convert import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.export import export_q4_0, to_q4_0
 from ptqtp_gguf.format import TP2_1
 from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.options import Options
 from ptqtp_gguf.packing import dequantize, pack_tp2_1
 
 

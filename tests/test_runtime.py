@@ -20,9 +20,9 @@ from reference_llama import Llama as Reference
 
 from ptqtp_gguf import checkpoint, convert, native, runtime
 from ptqtp_gguf import format as fmt
-from ptqtp_gguf.convert import Options
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
 from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.options import Options
 from ptqtp_gguf.quantize import find, quantize
 
 pytestmark = pytest.mark.runtime

@@ -42,6 +42,7 @@ def main(folder: Path) -> int:
     bf16, ours, twin = (str(folder / n) for n in ("smollm2-bf16.gguf", "smollm2-TP2_1.gguf", "smollm2-twin-Q4_0.gguf"))
     step("2. Convert", "ptqtp-gguf", "convert", str(checkpoint), ours, "--keep-bf16", bf16, "--force")
     step("3. What is in it", "ptqtp-gguf", "inspect", ours)
+    step("   ... and is it sound", "ptqtp-gguf", "verify", ours, "--against", bf16)
     step("4. Text, through llama-cpp-python", "ptqtp-gguf", "run", ours, "-p", PROMPT, "-n", "64", "--temp", "0")
     code = f"from llama_cpp import Llama; m = Llama({ours!r}, verbose=False); print(m({PROMPT!r}, max_tokens=32, "
     code += "temperature=0)['choices'][0]['text'])"

@@ -1,0 +1,139 @@
+"""A piece of a tensor in one type -> the same piece in another: decode, look at every value, quantize.
+
+A piece is some whole rows. The encoder is the CPU's or the GPU's; both give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Protocol
+
+import numpy as np
+
+from . import format as fmt
+from . import ggml, native
+from . import quantize as methods
+from .errors import QuantizeError
+from .gguf_io import FLOAT_IDS, Q8_0_ID
+from .packing import F32, U8
+from .quantize import cuda
+from .quantize.cuda import Encoded
+
+FLOOR = fmt.MAX_LEVEL * fmt.SMALLEST_SCALE  # a group whose largest weight is smaller lies below the scales' range
+
+
+class Pending(Protocol):
+    """A piece on its way."""
+
+    def result(self) -> Encoded: ...
+
+
+class Encoder(Protocol):
+    """Encodes pieces; at most `depth` may be pending at a time, and they finish in order."""
+
+    depth: int
+    name: str
+
+    def submit(self, raw: U8, source_type: int, target: int, method: str, first: int) -> Pending:
+        """raw uint8 (R, bytes a row); first: index, in its tensor, of the piece's first weight."""
+
+    def close(self) -> None: ...
+
+
+class Done:
+    """A piece that is ready."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self._encoded = encoded
+
+    def result(self) -> Encoded:
+        return self._encoded
+
+
+def to_float(raw: U8, type_id: int, threads: int = 0) -> F32:
+    """uint8 (R, B) of any type -> float32 (R, C). Raises InputError for a type that nobody here decodes."""
+    flat = native.to_float(type_id, raw, threads)
+    if flat is not None:
+        return flat.reshape(len(raw), -1)
+    kind = fmt.TYPES.get(type_id)
+    return native.dequantize(kind, raw) if kind else ggml.dequantize(type_id, raw, threads)
+
+
+def checksum(data: U8, first_byte: int = 0) -> int:
+    """64 bits over bytes and their place; of pieces that start at multiples of four bytes, the sum mod 2^64."""
+    flat = data.reshape(-1)
+    if flat.size % 4 or flat.ctypes.data % 4:
+        flat = np.concatenate([flat, np.zeros(-flat.size % 4, np.uint8)])
+    return native.float_hash(flat.view(np.float32), first_byte // 4)
+
+
+class CpuEncoder:
+    """All on the CPU, a piece at once with all threads. use_reference: the numpy methods, not the native ones."""
+
+    depth = 1
+    name = "cpu"
+
+    def __init__(self, threads: int = 0, use_reference: bool = False) -> None:
+        self.threads, self.use_reference = threads, use_reference
+
+    def submit(self, raw: U8, source_type: int, target: int, method: str, first: int) -> Done:
+        if target == source_type and target not in FLOAT_IDS:
+            return Done(Encoded(raw, 0.0, 0.0, -1, 0.0, 0, 0, 0, 0))
+        w = to_float(raw, source_type, self.threads)
+        kind = fmt.TYPES.get(target)
+        scan = native.scan(w.reshape(-1), kind.group if kind else 32, FLOOR, self.threads)
+        data, stats = raw, native.Stats(0.0, 0.0, 0)
+        if scan.bad >= 0 or (kind and scan.largest > kind.reach):
+            return Done(Encoded(raw[:0], 0.0, 0.0, *scan, 0, 0))
+        if kind:
+            data, stats = self._planes(kind, method, w, first)
+        elif target != source_type:
+            data = self._plain(w, target)
+        return Done(Encoded(data, stats.error, stats.power, *scan, stats.hash, 0))
+
+    def _planes(self, kind: fmt.TensorType, method: str, w: F32, first: int) -> tuple[U8, native.Stats]:
+        if not self.use_reference:
+            return native.quantize_stats(kind, method, w, None, self.threads, first)
+        data = methods.quantize(kind, methods.find(method), w, use_reference=True)
+        r = native.dequantize(kind, data)
+        error, power = float(np.vdot(w - r, w - r)), float(np.vdot(w, w))
+        return data, native.Stats(error, power, native.float_hash(r.reshape(-1), first))
+
+    def _plain(self, w: F32, target: int) -> U8:
+        if target == Q8_0_ID and not self.use_reference:
+            return native.to_q8_0(w, self.threads)
+        return ggml.quantize(target, w, threads=self.threads)
+
+    def close(self) -> None:
+        pass
+
+
+class GpuEncoder:
+    """On the GPU what the GPU can do, the rest on the CPU."""
+
+    depth = cuda.IN_FLIGHT
+    name = "cuda"
+
+    def __init__(self, threads: int = 0) -> None:
+        self._gpu, self._cpu = cuda.CudaEncoder(), CpuEncoder(threads)
+
+    def submit(self, raw: U8, source_type: int, target: int, method: str, first: int) -> Pending:
+        takes = source_type in cuda.SOURCES and (target, "" if target == Q8_0_ID else method) in cuda.KERNELS
+        if takes and target != source_type:
+            return self._gpu.submit(raw, source_type, target, method, first)
+        return self._cpu.submit(raw, source_type, target, method, first)
+
+    def close(self) -> None:
+        self._gpu.close()
+
+
+def make_encoder(device: str, threads: int, use_reference: bool = False) -> Encoder:
+    """device: cpu, cuda, or auto: cuda where one works. Raises QuantizeError for any other, or a cuda that fails."""
+    if device == "auto" and not use_reference and cuda.available():
+        with contextlib.suppress(QuantizeError):  # a GPU that fails its check at the start
+            return GpuEncoder(threads)
+    if device in ("auto", "cpu"):
+        return CpuEncoder(threads, use_reference)
+    if device == "cuda":
+        return GpuEncoder(threads)
+    raise QuantizeError(f"no device '{device}'; there are auto, cpu, cuda")

@@ -1,0 +1,70 @@
+"""How much memory a conversion takes, and how large its pieces may be within a limit.
+
+Measured figures: docs/results/convert.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import format as fmt
+from .errors import OutputError
+from .plan import PIECE, PlanRow
+from .source import Source, StreamSource
+
+BASE = 100 << 20  # Python, numpy, gguf-py, rich, the tokenizer's metadata
+CONVERTER = 500 << 20  # the converter's process: torch, transformers
+CONVERTER_PER_WEIGHT = 8  # of the largest tensor, where its rows are put in another order: twice as float32
+PER_WEIGHT = 28  # of a piece: read ahead, in work, as float32, encoded, written behind
+SMALLEST = 1 << 16  # weights a piece
+
+
+def _whole(row: PlanRow, method: str) -> bool:
+    """`paper` takes a matrix whole."""
+    return method == "paper" and row.choice.type in fmt.TYPES
+
+
+def memory_need(rows: list[PlanRow], method: str, piece: int, source: Source) -> int:
+    """Bytes at the peak, all processes together, roughly and rather too many."""
+    largest = max((_weights(r, method, piece) for r in rows), default=0)
+    need = BASE + PER_WEIGHT * largest
+    if isinstance(source, StreamSource):
+        need += CONVERTER + CONVERTER_PER_WEIGHT * max(r.tensor.n_weights for r in rows)
+    return need
+
+
+def _weights(row: PlanRow, method: str, piece: int) -> int:
+    t = row.tensor
+    if _whole(row, method):
+        return t.shape[0] * t.shape[1]
+    return min(t.n_weights, max(piece, 4 * t.shape[0]))
+
+
+def piece_for(rows: list[PlanRow], method: str, limit: int, source: Source) -> int:
+    """Weights a piece. limit in bytes, 0 = none. Raises OutputError where nothing fits into the limit."""
+    piece = PIECE
+    while limit and piece > SMALLEST and memory_need(rows, method, piece, source) > limit:
+        piece //= 2
+    need = memory_need(rows, method, piece, source)
+    if limit and need > limit:
+        why = "reading a checkpoint takes llama.cpp's converter; " if isinstance(source, StreamSource) else ""
+        why += "method paper takes whole matrices; " if any(_whole(r, method) for r in rows) else ""
+        raise OutputError(
+            f"--max-memory {limit / 1e6:.0f} MB: at least {need / 1e6:.0f} MB are needed; {why}raise the limit"
+        )
+    return piece
+
+
+def resident() -> int:
+    """Bytes of memory in use now by this process and its children; 0 where the system does not tell."""
+    total = 0
+    waiting = ["self"]
+    while waiting:
+        process = Path("/proc") / waiting.pop()
+        try:
+            status = (process / "status").read_text()
+            waiting += (process / "task" / status.split("\nPid:")[1].split()[0] / "children").read_text().split()
+            total += int(status.split("VmRSS:")[1].split()[0]) << 10
+        except (OSError, IndexError, ValueError):
+            continue
+    return total

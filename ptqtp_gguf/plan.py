@@ -1,0 +1,153 @@
+"""Which tensor becomes what: the plan of a conversion, before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import format as fmt
+from .budget import fit_budget, spread
+from .encode import FLOOR, to_float
+from .errors import InputError, RecipeError
+from .gguf_io import FLOAT_IDS, OutTensor, TensorInfo, row_size
+from .native import scan
+from .packing import F32, U8
+from .recipe import Choice, Recipe, Role, fall_back, role_of
+from .source import Source
+
+# stage, weights done, weights in all, what is being worked on
+Progress = Callable[[str, int, int, str], None]
+
+MOSTLY_BELOW = 0.5  # share of groups below the scales' range from which a tensor falls back
+PIECE = 1 << 22  # weights that travel together
+
+
+def no_progress(stage: str, done: int, total: int, detail: str) -> None:
+    """Report nothing."""
+
+
+@dataclass
+class PlanRow:
+    """One tensor: what it is, what it becomes, why; after quantizing, its relative squared error."""
+
+    tensor: TensorInfo
+    choice: Choice
+    role: Role
+    rel_mse: float | None = None
+
+    @property
+    def out(self) -> OutTensor:
+        return OutTensor(self.tensor.name, self.tensor.shape, self.choice.type)
+
+
+def make_plan(
+    source: Source, recipe: Recipe, type_name: str, target_bpw: float | None, header: int, method: str, threads: int,
+    progress: Progress,
+) -> list[PlanRow]:  # fmt: skip
+    """Decide on every tensor by its name and shape; with target_bpw also by its error on a sample of its weights.
+
+    header: bytes of the output's metadata, for the budget. Raises RecipeError if nothing would become trit planes, or
+    the budget cannot be met.
+    """
+    if target_bpw is None:
+        choices = recipe.plan(source.tensors)
+    else:
+        choices = fit_budget(
+            source.tensors, recipe, target_bpw, header, lambda t, n: sample(source, t, n), method=method,
+            threads=threads, alignment=source.alignment, progress=progress,
+            takes=lambda t, kind: kind not in fmt.TYPES or _look(source, t, kind, threads) is None,
+        )  # fmt: skip
+    rows = [PlanRow(t, choices[t.name], role_of(t.name)) for t in source.tensors]
+    if target_bpw is not None and not any(r.choice.type in fmt.TYPES for r in rows):
+        raise RecipeError(
+            f"--target-bpw {target_bpw:g}: so many bits leave nothing in {type_name.upper()}; lower the target, or use "
+            "llama-quantize for a file of stock types"
+        )
+    require_planes(source, rows, type_name)
+    return rows
+
+
+def require_planes(source: Source, rows: list[PlanRow], type_name: str) -> None:
+    """Raises RecipeError if no tensor is of one of our types: such a file would be no business of this program."""
+    if any(r.choice.type in fmt.TYPES for r in rows):
+        return
+    first = next((r for r in rows if r.role is Role.BLOCK and r.choice.fallback), None)
+    why = f"; {first.tensor.name}: {first.choice.reason}" if first else ""
+    raise RecipeError(f"{source.path}: no tensor takes {type_name.upper()}{why}")
+
+
+def sample(source: Source, t: TensorInfo, n: int) -> F32:
+    """About n weights of a tensor in whole rows, from places spread evenly over it: float32 (R, C)."""
+    width = row_size(t.type, t.shape[0])
+    wanted = spread(t.nbytes // width, t.shape[0], n)
+    parts: list[U8] = []
+    first = 0
+    for raw in source.chunks(t, width * max(1, PIECE // t.shape[0])):
+        have = raw.reshape(-1, width)
+        parts.append(have[wanted[(wanted >= first) & (wanted < first + len(have))] - first])
+        first += len(have)
+    return to_float(np.concatenate(parts), t.type)
+
+
+class Below:
+    """Counts, over a tensor's pieces, groups below the range of the scales."""
+
+    def __init__(self, target: int) -> None:
+        self.kind = fmt.TYPES.get(target)
+        self.groups = self.below = 0
+
+    def why(self, largest: float, groups: int, below: int) -> str | None:
+        """Take one piece; the reason why the type cannot hold the tensor, if that is so already."""
+        if self.kind is None:
+            return None
+        self.groups += groups
+        self.below += below
+        if largest > self.kind.reach:
+            return f"largest weight {largest:.4g}; {self.kind.name} reaches {self.kind.reach:.4g}"
+        return None
+
+    def why_at_end(self) -> str | None:
+        if self.kind and self.groups and self.below > MOSTLY_BELOW * self.groups:
+            return f"{self.below} of {self.groups} groups lie below the range of the scales of {self.kind.name}"
+        return None
+
+
+def not_finite(source: Source, t: TensorInfo, raw: U8, first: int, bad: int) -> InputError:
+    """The error for a value that is not finite: piece raw (R, B), whose first weight has the index first."""
+    value = to_float(raw, t.type).reshape(-1)[bad]
+    row, col = divmod(first + bad, t.shape[0])
+    return InputError(
+        f"{source.path}: tensor {t.name} holds {value} at row {row}, column {col}; the checkpoint is damaged"
+    )
+
+
+def check_values(source: Source, rows: list[PlanRow], threads: int, progress: Progress) -> None:
+    """Look at every weight before anything is written, and let tensors fall back now. Raises InputError."""
+    total, done = sum(r.tensor.n_weights for r in rows), 0
+    for row in rows:
+        t = row.tensor
+        progress("checking", done, total, t.name)
+        if t.type in FLOAT_IDS or row.choice.type != t.type:
+            if why := _look(source, t, row.choice.type, threads):
+                row.choice = fall_back(t, why)
+        done += t.n_weights
+    progress("checking", total, total, "")
+
+
+def _look(source: Source, t: TensorInfo, target: int, threads: int) -> str | None:
+    """Why the values of a tensor do not fit the target, or None. Raises InputError for one that is not finite."""
+    width = row_size(t.type, t.shape[0])
+    below, first = Below(target), 0
+    group = below.kind.group if below.kind else 32
+    for chunk in source.chunks(t, width * max(1, PIECE // t.shape[0])):
+        raw = chunk.reshape(-1, width)
+        w = to_float(raw, t.type, threads)
+        seen = scan(w.reshape(-1), group, FLOOR, threads)
+        if seen.bad >= 0:
+            raise not_finite(source, t, raw, first, seen.bad)
+        if why := below.why(seen.largest, seen.groups, seen.below):
+            return why
+        first += w.size
+    return below.why_at_end()

@@ -1,0 +1,75 @@
+"""Whether an unfinished conversion may be taken up: the same source, the same options, the same program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import __version__, runtime
+from . import format as fmt
+from .encode import checksum
+from .errors import ResumeError, RuntimeMissing
+from .journal import Journal
+from .metadata import header_hash
+from .source import Source
+
+CHUNK = 1 << 24
+
+
+def fingerprint(source: Source, options: dict[str, object]) -> dict[str, Any]:
+    """Everything that decides the output's bytes, as JSON."""
+    try:
+        used = runtime.version()  # its converter and its quantizers
+    except RuntimeMissing:
+        used = "none"
+    job = {
+        "ptqtp-gguf": __version__,
+        "format": fmt.FORMAT_VERSION,
+        "llama-cpp-python": used,
+        "header": header_hash(source),
+        "stamp": source.stamp,
+        "options": options,
+    }
+    return json.loads(json.dumps(job))  # type: ignore[no-any-return]  # tuples become lists, as in the journal
+
+
+def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any]) -> None:
+    """Raises ResumeError naming the first thing that has changed since the journal was begun."""
+    then = journal.job
+    assert then is not None
+    for what in ("ptqtp-gguf", "llama-cpp-python", "format"):
+        if then[what] != now[what]:
+            raise _refusal(out, f"{what} {then[what]} (now {now[what]})")
+    for option, value in then["options"].items():
+        if value != now["options"][option]:
+            shown = "another recipe" if option == "--recipe" else f"{option} {value} (now {now['options'][option]})"
+            raise _refusal(out, shown)
+    changed = _changed_file(then["stamp"], now["stamp"])
+    if then["header"] != now["header"] or (changed and then["stamp"] != now["stamp"] and _resized(then, now)):
+        raise _refusal(out, f"another source: {changed or source.path} has changed")
+    if changed:  # same sizes, other times: a copy, or a change in place
+        for record, t in zip(journal.rows, source.tensors, strict=False):
+            at = total = 0
+            for chunk in source.chunks(t, CHUNK):
+                total += checksum(chunk, at)
+                at += chunk.size
+            if total & (1 << 64) - 1 != record["source"]:
+                raise _refusal(out, f"another source: tensor {t.name} of {source.path} has changed")
+
+
+def _changed_file(then: list[list[Any]], now: list[list[Any]]) -> str | None:
+    before = {tuple(s) for s in then}
+    different = [s[0] for s in now if tuple(s) not in before] or [s[0] for s in then if s not in now]
+    return different[0] if different else None
+
+
+def _resized(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    return [s[:2] for s in then["stamp"]] != [s[:2] for s in now["stamp"]]
+
+
+def _refusal(out: Path, what: str) -> ResumeError:
+    return ResumeError(
+        f"{out}: an unfinished conversion lies beside it, begun with {what}; finish it as it was begun, or begin anew "
+        "with --restart"
+    )

@@ -1,0 +1,302 @@
+"""Reads what was written: structure, every word and scale, every weight, and the distance to the source.
+
+Trit-plane tensors are decoded by native/ptqtp-check.c, which shares no code with the packer or the codec, and their
+weights compared, through a 64-bit checksum of every float's bits and place, with those that the quantizer had in mind
+before it packed them. Other tensors have a checksum over their bytes. A file keeps the checksums in its metadata.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import format as fmt
+from . import native, packing
+from .encode import checksum, to_float
+from .errors import InputError, OutputError
+from .gguf_io import FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
+from .packing import U8
+from .parts import Part
+from .plan import PIECE, Progress, no_progress
+from .source import GgufSource, Source
+from .stages import ReadAhead, WriteBehind
+
+MASK = (1 << 64) - 1
+UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
+SAMPLE = 1 << 12  # weights of a tensor that numpy decodes too
+
+
+def _spans(t: OutTensor | TensorInfo) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) of pieces of whole rows, in multiples of four rows."""
+    width = row_size(t.type, t.shape[0])
+    step = width * max(4, PIECE // t.shape[0] // 4 * 4)
+    for start in range(0, t.nbytes, step):
+        yield start, min(step, t.nbytes - start)
+
+
+class Checker:
+    """Takes the pieces of one tensor in order; tells what is wrong with them."""
+
+    def __init__(self, t: OutTensor | TensorInfo, threads: int = 0) -> None:
+        self.t, self.threads = t, threads
+        self.kind = fmt.TYPES.get(t.type)
+        self.width = row_size(t.type, t.shape[0])
+        self.hash = 0
+        self.fault: str | None = None
+
+    def take(self, data: U8, start: int) -> None:
+        """data: bytes from byte `start` of the tensor on."""
+        if self.kind is None:
+            self.hash += checksum(data, start)
+            return
+        rows = data.reshape(-1, self.width)
+        bad, found = native.check(self.kind, rows, start // self.width * self.t.shape[0], self.threads)
+        self.hash += found
+        if bad is not None and self.fault is None:
+            self.fault = f"block {start // self.kind.size + bad} holds a word or scale that no packer writes"
+        elif start == 0:
+            few = rows[: max(1, SAMPLE // self.t.shape[0])]
+            if not np.array_equal(packing.dequantize(self.kind, few), native.dequantize(self.kind, few)):
+                self.fault = "two decoders do not agree; the program is at fault, please report it"
+
+    def verdict(self, expected: int | None) -> str | None:
+        """What is wrong, in words, or None."""
+        if self.fault is None and expected is not None and self.hash & MASK != expected:
+            return "reads back differently than it was written"
+        return self.fault
+
+
+def intact(fd: int, at: int, t: OutTensor, expected: int) -> bool:
+    """Whether the tensor at byte `at` of an unfinished file is what its checksum says."""
+    checker = Checker(t)
+    for start, size in _spans(t):
+        data = np.frombuffer(os.pread(fd, size, at + start), np.uint8)
+        if data.size != size:
+            return False
+        checker.take(data, start)
+    return checker.verdict(expected) is None
+
+
+def intact_tensors(parts: list[Part], records: list[dict[str, Any]]) -> int:
+    """How many of the tensors that a journal calls finished the unfinished files really hold, from the first on."""
+    for part in parts:
+        mine = records[part.first : part.first + len(part.tensors)]
+        if not mine:
+            break
+        if not part.work.exists():
+            return part.first
+        fd = os.open(part.work, os.O_RDONLY)
+        try:
+            size = os.fstat(fd).st_size
+            for record, t in zip(mine, part.tensors, strict=False):
+                at = part.offset(record["tensor"])
+                if size < at + align(t.nbytes, part.alignment) or not intact(fd, at, t, record["hash"]):
+                    return int(record["tensor"])
+        finally:
+            os.close(fd)
+    return len(records)
+
+
+@dataclass
+class Read:
+    """A piece of a file: tensor number (-1 = between tensors), first byte in it, bytes."""
+
+    tensor: int
+    start: int
+    data: U8
+
+
+def _read_all(fd: int, order: list[TensorInfo], size: int) -> Generator[Read, None, None]:
+    """The whole file, every byte in order."""
+    at = 0
+
+    def take(n: int) -> U8:
+        nonlocal at
+        raw = os.pread(fd, n, at)
+        if len(raw) != n:
+            raise OSError(f"byte {at + len(raw)} cannot be read")
+        at += n
+        return np.frombuffer(raw, np.uint8)
+
+    for i, t in enumerate(order):
+        yield Read(-1, at, take(t.offset - at))
+        for start, n in _spans(t):
+            yield Read(i, start, take(n))
+    while at < size:
+        yield Read(-1, at, take(min(1 << 24, size - at)))
+
+
+@dataclass
+class FileCheck:
+    """What reading a whole file gave."""
+
+    sha256: str
+    faults: list[str] = field(default_factory=list)
+
+
+def check_file(path: Path, hashes: dict[str, int], progress: Progress = no_progress, threads: int = 0) -> FileCheck:
+    """Read a GGUF from the disk, byte by byte. hashes: expected checksum of tensors, by name.
+
+    Raises InputError where the header is damaged, OSError where the disk cannot be read.
+    """
+    faults: list[str] = []
+    sha = hashlib.sha256()
+    with Reader(path) as reader, open(path, "rb", buffering=0) as file:
+        reader.drop_cache()
+        order = sorted(reader.tensors, key=lambda t: t.offset)
+        size = os.fstat(file.fileno()).st_size
+        end = max((t.offset + align(t.nbytes, reader.header.alignment) for t in order), default=size)
+        if hashes and size != end:
+            faults.append(f"the file has {size} bytes; its tensors end at {end}")
+        total, done = sum(t.n_weights for t in order), 0
+        checker: Checker | None = None
+        with ReadAhead(_read_all(file.fileno(), order, size)) as pieces, WriteBehind() as hashing:
+            for piece in pieces:
+                hashing.put(functools.partial(sha.update, piece.data.data))
+                if piece.tensor < 0:
+                    if checker and piece.data.any():
+                        faults.append(f"bytes behind tensor {checker.t.name} are not zero")
+                    continue
+                t = order[piece.tensor]
+                if piece.start == 0:
+                    checker = Checker(t, threads)
+                    progress("verifying", done, total, t.name)
+                assert checker
+                checker.take(piece.data, piece.start)
+                if piece.start + piece.data.size == t.nbytes:
+                    done += t.n_weights
+                    if verdict := checker.verdict(hashes.get(t.name)):
+                        faults.append(f"tensor {t.name}: {verdict}")
+        progress("verifying", total, total, "")
+    return FileCheck(sha.hexdigest(), faults)
+
+
+def verify_written(
+    parts: list[Part], hashes: list[int], progress: Progress = no_progress, threads: int = 0
+) -> list[str]:
+    """Read unfinished files back from the disk and compare them with what was meant. Returns their SHA-256.
+
+    Raises OutputError with the first difference.
+    """
+    digests = []
+    for part in parts:
+        expected = {t.name: hashes[part.first + i] for i, t in enumerate(part.tensors)}
+        try:
+            with Reader(part.work, part.path) as reader:
+                if reader.header.kvs != {kv.key: kv for kv in part.kvs}:
+                    raise OutputError(f"{part.path}: the metadata reads back differently; is the disk sound?")
+                if [(t.name, t.shape, t.type) for t in reader.tensors] != [
+                    (t.name, t.shape, t.type) for t in part.tensors
+                ]:
+                    raise OutputError(f"{part.path}: the list of tensors reads back differently; is the disk sound?")
+            found = check_file(part.work, expected, progress, threads)
+        except (InputError, OSError) as e:
+            raise OutputError(f"{part.path}: does not read back: {e}; is the disk sound?") from None
+        if found.faults:
+            raise OutputError(f"{part.path}: {found.faults[0]}; is the disk sound?")
+        digests.append(found.sha256)
+    return digests
+
+
+# ---- any time later ----
+
+
+@dataclass
+class TensorError:
+    """Distance of one tensor to its source: sum of squared differences over the source's sum of squares."""
+
+    name: str
+    type: str
+    rel_mse: float
+
+
+@dataclass
+class Verdict:
+    """What `verify` found. sha256 by file name."""
+
+    path: Path
+    sha256: dict[str, str]
+    tensors: int
+    planes: int
+    checksums: bool
+    faults: list[str]
+    errors: list[TensorError] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not self.faults
+
+
+def verify(path: Path, against: Source | None = None, progress: Progress = no_progress, threads: int = 0) -> Verdict:
+    """Check a GGUF file, or all the parts of a split one: structure, offsets, padding, words, scales, checksums.
+
+    against: the source that it was made from, or any other version of the same model, to measure every tensor's error.
+    Raises InputError where a header is damaged or a part is missing; other findings are faults of the verdict.
+    """
+    with GgufSource(path) as mine:
+        found = mine.get(fmt.Key.TENSOR_HASHES)
+        names = [t.name for t in mine.tensors]
+        planes = sum(t.type in fmt.TYPES for t in mine.tensors)
+        verdict = Verdict(path, {}, len(names), planes, isinstance(found, list), [])
+        hashes: dict[str, int] = {}
+        if isinstance(found, list) and len(found) == len(names):
+            hashes = dict(zip(names, found, strict=True))
+        elif isinstance(found, list):
+            verdict.faults.append(f"{len(found)} checksums for {len(names)} tensors")
+        for name, _, _ in mine.stamp:
+            part = path.with_name(name)
+            try:
+                checked = check_file(part, hashes, progress, threads)
+            except OSError as e:
+                raise InputError(f"{part}: {e.strerror or e}") from None
+            verdict.sha256[name] = checked.sha256
+            verdict.faults += [f if len(mine.stamp) == 1 else f"{name}: {f}" for f in checked.faults]
+        if against is not None:
+            _compare(mine, against, verdict, progress)
+    return verdict
+
+
+def _compare(mine: Source, source: Source, verdict: Verdict, progress: Progress) -> None:
+    theirs = {t.name: t for t in source.tensors}
+    total, done = sum(t.n_weights for t in mine.tensors), 0
+    verdict.faults += [
+        f"tensor {name} of {source.path} is missing" for name in theirs.keys() - {t.name for t in mine.tensors}
+    ]
+    for t in mine.tensors:
+        progress("comparing", done, total, t.name)
+        done += t.n_weights
+        other = theirs.get(t.name)
+        if other is None or other.shape != t.shape:
+            what = "is not in" if other is None else f"has the shape {t.shape}, not {other.shape} as in"
+            verdict.faults.append(f"tensor {t.name} {what} {source.path}")
+            continue
+        error = _distance(mine, t, source, other)
+        verdict.errors.append(TensorError(t.name, type_name(t.type), error))
+        if not error <= UNRELATED:
+            verdict.faults.append(f"tensor {t.name}: relative squared error {error:.3g}; these are other weights")
+        elif t.type == other.type and t.type in FLOAT_IDS and error > 0:
+            verdict.faults.append(f"tensor {t.name}: kept as {type_name(t.type)}, yet it differs from {source.path}")
+    progress("comparing", total, total, "")
+
+
+def _distance(mine: Source, t: TensorInfo, source: Source, other: TensorInfo) -> float:
+    error = power = 0.0
+    rows = max(1, PIECE // t.shape[0])
+    pairs = (
+        (s.chunks(x, rows * row_size(x.type, x.shape[0])), x.type, row_size(x.type, x.shape[0]))
+        for s, x in ((mine, t), (source, other))
+    )
+    (ours, a_type, a_width), (theirs, b_type, b_width) = pairs
+    for a, b in zip(ours, theirs, strict=True):
+        w = to_float(b.reshape(-1, b_width), b_type)
+        d = to_float(a.reshape(-1, a_width), a_type) - w
+        error += float(np.vdot(d, d))
+        power += float(np.vdot(w, w))
+    return error / power if power else error

@@ -1,0 +1,143 @@
+"""`verify`: every kind of damage is found, and a sound file is not accused."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import write_gguf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ptqtp_gguf.convert import convert, open_source
+from ptqtp_gguf.errors import InputError
+from ptqtp_gguf.format import TP2_1
+from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.options import Options
+from ptqtp_gguf.verify import Verdict, verify
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("verify")
+    rng = np.random.default_rng(3)
+    shapes = {"token_embd": (40, 64), "blk.0.attn_q": (48, 64), "blk.0.ffn_down": (64, 96), "blk.0.exps": (3, 16, 64)}
+    tensors = {f"{n}.weight": (rng.normal(size=s) * 0.05).astype(np.float32) for n, s in shapes.items()}
+    tensors["blk.0.attn_norm.weight"] = np.ones(63, np.float32)  # padding behind it
+    source = write_gguf(folder / "source.gguf", tensors)
+    convert(source, folder / "ours.gguf")
+    return source, folder / "ours.gguf"
+
+
+def against(ours: Path, source: Path) -> Verdict:
+    with open_source(source) as s:
+        return verify(ours, s)
+
+
+def test_a_sound_file(files: tuple[Path, Path]) -> None:
+    source, ours = files
+    verdict = against(ours, source)
+    assert verdict.good and verdict.checksums and (verdict.tensors, verdict.planes) == (5, 3)
+    errors = {e.name: e.rel_mse for e in verdict.errors}
+    assert errors["blk.0.attn_norm.weight"] == 0
+    assert 0 < errors["token_embd.weight"] < 1e-4
+    with Reader(source) as a, Reader(ours) as b:
+        for name in ("blk.0.attn_q.weight", "blk.0.exps.weight"):
+            w, r = (f.rows_f32(f.by_name[name]).astype(np.float64) for f in (a, b))
+            assert errors[name] == pytest.approx(((w - r) ** 2).sum() / (w**2).sum(), rel=1e-4)
+            assert 0.01 < errors[name] < 0.04
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_flipped_bit_of_the_data_is_found(files: tuple[Path, Path], tmp_path: Path, data: st.DataObject) -> None:
+    ours = files[1]
+    raw = bytearray(ours.read_bytes())
+    with Reader(ours) as r:
+        at = data.draw(st.integers(r.header.data_offset, len(raw) - 1))
+    raw[at] ^= 1 << data.draw(st.integers(0, 7))
+    (tmp_path / "bad.gguf").write_bytes(raw)
+    assert not verify(tmp_path / "bad.gguf").good
+
+
+def test_what_the_faults_say(files: tuple[Path, Path], tmp_path: Path) -> None:
+    ours = files[1]
+    good = ours.read_bytes()
+    with Reader(ours) as r:
+        q, norm, embedding = (r.by_name[f"{n}.weight"] for n in ("blk.0.attn_q", "blk.0.attn_norm", "token_embd"))
+
+    def faults(at: int, new: bytes) -> list[str]:
+        (tmp_path / "bad.gguf").write_bytes(good[:at] + new + good[at + len(new) :])
+        return verify(tmp_path / "bad.gguf").faults
+
+    word = struct.pack("<H", 1)  # no word of five digits packs to 1
+    assert faults(q.offset + 5 * TP2_1.size, word) == [
+        "tensor blk.0.attn_q.weight: block 5 holds a word or scale that no packer writes"
+    ]
+    other = bytes([good[q.offset + 12] ^ 1])  # another scale: a valid block of other weights
+    assert faults(q.offset + 12, other) == ["tensor blk.0.attn_q.weight: reads back differently than it was written"]
+    assert faults(norm.offset, b"\1\2\3\4") == [
+        "tensor blk.0.attn_norm.weight: reads back differently than it was written"
+    ]
+    assert faults(embedding.offset, b"\1")[0].startswith("tensor token_embd.weight: reads back differently")
+    assert faults(norm.offset + norm.nbytes, b"x") == ["bytes behind tensor blk.0.attn_norm.weight are not zero"]
+    assert good == ours.read_bytes()
+
+
+def test_damaged_headers(files: tuple[Path, Path], tmp_path: Path) -> None:
+    good = files[1].read_bytes()
+    for cut in (good[:-1], good + bytes(32)):
+        (tmp_path / "bad.gguf").write_bytes(cut)
+        assert "its tensors end at" in verify(tmp_path / "bad.gguf").faults[0]
+    for bad in (good[:-100], good[:200], b"GGUF" + b"\xff" * 50, b""):
+        (tmp_path / "bad.gguf").write_bytes(bad)
+        with pytest.raises(InputError):
+            verify(tmp_path / "bad.gguf")
+
+
+def test_another_model(files: tuple[Path, Path], tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    with Reader(files[0]) as r:
+        tensors = {t.name: rng.normal(size=t.shape[::-1]).astype(np.float32) * 0.05 for t in r.tensors}
+    del tensors["blk.0.exps.weight"]
+    tensors["blk.0.ffn_down.weight"] = tensors["blk.0.ffn_down.weight"][:32]
+    tensors["blk.1.new.weight"] = np.ones((2, 32), np.float32)
+    faults = "\n".join(against(files[1], write_gguf(tmp_path / "other.gguf", tensors)).faults)
+    assert "tensor blk.1.new.weight of" in faults and "is missing" in faults
+    assert "tensor blk.0.exps.weight is not in" in faults
+    assert "tensor blk.0.ffn_down.weight has the shape (96, 64), not (96, 32)" in faults
+    assert "tensor blk.0.attn_q.weight: relative squared error" in faults and "these are other weights" in faults
+
+
+def test_a_kept_tensor_must_be_equal(files: tuple[Path, Path], tmp_path: Path) -> None:
+    with Reader(files[0]) as r:
+        tensors = {t.name: r.rows_f32(t).reshape(t.shape[::-1]).copy() for t in r.tensors}
+    tensors["blk.0.attn_norm.weight"][3] = 1.001
+    faults = against(files[1], write_gguf(tmp_path / "other.gguf", tensors)).faults
+    assert len(faults) == 1 and "blk.0.attn_norm.weight: kept as F32, yet it differs" in faults[0]
+
+
+def test_split_files_and_files_without_checksums(files: tuple[Path, Path], tmp_path: Path) -> None:
+    parts = convert(files[0], tmp_path / "m.gguf", Options(split_max_size=4000)).files
+    verdict = against(parts[-1], files[0])
+    assert verdict.good and verdict.tensors == 5 and set(verdict.sha256) == {p.name for p in parts}
+    raw = bytearray(parts[1].read_bytes())
+    raw[-40] ^= 4
+    parts[1].write_bytes(raw)
+    assert verify(parts[0]).faults[0].startswith(parts[1].name)
+    assert verify(files[0]).good and not verify(files[0]).checksums  # a stock file
+
+
+def test_the_command(cli: Callable, files: tuple[Path, Path], tmp_path: Path) -> None:  # type: ignore[type-arg]
+    source, ours = files
+    done = cli("verify", ours, "--against", source)
+    assert done.returncode == 0 and "sound" in done.stdout and "sha256" in done.stdout
+    raw = bytearray(ours.read_bytes())
+    raw[-50] ^= 1
+    (tmp_path / "bad.gguf").write_bytes(raw)
+    done = cli("verify", tmp_path / "bad.gguf", "-q")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Error: ") and "bad.gguf: tensor" in done.stderr
