@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -16,7 +19,9 @@ from .memory import resident
 from .results import Plan, Summary
 from .verify import Verdict
 
-out_console = Console(highlight=False)
+# a file or a pipe has no width of its own: wide enough that names stay whole
+_wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180
+out_console = Console(highlight=False, width=_wide)
 err_console = Console(stderr=True, highlight=False)
 
 INTERVAL = 0.5  # seconds between progress lines
@@ -88,6 +93,11 @@ def right(header: str) -> Column:
     return Column(header, justify="right")
 
 
+def whole(header: str) -> Column:
+    """A column whose texts are not cut."""
+    return Column(header, overflow="fold")
+
+
 # ---- conversions ----
 
 
@@ -152,7 +162,7 @@ def plan_dict(p: Plan) -> dict[str, object]:
 
 def print_plan(p: Plan, free: int) -> None:
     """The table of a dry run. free: bytes free on the disk of the output."""
-    table = Table("tensor", "shape", "from", "to", right("bpw"), right("MB"), "reason")
+    table = Table(whole("tensor"), "shape", "from", "to", right("bpw"), right("MB"), "reason")
     for r in p.rows:
         bpw = 8 * r.out.nbytes / r.tensor.n_weights
         table.add_row(
@@ -173,8 +183,6 @@ def print_plan(p: Plan, free: int) -> None:
 
 
 def print_report(report: Report, tensors: bool) -> None:
-    import textwrap
-
     line(
         f"{report.path}: {report.size / 1e6:.1f} MB, {report.weights / 1e6:.1f} M weights, "
         f"{report.bpw:.3f} bits per weight (embedding, head and metadata counted)"
@@ -186,7 +194,7 @@ def print_report(report: Report, tensors: bool) -> None:
         )
     out_console.print(table)
     if tensors:
-        listing = Table("tensor", "shape", "type", right("MB"))
+        listing = Table(whole("tensor"), "shape", "type", right("MB"))
         for t in report.tensors:
             listing.add_row(t.name, " x ".join(map(str, t.shape)), t.type_name, f"{t.nbytes / 1e6:.3f}")
         out_console.print(listing)
@@ -214,7 +222,7 @@ def print_verdict(v: Verdict, all_errors: bool) -> None:
         line(f"  ... and {len(v.faults) - 20} more faults")
     if v.errors:
         worst = sorted(v.errors, key=lambda e: -e.rel_mse)
-        table = Table("tensor", "type", right("relative squared error"))
+        table = Table(whole("tensor"), "type", right("relative squared error"))
         for e in worst if all_errors else worst[:10]:
             table.add_row(e.name, e.type, f"{e.rel_mse:.6f}")
         out_console.print(table)
