@@ -200,7 +200,9 @@ def print_report(report: Report, tensors: bool) -> None:
         out_console.print(listing)
     for key, value in report.metadata.items():
         if key.startswith(("ptqtp.", "general.")):
-            line(f"  {key} = {textwrap.shorten(str(value), 200, placeholder=' ...')}")
+            n = len(value) if isinstance(value, list) else 0
+            shown = f"{n} values" if n > 8 else textwrap.shorten(str(value), 200, placeholder=" ...")
+            line(f"  {key} = {shown}")
 
 
 def verdict_dict(v: Verdict) -> dict[str, object]:
