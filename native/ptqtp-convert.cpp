@@ -54,12 +54,17 @@ extern "C" int ptqtp_check(int type, const void * data, int64_t nblocks, uint64_
 // ggml's type ids
 enum { F32 = 0, F16 = 1, Q8_0 = 8, BF16 = 30 };
 
-extern "C" int ptqtp_to_float(int ggml_type, const void * src, float * dst, int64_t n, int nthreads) {
+// Whether n values are whole blocks of a type that is converted here.
+static int convertible(int ggml_type, int64_t n) {
     if (ggml_type != F32 && ggml_type != F16 && ggml_type != BF16 && ggml_type != Q8_0) {
         return PTQTP_BAD_TYPE;
     }
-    if (n < 0 || (ggml_type == Q8_0 && n % 32)) {
-        return PTQTP_BAD_SIZE;
+    return n < 0 || (ggml_type == Q8_0 && n % 32) ? PTQTP_BAD_SIZE : PTQTP_OK;
+}
+
+extern "C" int ptqtp_to_float(int ggml_type, const void * src, float * dst, int64_t n, int nthreads) {
+    if (const int status = convertible(ggml_type, n)) {
+        return status;
     }
     const ptqtp_bulk * bulk = ptqtp_bulk_best();
     return over_chunks(n, kChunk, nthreads, [&](int64_t i, int64_t m) {
@@ -74,11 +79,8 @@ extern "C" int ptqtp_to_float(int ggml_type, const void * src, float * dst, int6
 }
 
 extern "C" int ptqtp_from_float(int ggml_type, const float * src, void * dst, int64_t n, int nthreads) {
-    if (ggml_type != F16 && ggml_type != BF16 && ggml_type != Q8_0) {
-        return PTQTP_BAD_TYPE;
-    }
-    if (n < 0 || (ggml_type == Q8_0 && n % 32)) {
-        return PTQTP_BAD_SIZE;
+    if (const int status = ggml_type == F32 ? PTQTP_BAD_TYPE : convertible(ggml_type, n)) {
+        return status;
     }
     const ptqtp_bulk * bulk = ptqtp_bulk_best();
     return over_chunks(n, kChunk, nthreads, [&](int64_t i, int64_t m) {

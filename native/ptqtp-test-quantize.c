@@ -7,38 +7,13 @@
 #include "ptqtp-hash.h"
 #include "ptqtp-planes.h"
 #include "ptqtp-quantize.h"
+#include "ptqtp-test.h"
 #include "ptqtp-unit.h"
 
 #include <float.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-
-#define CHECK(ok, ...)                                                                                                 \
-    do {                                                                                                               \
-        if (!(ok)) {                                                                                                   \
-            printf("%s:%d: ", __FILE__, __LINE__);                                                                     \
-            printf(__VA_ARGS__);                                                                                       \
-            putchar('\n');                                                                                             \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-
-static uint64_t seed = 88172645463325252u;
-
-static uint32_t rnd(void) { /* xorshift64* */
-    seed ^= seed >> 12;
-    seed ^= seed << 25;
-    seed ^= seed >> 27;
-    return (uint32_t) (seed * 2685821657736338717u >> 32);
-}
 
 static float uniform(void) {
     return (float) ((rnd() + 0.5) / 4294967296.0);
-}
-
-static float gaussian(void) {
-    return sqrtf(-2 * logf(uniform())) * cosf(6.2831853f * uniform());
 }
 
 static float laplace(void) {

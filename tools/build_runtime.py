@@ -37,7 +37,7 @@ NATIVE = REPO / "native"
 NATIVE_SUFFIXES = {".c", ".cpp", ".h", ".inc", ".cmake"}
 # tests, benchmarks, and what only a converter needs
 NATIVE_NOT_IN_GGML = re.compile(
-    r"ptqtp-(test|bench)(-\w+)?\.c|ptqtp-(parallel|convert)\.cpp|ptqtp-(bulk|check|chunks|hash)[\w-]*\.(c|h|inc)|aarch64\.cmake"
+    r"ptqtp-(test|bench)(-\w+)?\.[ch]|ptqtp-(parallel|convert)\.cpp|ptqtp-(bulk|check|chunks|hash)[\w-]*\.(c|h|inc)|aarch64\.cmake"
 )
 NATIVE_IN_TREE = "vendor/llama.cpp/ggml/src/ptqtp"
 TREE_STAMP = ".ptqtp-tree"
