@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import demo_folder, write_gguf
+from helpers import copy_tokenizer, demo_folder, write_gguf
 
 SHAPES = {  # (rows, columns) in numpy order
     "token_embd.weight": (40, 64),
@@ -63,7 +63,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     import transformers
 
-    demo = demo_folder()
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
     config = transformers.LlamaConfig(
         vocab_size=49152, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
@@ -73,8 +72,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="8MB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((demo / name).read_bytes())
+    copy_tokenizer(folder)
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 
@@ -85,7 +83,6 @@ def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     import transformers
 
-    demo = demo_folder()
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-moe"
     config = transformers.MixtralConfig(
         vocab_size=49152, hidden_size=128, intermediate_size=224, num_hidden_layers=2, num_attention_heads=4,
@@ -94,8 +91,7 @@ def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((demo / name).read_bytes())
+    copy_tokenizer(folder)
     return folder
 
 

@@ -46,6 +46,12 @@ def demo_folder() -> Path:
         return Path(module.ensure(REPO / "build" / "demo"))
 
 
+def copy_tokenizer(folder: Path) -> None:
+    """Give a checkpoint the demo model's tokenizer."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((demo_folder() / name).read_bytes())
+
+
 def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
     """A safetensors file from a header (JSON or raw bytes) and data."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()

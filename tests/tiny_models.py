@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from helpers import REPO, demo_folder
+from helpers import REPO, copy_tokenizer
 
 BPE_VOCAB, SPM_VOCAB = 49152, 384
 COMMON: dict[str, object] = dict(
@@ -127,8 +127,7 @@ def build(family: Family, folder: Path, tokens: list[int]) -> np.ndarray:
 
 def _add_tokenizer(family: Family, folder: Path) -> None:
     if family.bpe:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / name).write_bytes((demo_folder() / name).read_bytes())
+        copy_tokenizer(folder)
         return
     import sentencepiece
 
