@@ -309,7 +309,7 @@ def main() -> NoReturn:
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors
             _fail(e.format_message(), e.exit_code)
         if isinstance(e, MemoryError):
-            _fail("out of memory; the largest tensor must fit several times as float32", 1)
+            _fail("out of memory; close other programs, or give --max-memory", 1)
         if type(e).__name__ == "Abort":
             _fail("interrupted; no file was left half-written", 130)
         raise
