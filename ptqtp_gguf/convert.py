@@ -207,10 +207,10 @@ def _convert(
     device = "none"
     if journal.verified is None:
         with closing(make_encoder(options.device, options.threads, options.use_reference)) as encoder:
-            transcode(Job(source, rows, parts, journal, encoder, options.method, piece, progress))
+            transcode(Job(source, rows, parts, journal, encoder, options.method, piece, options.threads, progress))
             device = encoder.name
         require_planes(source, rows, options.type)
-    whole = _finish(source, parts, journal, options, progress)
+    whole = _finish(parts, journal, options, progress)
     assert journal.verified is not None
     digests = {p.path.name: d for p, d in zip(parts, journal.verified, strict=True)}
     source_types = Counter(r.tensor.type_name for r in rows if r.role is Role.BLOCK)
@@ -220,10 +220,11 @@ def _convert(
     )
 
 
-def _finish(source: Source, parts: list[Part], journal: Journal, options: Options, progress: Progress) -> str:
+def _finish(parts: list[Part], journal: Journal, options: Options, progress: Progress) -> str:
     """Headers, sync, reading back, names. Returns the source's hash."""
     hashes = [r["hash"] for r in journal.rows]
-    whole = metadata.source_hash(source, [r["source"] for r in journal.rows])
+    assert journal.job is not None
+    whole = metadata.source_hash(journal.job["header"], [r["source"] for r in journal.rows])
     parts[0].kvs = metadata.complete(parts[0].kvs, whole, hashes)
     if journal.verified is None:
         finish(parts)

@@ -19,6 +19,7 @@ from .packing import F32, U8
 from .quantize import cuda
 from .quantize.cuda import Encoded
 
+MASK = (1 << 64) - 1  # checksums of pieces add up modulo 2^64
 FLOOR = fmt.MAX_LEVEL * fmt.SMALLEST_SCALE  # a group whose largest weight is smaller lies below the scales' range
 
 
@@ -59,12 +60,12 @@ def to_float(raw: U8, type_id: int, threads: int = 0) -> F32:
     return native.dequantize(kind, raw) if kind else ggml.dequantize(type_id, raw, threads)
 
 
-def checksum(data: U8, first_byte: int = 0) -> int:
+def checksum(data: U8, first_byte: int = 0, threads: int = 0) -> int:
     """64 bits over bytes and their place; of pieces that start at multiples of four bytes, the sum mod 2^64."""
     flat = data.reshape(-1)
     if flat.size % 4 or flat.ctypes.data % 4:
         flat = np.concatenate([flat, np.zeros(-flat.size % 4, np.uint8)])
-    return native.float_hash(flat.view(np.float32), first_byte // 4)
+    return native.float_hash(flat.view(np.float32), first_byte // 4, threads)
 
 
 class CpuEncoder:
@@ -78,18 +79,18 @@ class CpuEncoder:
 
     def submit(self, raw: U8, source_type: int, target: int, method: str, first: int) -> Done:
         if target == source_type and target not in FLOAT_IDS:
-            return Done(Encoded(raw, 0.0, 0.0, -1, 0.0, 0, 0, 0, 0))
+            return Done(Encoded(raw))
         w = to_float(raw, source_type, self.threads)
         kind = fmt.TYPES.get(target)
         scan = native.scan(w.reshape(-1), kind.group if kind else 32, FLOOR, self.threads)
         data, stats = raw, native.Stats(0.0, 0.0, 0)
         if scan.bad >= 0 or (kind and scan.largest > kind.reach):
-            return Done(Encoded(raw[:0], 0.0, 0.0, *scan, 0, 0))
+            return Done(Encoded(raw[:0], 0.0, 0.0, *scan))
         if kind:
             data, stats = self._planes(kind, method, w, first)
         elif target != source_type:
             data = self._plain(w, target)
-        return Done(Encoded(data, stats.error, stats.power, *scan, stats.hash, 0))
+        return Done(Encoded(data, stats.error, stats.power, *scan, stats.hash))
 
     def _planes(self, kind: fmt.TensorType, method: str, w: F32, first: int) -> tuple[U8, native.Stats]:
         if not self.use_reference:

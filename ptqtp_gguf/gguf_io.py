@@ -340,17 +340,26 @@ class Reader:
         Raises InputError where the file has become shorter, or cannot be read.
         """
         for start in range(0, t.nbytes, size):
-            out = np.empty(min(size, t.nbytes - start), np.uint8)
-            done = 0
-            while done < out.size:
-                try:
-                    n = os.preadv(self._file.fileno(), [out[done:].data], t.offset + start + done)
-                except OSError as e:
-                    raise InputError(f"{self.path}: tensor {t.name}: {e.strerror}") from None
-                if n == 0:
-                    raise InputError(f"{self.path}: tensor {t.name}: the file has become shorter while it was read")
-                done += n
-            yield out
+            yield self.read(t.offset + start, min(size, t.nbytes - start), f"tensor {t.name}")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def read(self, at: int, n: int, what: str) -> U8:
+        """n bytes from byte `at` on, of `what`. Raises InputError where they are not there."""
+        out = np.empty(n, np.uint8)
+        done = 0
+        while done < n:
+            try:
+                got = os.preadv(self._file.fileno(), [out[done:].data], at + done)
+            except OSError as e:
+                raise InputError(f"{self.path}: {what}: {e.strerror}") from None
+            if got == 0:
+                raise InputError(f"{self.path}: {what}: the file has become shorter while it was read")
+            done += got
+        return out
 
     def drop_cache(self) -> None:
         """Ask the system to read the file from the disk again, not from its cache."""

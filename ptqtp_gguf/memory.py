@@ -7,21 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import format as fmt
 from .errors import OutputError
-from .plan import PIECE, PlanRow
-from .source import Source, StreamSource
+from .plan import PlanRow, rows_per_piece
+from .source import PIECE, Source, StreamSource
 
 BASE = 100 << 20  # Python, numpy, gguf-py, rich, the tokenizer's metadata
 CONVERTER = 500 << 20  # the converter's process: torch, transformers
 CONVERTER_PER_WEIGHT = 8  # of the largest tensor, where its rows are put in another order: twice as float32
 PER_WEIGHT = 28  # of a piece: read ahead, in work, as float32, encoded, written behind
 SMALLEST = 1 << 16  # weights a piece
-
-
-def _whole(row: PlanRow, method: str) -> bool:
-    """`paper` takes a matrix whole."""
-    return method == "paper" and row.choice.type in fmt.TYPES
 
 
 def memory_need(rows: list[PlanRow], method: str, piece: int, source: Source) -> int:
@@ -35,9 +29,7 @@ def memory_need(rows: list[PlanRow], method: str, piece: int, source: Source) ->
 
 def _weights(row: PlanRow, method: str, piece: int) -> int:
     t = row.tensor
-    if _whole(row, method):
-        return t.shape[0] * t.shape[1]
-    return min(t.n_weights, max(piece, 4 * t.shape[0]))
+    return min(t.n_weights, t.shape[0] * rows_per_piece(t, row.choice.type, method, piece))
 
 
 def piece_for(rows: list[PlanRow], method: str, limit: int, source: Source) -> int:
@@ -48,7 +40,7 @@ def piece_for(rows: list[PlanRow], method: str, limit: int, source: Source) -> i
     need = memory_need(rows, method, piece, source)
     if limit and need > limit:
         why = "reading a checkpoint takes llama.cpp's converter; " if isinstance(source, StreamSource) else ""
-        why += "method paper takes whole matrices; " if any(_whole(r, method) for r in rows) else ""
+        why += "method paper takes whole matrices; " if method == "paper" else ""
         raise OutputError(
             f"--max-memory {limit / 1e6:.0f} MB: at least {need / 1e6:.0f} MB are needed; {why}raise the limit"
         )

@@ -11,17 +11,16 @@ from . import format as fmt
 from .budget import fit_budget, spread
 from .encode import FLOOR, to_float
 from .errors import InputError, RecipeError
-from .gguf_io import FLOAT_IDS, OutTensor, TensorInfo, row_size
+from .gguf_io import FLOAT_IDS, OutTensor, TensorInfo
 from .native import scan
 from .packing import F32, U8
 from .recipe import Choice, Recipe, Role, fall_back, role_of
-from .source import Source
+from .source import Source, rows_together
 
 # stage, weights done, weights in all, what is being worked on
 Progress = Callable[[str, int, int, str], None]
 
 MOSTLY_BELOW = 0.5  # share of groups below the scales' range from which a tensor falls back
-PIECE = 1 << 22  # weights that travel together
 
 
 def no_progress(stage: str, done: int, total: int, detail: str) -> None:
@@ -80,15 +79,20 @@ def require_planes(source: Source, rows: list[PlanRow], type_name: str) -> None:
 
 def sample(source: Source, t: TensorInfo, n: int) -> F32:
     """About n weights of a tensor in whole rows, from places spread evenly over it: float32 (R, C)."""
-    width = row_size(t.type, t.shape[0])
-    wanted = spread(t.nbytes // width, t.shape[0], n)
+    wanted = spread(t.n_weights // t.shape[0], t.shape[0], n)
     parts: list[U8] = []
     first = 0
-    for raw in source.chunks(t, width * max(1, PIECE // t.shape[0])):
-        have = raw.reshape(-1, width)
+    for have in source.pieces(t):
         parts.append(have[wanted[(wanted >= first) & (wanted < first + len(have))] - first])
         first += len(have)
     return to_float(np.concatenate(parts), t.type)
+
+
+def rows_per_piece(t: TensorInfo, target: int, method: str, piece: int) -> int:
+    """Rows that travel together. `paper` stops when the whole matrix has settled, so it takes whole matrices."""
+    if method == "paper" and target in fmt.TYPES:
+        return t.shape[1]
+    return rows_together(t.shape[0], piece)
 
 
 class Below:
@@ -138,11 +142,9 @@ def check_values(source: Source, rows: list[PlanRow], threads: int, progress: Pr
 
 def _look(source: Source, t: TensorInfo, target: int, threads: int) -> str | None:
     """Why the values of a tensor do not fit the target, or None. Raises InputError for one that is not finite."""
-    width = row_size(t.type, t.shape[0])
     below, first = Below(target), 0
     group = below.kind.group if below.kind else 32
-    for chunk in source.chunks(t, width * max(1, PIECE // t.shape[0])):
-        raw = chunk.reshape(-1, width)
+    for raw in source.pieces(t):
         w = to_float(raw, t.type, threads)
         seen = scan(w.reshape(-1), group, FLOOR, threads)
         if seen.bad >= 0:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import __version__, runtime
 from . import format as fmt
-from .encode import checksum
+from .encode import MASK, checksum
 from .errors import ResumeError, RuntimeMissing
 from .journal import Journal
 from .metadata import header_hash
@@ -46,7 +46,7 @@ def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any
             shown = "another recipe" if option == "--recipe" else f"{option} {value} (now {now['options'][option]})"
             raise _refusal(out, shown)
     changed = _changed_file(then["stamp"], now["stamp"])
-    if then["header"] != now["header"] or (changed and then["stamp"] != now["stamp"] and _resized(then, now)):
+    if then["header"] != now["header"] or _sizes(then) != _sizes(now):
         raise _refusal(out, f"another source: {changed or source.path} has changed")
     if changed:  # same sizes, other times: a copy, or a change in place
         for record, t in zip(journal.rows, source.tensors, strict=False):
@@ -54,18 +54,17 @@ def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any
             for chunk in source.chunks(t, CHUNK):
                 total += checksum(chunk, at)
                 at += chunk.size
-            if total & (1 << 64) - 1 != record["source"]:
+            if total & MASK != record["source"]:
                 raise _refusal(out, f"another source: tensor {t.name} of {source.path} has changed")
 
 
 def _changed_file(then: list[list[Any]], now: list[list[Any]]) -> str | None:
-    before = {tuple(s) for s in then}
-    different = [s[0] for s in now if tuple(s) not in before] or [s[0] for s in then if s not in now]
-    return different[0] if different else None
+    """The first file that is new, gone, or of another size or time."""
+    return next((s[0] for s in [*now, *then] if s not in now or s not in then), None)
 
 
-def _resized(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    return [s[:2] for s in then["stamp"]] != [s[:2] for s in now["stamp"]]
+def _sizes(job: dict[str, Any]) -> list[list[Any]]:
+    return [s[:2] for s in job["stamp"]]
 
 
 def _refusal(out: Path, what: str) -> ResumeError:

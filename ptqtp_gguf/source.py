@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from . import checkpoint
 from .errors import InputError
-from .gguf_io import KV, Reader, TensorInfo
+from .gguf_io import KV, Reader, TensorInfo, row_size
 from .packing import U8
 from .stream import ConverterStream
+
+PIECE = 1 << 22  # weights that travel together
 
 Stamp = list[tuple[str, int, int]]  # name, bytes, mtime in ns of each file that decides the result
 
@@ -29,6 +32,15 @@ SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 def part_path(stem: str, no: int, count: int) -> str:
     """Name of part no (from 1) of a split GGUF, as llama-gguf-split has it."""
     return f"{stem}-{no:05d}-of-{count:05d}.gguf"
+
+
+def rows_together(cols: int, piece: int = PIECE) -> int:
+    """Rows of a piece of about `piece` weights: a multiple of four, so that pieces of any type start at multiples of
+    four bytes, as checksums want it."""
+    return max(4, piece // cols // 4 * 4)
+
+
+S = TypeVar("S", bound="Source")
 
 
 class Source(ABC):
@@ -44,6 +56,12 @@ class Source(ABC):
     def chunks(self, t: TensorInfo, size: int) -> Iterator[U8]:
         """The tensor's bytes in arrays of `size` bytes; the last may be smaller. Raises InputError."""
 
+    def pieces(self, t: TensorInfo, rows: int = 0) -> Generator[U8, None, None]:
+        """The tensor in pieces of whole rows, uint8 (R, bytes a row). rows: of a piece, 0 = rows_together."""
+        width = row_size(t.type, t.shape[0])
+        for chunk in self.chunks(t, width * (rows or rows_together(t.shape[0]))):
+            yield chunk.reshape(-1, width)
+
     @abstractmethod
     def close(self) -> None:
         """Let go of files and processes."""
@@ -53,7 +71,7 @@ class Source(ABC):
         kv = self.kvs.get(key)
         return None if kv is None else kv.value()
 
-    def __enter__(self) -> Source:
+    def __enter__(self: S) -> S:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
@@ -69,7 +87,7 @@ class GgufSource(Source):
     def __init__(self, path: Path, name: Path | None = None) -> None:
         """name: what errors call the file, where it is only our intermediate of something that the user knows."""
         self.path = name or path
-        self._readers: list[Reader] = []
+        self.readers: list[Reader] = []
         try:
             self._open(path, name)
         except BaseException:
@@ -78,26 +96,26 @@ class GgufSource(Source):
 
     def _open(self, path: Path, name: Path | None) -> None:
         first = Reader(path, name)
-        self._readers.append(first)
+        self.readers.append(first)
         paths = [path]
         count = first.get("split.count")
         if isinstance(count, int) and count > 1:
             paths = _parts(path, count)
             first.close()
-            self._readers.clear()
+            self.readers.clear()
             for no, part in enumerate(paths):
-                self._readers.append(_part(part, no, count))
-        self.kvs = {k: v for k, v in self._readers[0].header.kvs.items() if k not in SPLIT_KEYS}
-        self.alignment = self._readers[0].header.alignment
+                self.readers.append(_part(part, no, count))
+        self.kvs = {k: v for k, v in self.readers[0].header.kvs.items() if k not in SPLIT_KEYS}
+        self.alignment = self.readers[0].header.alignment
         self._reader_of: dict[str, Reader] = {}
         self.tensors = []
-        for reader in self._readers:
+        for reader in self.readers:
             for t in reader.tensors:
                 if t.name in self._reader_of:
                     raise InputError(f"{reader.path}: tensor {t.name} stands in {self._reader_of[t.name].path} too")
                 self._reader_of[t.name] = reader
                 self.tensors.append(t)
-        expected = self._readers[0].get("split.tensors.count")
+        expected = self.readers[0].get("split.tensors.count")
         if len(paths) > 1 and isinstance(expected, int) and expected != len(self.tensors):
             raise InputError(f"{path}: the parts hold {len(self.tensors)} tensors, {expected} are announced")
         self.stamp = [(p.name, s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]]
@@ -106,7 +124,7 @@ class GgufSource(Source):
         return self._reader_of[t.name].chunks(t, size)
 
     def close(self) -> None:
-        for reader in self._readers:
+        for reader in self.readers:
             reader.close()
 
 

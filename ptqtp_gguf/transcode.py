@@ -15,19 +15,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from . import format as fmt
-from .encode import Encoder, Pending, checksum
+from .encode import MASK, Encoder, Pending, checksum
 from .errors import QuantizeError
-from .gguf_io import TensorInfo, row_size
+from .gguf_io import TensorInfo
 from .journal import Journal
 from .packing import U8
 from .parts import Part
-from .plan import Below, PlanRow, Progress, not_finite
+from .plan import Below, PlanRow, Progress, not_finite, rows_per_piece
 from .quantize.cuda import Encoded
 from .recipe import Choice, fall_back
 from .source import Source
 from .stages import ReadAhead, WriteBehind
-
-MASK = (1 << 64) - 1
 
 
 class FallBack(Exception):
@@ -45,6 +43,7 @@ class Job:
     encoder: Encoder
     method: str
     piece: int  # weights
+    threads: int
     progress: Progress
 
 
@@ -136,20 +135,7 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 def _pieces(job: Job, start: int, end: int) -> Generator[U8, None, None]:
     """The source's bytes of tensors start .. end-1, piece by piece, each of whole rows: uint8 (R, bytes a row)."""
     for row in job.rows[start:end]:
-        t = row.tensor
-        width = row_size(t.type, t.shape[0])
-        for chunk in job.source.chunks(t, width * rows_per_piece(t, row.choice.type, job.method, job.piece)):
-            yield chunk.reshape(-1, width)
-
-
-def rows_per_piece(t: TensorInfo, target: int, method: str, piece: int) -> int:
-    """Rows that travel together. `paper` stops when the whole matrix has settled, so it takes whole matrices.
-
-    Otherwise a multiple of four rows, so that pieces of any type start at multiples of four bytes.
-    """
-    if method == "paper" and target in fmt.TYPES:
-        return t.shape[1]
-    return max(4, piece // t.shape[0] // 4 * 4)
+        yield from job.source.pieces(row.tensor, rows_per_piece(row.tensor, row.choice.type, job.method, job.piece))
 
 
 def _tensor(
@@ -169,7 +155,7 @@ def _tensor(
     job.progress("quantizing", done, total, t.name)
     while first < t.n_weights:
         raw = next(pieces)
-        tally.source += checksum(raw, first // t.shape[0] * raw.shape[1])
+        tally.source += checksum(raw, first // t.shape[0] * raw.shape[1], job.threads)
         waiting.append((raw, first, _submit(job, row, raw, first)))
         first += len(raw) * t.shape[0]
         while len(waiting) >= job.encoder.depth:
@@ -209,6 +195,6 @@ def _take(
     data = np.ascontiguousarray(piece.data)
     tally.error += piece.error
     tally.power += piece.power
-    tally.hash += piece.hash if row.choice.type in fmt.TYPES else checksum(data, tally.nbytes)
+    tally.hash += piece.hash if row.choice.type in fmt.TYPES else checksum(data, tally.nbytes, job.threads)
     tally.nbytes += data.nbytes
     sink.put(functools.partial(write_all, file, data.data))

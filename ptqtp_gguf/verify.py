@@ -19,24 +19,24 @@ import numpy as np
 
 from . import format as fmt
 from . import native, packing
-from .encode import checksum, to_float
+from .encode import MASK, checksum, to_float
 from .errors import InputError, OutputError
 from .gguf_io import FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
 from .packing import U8
 from .parts import Part
-from .plan import PIECE, Progress, no_progress
-from .source import GgufSource, Source
+from .plan import Progress, no_progress
+from .source import GgufSource, Source, rows_together
 from .stages import ReadAhead, WriteBehind
 
-MASK = (1 << 64) - 1
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
+GAP = 1 << 24  # bytes read at once behind the last tensor
 SAMPLE = 1 << 12  # weights of a tensor that numpy decodes too
 
 
 def _spans(t: OutTensor | TensorInfo) -> Iterator[tuple[int, int]]:
     """(first byte, bytes) of pieces of whole rows, in multiples of four rows."""
     width = row_size(t.type, t.shape[0])
-    step = width * max(4, PIECE // t.shape[0] // 4 * 4)
+    step = width * rows_together(t.shape[0])
     for start in range(0, t.nbytes, step):
         yield start, min(step, t.nbytes - start)
 
@@ -54,7 +54,7 @@ class Checker:
     def take(self, data: U8, start: int) -> None:
         """data: bytes from byte `start` of the tensor on."""
         if self.kind is None:
-            self.hash += checksum(data, start)
+            self.hash += checksum(data, start, self.threads)
             return
         rows = data.reshape(-1, self.width)
         bad, found = native.check(self.kind, rows, start // self.width * self.t.shape[0], self.threads)
@@ -113,24 +113,16 @@ class Read:
     data: U8
 
 
-def _read_all(fd: int, order: list[TensorInfo], size: int) -> Generator[Read, None, None]:
+def _read_all(reader: Reader, order: list[TensorInfo]) -> Generator[Read, None, None]:
     """The whole file, every byte in order."""
     at = 0
-
-    def take(n: int) -> U8:
-        nonlocal at
-        raw = os.pread(fd, n, at)
-        if len(raw) != n:
-            raise OSError(f"byte {at + len(raw)} cannot be read")
-        at += n
-        return np.frombuffer(raw, np.uint8)
-
     for i, t in enumerate(order):
-        yield Read(-1, at, take(t.offset - at))
+        yield Read(-1, at, reader.read(at, t.offset - at, "between tensors"))
         for start, n in _spans(t):
-            yield Read(i, start, take(n))
-    while at < size:
-        yield Read(-1, at, take(min(1 << 24, size - at)))
+            yield Read(i, start, reader.read(t.offset + start, n, f"tensor {t.name}"))
+        at = t.offset + t.nbytes
+    for start in range(at, size := reader.size, GAP):
+        yield Read(-1, start, reader.read(start, min(GAP, size - start), "behind the tensors"))
 
 
 @dataclass
@@ -141,40 +133,38 @@ class FileCheck:
     faults: list[str] = field(default_factory=list)
 
 
-def check_file(path: Path, hashes: dict[str, int], progress: Progress = no_progress, threads: int = 0) -> FileCheck:
+def check_file(reader: Reader, hashes: dict[str, int], progress: Progress = no_progress, threads: int = 0) -> FileCheck:
     """Read a GGUF from the disk, byte by byte. hashes: expected checksum of tensors, by name.
 
-    Raises InputError where the header is damaged, OSError where the disk cannot be read.
+    Raises InputError where the disk cannot be read.
     """
     faults: list[str] = []
     sha = hashlib.sha256()
-    with Reader(path) as reader, open(path, "rb", buffering=0) as file:
-        reader.drop_cache()
-        order = sorted(reader.tensors, key=lambda t: t.offset)
-        size = os.fstat(file.fileno()).st_size
-        end = max((t.offset + align(t.nbytes, reader.header.alignment) for t in order), default=size)
-        if hashes and size != end:
-            faults.append(f"the file has {size} bytes; its tensors end at {end}")
-        total, done = sum(t.n_weights for t in order), 0
-        checker: Checker | None = None
-        with ReadAhead(_read_all(file.fileno(), order, size)) as pieces, WriteBehind() as hashing:
-            for piece in pieces:
-                hashing.put(functools.partial(sha.update, piece.data.data))
-                if piece.tensor < 0:
-                    if checker and piece.data.any():
-                        faults.append(f"bytes behind tensor {checker.t.name} are not zero")
-                    continue
-                t = order[piece.tensor]
-                if piece.start == 0:
-                    checker = Checker(t, threads)
-                    progress("verifying", done, total, t.name)
-                assert checker
-                checker.take(piece.data, piece.start)
-                if piece.start + piece.data.size == t.nbytes:
-                    done += t.n_weights
-                    if verdict := checker.verdict(hashes.get(t.name)):
-                        faults.append(f"tensor {t.name}: {verdict}")
-        progress("verifying", total, total, "")
+    reader.drop_cache()
+    order = sorted(reader.tensors, key=lambda t: t.offset)
+    end = max((t.offset + align(t.nbytes, reader.header.alignment) for t in order), default=reader.size)
+    if hashes and reader.size != end:
+        faults.append(f"the file has {reader.size} bytes; its tensors end at {end}")
+    total, done = sum(t.n_weights for t in order), 0
+    checker: Checker | None = None
+    with ReadAhead(_read_all(reader, order)) as pieces, WriteBehind() as hashing:
+        for piece in pieces:
+            hashing.put(functools.partial(sha.update, piece.data.data))
+            if piece.tensor < 0:
+                if checker and piece.data.any():
+                    faults.append(f"bytes behind tensor {checker.t.name} are not zero")
+                continue
+            t = order[piece.tensor]
+            if piece.start == 0:
+                checker = Checker(t, threads)
+                progress("verifying", done, total, t.name)
+            assert checker
+            checker.take(piece.data, piece.start)
+            if piece.start + piece.data.size == t.nbytes:
+                done += t.n_weights
+                if verdict := checker.verdict(hashes.get(t.name)):
+                    faults.append(f"tensor {t.name}: {verdict}")
+    progress("verifying", total, total, "")
     return FileCheck(sha.hexdigest(), faults)
 
 
@@ -196,8 +186,8 @@ def verify_written(
                     (t.name, t.shape, t.type) for t in part.tensors
                 ]:
                     raise OutputError(f"{part.path}: the list of tensors reads back differently; is the disk sound?")
-            found = check_file(part.work, expected, progress, threads)
-        except (InputError, OSError) as e:
+                found = check_file(reader, expected, progress, threads)
+        except InputError as e:
             raise OutputError(f"{part.path}: does not read back: {e}; is the disk sound?") from None
         if found.faults:
             raise OutputError(f"{part.path}: {found.faults[0]}; is the disk sound?")
@@ -250,14 +240,11 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
             hashes = dict(zip(names, found, strict=True))
         elif isinstance(found, list):
             verdict.faults.append(f"{len(found)} checksums for {len(names)} tensors")
-        for name, _, _ in mine.stamp:
-            part = path.with_name(name)
-            try:
-                checked = check_file(part, hashes, progress, threads)
-            except OSError as e:
-                raise InputError(f"{part}: {e.strerror or e}") from None
+        for reader in mine.readers:
+            name = reader.path.name
+            checked = check_file(reader, hashes, progress, threads)
             verdict.sha256[name] = checked.sha256
-            verdict.faults += [f if len(mine.stamp) == 1 else f"{name}: {f}" for f in checked.faults]
+            verdict.faults += [f if len(mine.readers) == 1 else f"{name}: {f}" for f in checked.faults]
         if against is not None:
             _compare(mine, against, verdict, progress)
     return verdict
@@ -288,15 +275,9 @@ def _compare(mine: Source, source: Source, verdict: Verdict, progress: Progress)
 
 def _distance(mine: Source, t: TensorInfo, source: Source, other: TensorInfo) -> float:
     error = power = 0.0
-    rows = max(1, PIECE // t.shape[0])
-    pairs = (
-        (s.chunks(x, rows * row_size(x.type, x.shape[0])), x.type, row_size(x.type, x.shape[0]))
-        for s, x in ((mine, t), (source, other))
-    )
-    (ours, a_type, a_width), (theirs, b_type, b_width) = pairs
-    for a, b in zip(ours, theirs, strict=True):
-        w = to_float(b.reshape(-1, b_width), b_type)
-        d = to_float(a.reshape(-1, a_width), a_type) - w
+    for a, b in zip(mine.pieces(t), source.pieces(other), strict=True):
+        w = to_float(b, other.type)
+        d = to_float(a, t.type) - w
         error += float(np.vdot(d, d))
         power += float(np.vdot(w, w))
     return error / power if power else error

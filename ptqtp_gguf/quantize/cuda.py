@@ -50,14 +50,14 @@ class Encoded(NamedTuple):
     """A quantized piece and what was seen of its values."""
 
     data: U8  # packed rows (R, B); (R, 0) from a probe
-    error: float  # sum of (w - r)^2, r the reconstruction
-    power: float  # sum of w^2
-    bad: int  # index in the piece, row by row, of the first weight that is NaN or Inf; -1 = none
-    largest: float  # largest finite |w|; beyond the type's reach the data is worthless, as it is where bad >= 0
-    groups: int  # groups with a weight other than zero
-    below: int  # those of them whose weights all lie below 5 * 2^-15, the reach of TP2_1's smallest scale
-    hash: int  # checksum of the reconstruction (native/ptqtp-hash.h), to be added over pieces mod 2^64
-    moved: int  # from a probe: bit t is set where iteration t of `paper` moved some scales by 1e-4 or more
+    error: float = 0.0  # sum of (w - r)^2, r the reconstruction
+    power: float = 0.0  # sum of w^2
+    bad: int = -1  # index in the piece, row by row, of the first weight that is NaN or Inf; -1 = none
+    largest: float = 0.0  # largest finite |w|; beyond the type's reach the data is worthless, as it is where bad >= 0
+    groups: int = 0  # groups with a weight other than zero
+    below: int = 0  # those of them whose weights all lie below 5 * 2^-15, the reach of TP2_1's smallest scale
+    hash: int = 0  # checksum of the reconstruction (native/ptqtp-hash.h), to be added over pieces mod 2^64
+    moved: int = 0  # from a probe: bit t is set where iteration t of `paper` moved some scales by 1e-4 or more
 
 
 def available() -> bool:
