@@ -3,22 +3,28 @@
  *     ptqtp-bench-quantize [SECONDS]     time budget a row, default 0.3
  *
  * Prints CSV: what, instruction set, type, million weights a second of CPU time (best of the runs within the budget).
- * Timed: the calls only. 512 rows of 1024 Gaussian weights. `rows`: ptqtp_quantize_rows, what ggml calls. */
+ * Timed: the calls only. 512 rows of 1024 Gaussian weights. `rows`: ptqtp_quantize_rows, what ggml calls. gptq-N, cd-N:
+ * the inner loops of calibrated quantization on blocks of 128 columns, window N. */
 #define _GNU_SOURCE
 #include "ptqtp-bulk.h"
+#include "ptqtp-calibrate.h"
 #include "ptqtp-check.h"
 #include "ptqtp-quantize.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
-enum { COLS = 1024, ROWS = 512, N = COLS * ROWS };
+enum { COLS = 1024, ROWS = 512, N = COLS * ROWS, BLOCK = 128, BLOCK_ROWS = N / BLOCK };
 
 static float *x, *r;
 static uint8_t * out;
 static float importance[COLS];
+static int8_t levels[N];
+static uint8_t codes[N / 32];
+static struct ptqtp_calib second_moment, factor;
 static volatile uint64_t sink;
 static const struct ptqtp_bulk * bulk;
 
@@ -88,6 +94,50 @@ static void paper(void) {
     ptqtp_quantize_rows(PTQTP_TP2_0, PTQTP_PAPER, x, NULL, out, ROWS / 8, COLS);
 }
 
+/* Correlated inputs: 0.9^|i-j|. The factor of its inverse has 1/d on the diagonal and -0.9/d above it, d the root of
+ * 1 - 0.9^2, but for the last row. */
+static void lay_out_blocks(void) {
+    static float h[BLOCK * BLOCK], u[BLOCK * BLOCK], buffers[2][PTQTP_CALIB_BUFFER(BLOCK)];
+    const float d = sqrtf(1 - 0.9f * 0.9f);
+    for (int j = 0; j < BLOCK; j++) {
+        for (int k = j; k < BLOCK; k++) {
+            h[j * BLOCK + k] = powf(0.9f, (float) (k - j));
+            u[j * BLOCK + k] = k == j ? 1 / d : k == j + 1 ? -0.9f / d : 0;
+        }
+    }
+    u[BLOCK * BLOCK - 1] = 1;
+    ptqtp_calib_lay_out(h, BLOCK, BLOCK, buffers[0], &second_moment);
+    ptqtp_calib_lay_out(u, BLOCK, BLOCK, buffers[1], &factor);
+}
+
+static void gptq(int window) {
+    const struct ptqtp_calib_rows rows = { x, BLOCK, levels, BLOCK, codes, BLOCK / 32, r, BLOCK };
+    bulk->gptq(&factor, &rows, BLOCK_ROWS, window);
+}
+
+static void cd(int window) { /* from levels that fit badly, so that most of them change */
+    const struct ptqtp_calib_rows rows = { x, BLOCK, levels, BLOCK, codes, BLOCK / 32, r, BLOCK };
+    memset(levels, 0, N);
+    memset(codes, 150, N / 32);
+    bulk->cd(&second_moment, &rows, BLOCK_ROWS, window);
+}
+
+static void gptq_0(void) {
+    gptq(0);
+}
+
+static void gptq_2(void) {
+    gptq(2);
+}
+
+static void cd_0(void) {
+    cd(0);
+}
+
+static void cd_2(void) {
+    cd(2);
+}
+
 static void measure(const char * what, int type, void (*run)(void), double weights, double budget) {
     double best = 1e30;
     const double end = now() + budget;
@@ -115,15 +165,18 @@ int main(int argc, char ** argv) {
         importance[i % COLS] = (float) v;
     }
     ptqtp_check_init();
+    lay_out_blocks();
     puts("what,name,type,millions_per_s");
     int count;
     const struct ptqtp_bulk * const * all = ptqtp_bulk_all(&count);
     for (int i = 0; i < count; i++) {
         bulk = all[i];
-        if (bulk->search_tp2_1) {
-            measure("search", PTQTP_TP2_1, search_2_1, N, budget);
-            measure("search-importance", PTQTP_TP2_1, search_2_1_importance, N, budget);
-        }
+        measure("search", PTQTP_TP2_1, search_2_1, N, budget);
+        measure("search-importance", PTQTP_TP2_1, search_2_1_importance, N, budget);
+        measure("gptq-0", PTQTP_TP2_1, gptq_0, N, budget);
+        measure("gptq-2", PTQTP_TP2_1, gptq_2, N, budget);
+        measure("cd-0", PTQTP_TP2_1, cd_0, N, budget);
+        measure("cd-2", PTQTP_TP2_1, cd_2, N, budget);
         measure("check", PTQTP_TP2_1, check, N, budget);
         measure("compare", 0, compare, N, budget);
         measure("hash", 0, hash, N, budget);

@@ -5,6 +5,9 @@
 
 #include "ptqtp.h"
 
+struct ptqtp_calib; /* ptqtp-calibrate.h */
+struct ptqtp_calib_rows;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -27,14 +30,19 @@ struct ptqtp_bulk {
     /* ptqtp_scan's fields for one piece */
     void (*scan)(const float * x, int64_t n, int64_t group, float floor, struct ptqtp_scan_result * out);
     /* `search` on ngroups checked groups; the importance of group g begins at importance + 32 * (g % period), values
-     * may be NULL. NULL where no SIMD is known: take ptqtp_search_rows. */
+     * may be NULL */
     void (*search_tp2_1)(const float * x, const float * importance, int64_t period, block_tp2_1 * dst, float * values,
                          int64_t ngroups);
+    /* ptqtp_gptq_block and ptqtp_cd_block on checked arguments */
+    void (*gptq)(const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows, int window);
+    void (*cd)(const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows, int window);
 };
 
 /* All that are built for this architecture and run on this CPU, best first; the portable one last. */
 const struct ptqtp_bulk * const * ptqtp_bulk_all(int * count);
 const struct ptqtp_bulk * ptqtp_bulk_best(void);
+/* Without SIMD of ours, as on an architecture that we do not know: tests only. */
+extern const struct ptqtp_bulk ptqtp_bulk_plain;
 
 #ifdef __cplusplus
 }

@@ -12,6 +12,8 @@ const char * ptqtp_status_text(int status) {
         case PTQTP_BAD_SCALE: return "scale is not finite";
         case PTQTP_NOT_FINITE: return "value is not finite, or importance is negative";
         case PTQTP_TOO_LARGE: return "weight beyond the reach of the type's scales";
+        case PTQTP_BAD_BLOCK:
+            return "columns no multiple of 32 or above 256, window outside 0..255, or rows that overlap";
         case PTQTP_NO_MEMORY: return "out of memory";
         default: return "unknown status";
     }

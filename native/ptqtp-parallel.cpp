@@ -72,7 +72,7 @@ extern "C" int ptqtp_quantize_stats(int type, int method, const float * x, const
         int done = PTQTP_OK;
         if (method == PTQTP_PAPER) {
             done = ptqtp_paper_rows(w, out, values, n, n_per_row, iters);
-        } else if (type == PTQTP_TP2_1 && bulk->search_tp2_1) {
+        } else if (type == PTQTP_TP2_1) {
             const int64_t groups = n_per_row / qk;
             bulk->search_tp2_1(w, importance, groups, static_cast<block_tp2_1 *>(out), values, n * groups);
         } else {

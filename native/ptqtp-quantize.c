@@ -27,8 +27,21 @@ static inline double join_d(const double acc[LANES]) {
 
 /* ---- search, TP2_1 ----
  * The scale is one of 256 codes, so instead of refitting it, try the codes: those around max|w|/5 (the largest weight
- * on the outer level; the optimum lies -9..+12 codes from it on Gaussian, Laplace and Student-t data), and those next
- * to max|w|/2 and max|w|, which make weights that are exact on the inner levels exact. */
+ * on the outer level; the optimum lies -9..+13 codes from it on Gaussian, Laplace and Student-t data), and those next
+ * to max|w|/2 and max|w|, which make weights that are exact on the inner levels exact.
+ * What is smallest is the sum of h * error^2: h is the importance, and without one mean|w| + |w|. */
+
+/* The h of a group without an importance. */
+static void own_weights(const float * x, float * h) {
+    float acc[LANES];
+    for (int l = 0; l < LANES; l++) {
+        acc[l] = fabsf(x[l]) + fabsf(x[l + 8]) + fabsf(x[l + 16]) + fabsf(x[l + 24]);
+    }
+    const float mean = join_f(acc) * (1.0f / PTQTP_QK_TP2_1);
+    for (int i = 0; i < PTQTP_QK_TP2_1; i++) {
+        h[i] = mean + fabsf(x[i]);
+    }
+}
 
 static int add_codes(uint8_t * codes, int n, int from, int to) {
     for (int c = from; c <= to; c++) {
@@ -42,15 +55,14 @@ static inline float nearer(float best, float e) {
     return d < best ? d : best;
 }
 
-/* (Weighted) squared error of magnitudes a at scale s: s times a level is exact, and rounding keeps order, so the
- * smallest of the five distances is the distance to the nearest level. Inlined twice, so that the unweighted loop has
- * no branch. */
+/* Weighted squared error of magnitudes a at scale s: s times a level is exact, and rounding keeps order, so the
+ * smallest of the five distances is the distance to the nearest level. Inlined into every clone of its caller. */
 __attribute__((always_inline)) static inline float error_tp2_1(const float * a, float s, const float * h) {
     const float s2 = 2 * s, s3 = 3 * s, s5 = 5 * s;
     float e2[PTQTP_QK_TP2_1], acc[LANES];
     for (int i = 0; i < PTQTP_QK_TP2_1; i++) {
         const float e = nearer(nearer(nearer(nearer(a[i], a[i] - s), a[i] - s2), a[i] - s3), a[i] - s5);
-        e2[i] = h ? e * e * h[i] : e * e;
+        e2[i] = e * e * h[i];
     }
     for (int l = 0; l < LANES; l++) {
         acc[l] = e2[l] + e2[l + 8] + e2[l + 16] + e2[l + 24];
@@ -77,7 +89,7 @@ static void search_tp2_1(const float * x, const float * h, block_tp2_1 * dst, fl
     uint8_t code = 0;
     for (int c = 0; c < n; c++) {
         const float s = ptqtp_scale_value(codes[c]);
-        const float err = h ? error_tp2_1(a, s, h) : error_tp2_1(a, s, NULL);
+        const float err = error_tp2_1(a, s, h);
         if (err < best) {
             best = err;
             code = codes[c];
@@ -464,7 +476,14 @@ int ptqtp_search_rows(int type, const float * x, const float * importance, void 
         const float * h = importance ? weights_of(importance + i % groups * qk, qk) : NULL;
         float * r = values ? values + i * qk : NULL;
         if (type == PTQTP_TP2_1) {
-            search_tp2_1(x, h, (block_tp2_1 *) dst + i, r);
+            float own[PTQTP_QK_TP2_1];
+            for (int k = 0; k < PTQTP_QK_TP2_1; k++) {
+                own[k] = 1;
+            }
+            if (!importance) {
+                own_weights(x, own);
+            }
+            search_tp2_1(x, h ? h : own, (block_tp2_1 *) dst + i, r);
             continue;
         }
         const int k = (int) (i % PTQTP_SORT_LANES);

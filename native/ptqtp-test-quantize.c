@@ -58,9 +58,6 @@ static void test_search(const struct ptqtp_bulk * bulk) {
     enum { BLOCKS = 4 * KINDS * 8 + 4, N = 32 * BLOCKS };
     static float x[N], h[N], values[N], want_values[N];
     static block_tp2_1 got[BLOCKS], want[BLOCKS];
-    if (!bulk->search_tp2_1) {
-        return;
-    }
     for (int i = 0; i < N / GROUP; i++) {
         fill(x + i * GROUP, i % KINDS);
     }
@@ -249,6 +246,8 @@ int main(void) {
     int count;
     const struct ptqtp_bulk * const * all = ptqtp_bulk_all(&count);
     ptqtp_check_init();
+    test_search(&ptqtp_bulk_plain);
+    test_floats(&ptqtp_bulk_plain, all[count - 1]);
     for (int i = 0; i < count; i++) {
         test_search(all[i]);
         test_floats(all[i], all[count - 1]);

@@ -162,8 +162,8 @@ static void test_quantizers(void) {
     const struct {
         int type, method;
         double low, high;
-    } cases[] = { /* relative MSE on Gaussian weights, two-sided */
-                  { PTQTP_TP2_1, PTQTP_SEARCH, 0.0195, 0.0210 },
+    } cases[] = { /* relative MSE on Gaussian weights, two-sided; of TP2_1 it is not what search makes small */
+                  { PTQTP_TP2_1, PTQTP_SEARCH, 0.0203, 0.0217 },
                   { PTQTP_TP2_0, PTQTP_SEARCH, 0.0245, 0.0261 },
                   { PTQTP_TP2_0, PTQTP_PAPER, 0.0260, 0.0290 }
     };

@@ -69,6 +69,7 @@ enum ptqtp_status {
     PTQTP_NOT_FINITE, /* a weight or importance that is Inf or NaN, or an importance below zero */
     PTQTP_TOO_LARGE,  /* a weight beyond what the type's scales reach */
     PTQTP_NO_MEMORY,
+    PTQTP_BAD_BLOCK, /* calibration: a size, window or distance between rows out of bounds */
 };
 
 typedef struct {
@@ -129,7 +130,8 @@ PTQTP_API int ptqtp_validate(int type, const void * data, size_t nbytes, int64_t
 
 /* ---- quantizers without calibration (ptqtp-quantize.c, ptqtp-parallel.cpp) -------------------------------- */
 
-/* x: nrows x n_per_row floats, row-major. importance: n_per_row floats >= 0 (an imatrix column weight) or NULL.
+/* x: nrows x n_per_row floats, row-major. importance: n_per_row floats >= 0 (an imatrix column weight) or NULL,
+ * which lets `search` for TP2_1 weight each squared error by mean|w| + |w| of its group, and all else weight none.
  * dst: nrows * n_per_row / block * size bytes. Single thread. `paper` takes no importance (PTQTP_BAD_METHOD). */
 PTQTP_API int ptqtp_quantize_rows(int type, int method, const float * x, const float * importance, void * dst,
                                   int64_t nrows, int64_t n_per_row);
@@ -147,6 +149,30 @@ struct ptqtp_stats {
 PTQTP_API int ptqtp_quantize_stats(int type, int method, const float * x, const float * importance, void * dst,
                                    int64_t nrows, int64_t n_per_row, uint64_t first, int nthreads,
                                    struct ptqtp_stats * stats);
+
+/* ---- TP2_1 with calibration: the inner loops (ptqtp-calibrate.cpp, ptqtp-bulk-calibrate.inc) ----------------------
+ *
+ * A block of ncols columns (a multiple of 32, at most PTQTP_CALIB_COLS) of nrows rows; the products between blocks are
+ * the caller's. ld*: elements from row to row. levels: -5 .. 5; codes: one a group of 32; w = scale of code * level.
+ * window, 0 .. 255: each group also tries the codes that far around, in the order 0, -1, +1, -2, +2 ..., clipped to
+ * 0 .. 255; the first of equals wins. nthreads <= 0: all cores. float32, sums in the order of the columns, no fused
+ * multiply-add: the result depends on nothing but the arguments. Values that are not finite give some result. The
+ * readable form of the same arithmetic is ptqtp_gguf/quantize/blocks.py. Buffers may not overlap. */
+#define PTQTP_CALIB_COLS 256
+
+/* GPTQ with feedback. w: weights. u: the ncols x ncols block on the diagonal of the upper U with inv(H) = U^T U, of
+ * which only the upper triangle is read. Writes levels, codes and err = (value before rounding - level * scale) / u_jj,
+ * which the caller feeds to later blocks; a column whose u_jj is not > 0 feeds nothing back. */
+PTQTP_API int ptqtp_gptq_block(int64_t nrows, int64_t ncols, const float * w, int64_t ldw, const float * u, int64_t ldu,
+                               int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * err, int64_t lde,
+                               int window, int nthreads);
+/* One sweep of coordinate descent on tr(E H E^T), E = weights - levels * scales. r: this block's columns of E H. h: the
+ * ncols x ncols block of H on the diagonal, symmetric (the upper triangle is read). levels, codes: in and out. delta:
+ * the change of level * scale, by which the caller updates E H. A group changes only where that lowers the objective; a
+ * column whose h_jj is not > 0 keeps its level. */
+PTQTP_API int ptqtp_cd_block(int64_t nrows, int64_t ncols, const float * r, int64_t ldr, const float * h, int64_t ldh,
+                             int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * delta, int64_t ldd,
+                             int window, int nthreads);
 
 /* ---- for a converter (ptqtp-convert.cpp, ptqtp-check.c); nthreads <= 0: all cores, and no result depends on it ----
  */

@@ -90,6 +90,8 @@ def _lib() -> ctypes.CDLL:
     lib.ptqtp_to_float.argtypes = lib.ptqtp_from_float.argtypes = [i, p, p, i64, i]
     lib.ptqtp_scan.argtypes = [p, i64, i64, f, i, ctypes.POINTER(_Scan)]
     lib.ptqtp_hash.argtypes, lib.ptqtp_hash.restype = [p, i64, u64, i], u64
+    matrices = (p, i64) * 5
+    lib.ptqtp_gptq_block.argtypes = lib.ptqtp_cd_block.argtypes = [i64, i64, *matrices, i, i]
     lib.ptqtp_kernels.argtypes = [ctypes.POINTER(i)]
     lib.ptqtp_kernels.restype = ctypes.POINTER(_Kernel)
     lib.ptqtp_kernel_for.argtypes, lib.ptqtp_kernel_for.restype = [i], ctypes.POINTER(_Kernel)
@@ -228,6 +230,42 @@ def scan(x: F32, group: int, floor: float, threads: int = 0) -> Scan:
     found = _Scan()
     _check(_lib().ptqtp_scan(_ptr(x), x.size, group, floor, threads, ctypes.byref(found)), "scan")
     return Scan(found.bad, found.largest, found.groups, found.below)
+
+
+Matrix = tuple[int, int]  # address of the first element, elements from row to row; rows are contiguous
+
+
+def gptq_block(
+    rows: int, cols: int, w: Matrix, u: Matrix, levels: Matrix, codes: Matrix, err: Matrix,
+    window: int = 2, threads: int = 0,
+) -> None:  # fmt: skip
+    """GPTQ with feedback over one block of columns, in place, as quantize.blocks.gptq_block.
+
+    w       float32 (rows, cols), cols a multiple of 32 and at most 256
+    u       float32 (cols, cols), this block of the upper U with inv(H) = U^T U; only its upper triangle is read
+    levels  int8 (rows, cols), codes uint8 (rows, cols/32), err float32 (rows, cols): written
+    window  scale codes tried to each side, 0..255
+    Any memory of the CPU will do (numpy's, torch's); buffers may not overlap. Raises QuantizeError where a size, the
+    window or the distance between rows is out of bounds.
+    """
+    status = _lib().ptqtp_gptq_block(rows, cols, *w, *u, *levels, *codes, *err, window, threads)
+    _check(status, f"GPTQ block of {rows} x {cols}, window {window}")
+
+
+def cd_block(
+    rows: int, cols: int, r: Matrix, h: Matrix, levels: Matrix, codes: Matrix, delta: Matrix,
+    window: int = 2, threads: int = 0,
+) -> None:  # fmt: skip
+    """A sweep of coordinate descent over one block of columns, in place, as quantize.blocks.cd_block.
+
+    r       float32 (rows, cols), these columns of (W - levels * scales) H; cols a multiple of 32 and at most 256
+    h       float32 (cols, cols), this block of H, symmetric; only its upper triangle is read
+    levels  int8 (rows, cols), codes uint8 (rows, cols/32): read and written
+    delta   float32 (rows, cols), the change of levels * scales: written
+    The rest as for gptq_block.
+    """
+    status = _lib().ptqtp_cd_block(rows, cols, *r, *h, *levels, *codes, *delta, window, threads)
+    _check(status, f"coordinate descent on a block of {rows} x {cols}, window {window}")
 
 
 def pack(t: fmt.TensorType, digits: U8, scales: NDArray[np.generic]) -> U8:

@@ -27,6 +27,7 @@ U16 = NDArray[np.uint16]
 F32 = NDArray[np.float32]
 
 LEVEL_OF_DIGIT = np.array(fmt.LEVELS, dtype=np.float32)
+DIGIT_OF_LEVEL = np.array([fmt.LEVELS.index(v) if v in fmt.LEVELS else 255 for v in range(-5, 6)], dtype=np.uint8)
 T1_OF_DIGIT = np.arange(9) // 3 - 1
 T2_OF_DIGIT = np.arange(9) % 3 - 1
 
@@ -50,6 +51,12 @@ def scale_from_float(s: F32) -> U8:
     code = bits >> 19
     code += (low > half) | ((low == half) & ((code & 1) == 1))
     return np.where(np.asarray(s) > 0, np.clip(code, 0, 255), 0).astype(np.uint8)
+
+
+def digits_of_levels(levels: NDArray[np.signedinteger]) -> U8:
+    """Levels -5, -3 .. 3, 5 -> digits. Any shape. Another value gives 255, which no packer takes."""
+    digits: U8 = DIGIT_OF_LEVEL[levels.astype(np.intp) + fmt.MAX_LEVEL]
+    return digits
 
 
 def _pack_units(digits: U8, side: U8) -> U8:

@@ -93,8 +93,8 @@ def test_bytes_do_not_depend_on_threads(t: fmt.TensorType, m) -> None:
     assert all(np.array_equal(first, quantize(t, m, w, threads=n)) for n in (2, 3, 7))
 
 
-# The table of docs/format.md: relative MSE at 3.5 bits a weight; search must be no worse than it by more than 2 %,
-# and (the other side of the bound) not better than any quantizer of its kind can be.
+# The table of docs/format.md: relative MSE at 3.5 bits a weight, all weights alike; search must be no worse than it by
+# more than 2 %, and (the other side of the bound) not better than any quantizer of its kind can be.
 @pytest.mark.parametrize(
     ("t", "kind", "table"),
     [
@@ -104,21 +104,64 @@ def test_bytes_do_not_depend_on_threads(t: fmt.TensorType, m) -> None:
 )  # fmt: skip
 def test_search_reaches_the_table(t: fmt.TensorType, kind: str, table: float) -> None:
     w = sample(kind, 1024 if t is TP2_1 else 384)
-    got = rel_mse(t, w, quantize(t, SEARCH, w))
+    got = rel_mse(t, w, quantize(t, SEARCH, w, np.ones(1024, np.float32)))
     assert 0.9 * table < got <= 1.02 * table
 
 
-def test_search_tp2_1_is_the_best_of_all_256_codes() -> None:
+def large_count_more(w: np.ndarray) -> np.ndarray:
+    """The documented h of TP2_1 without an importance, mean|w| + |w| of each group of 32, in float64."""
+    a = np.abs(w.astype(np.float64)).reshape(-1, 32)
+    return (a.mean(axis=1, keepdims=True) + a).reshape(w.shape)
+
+
+# Without an importance large weights count more: this relative MSE weighted so, and that one with all weights alike.
+@pytest.mark.parametrize(
+    ("kind", "weighted", "alike"),
+    [("gaussian", 0.01584, 0.02101), ("laplace", 0.01657, 0.02902), ("t5", 0.01686, 0.02973)],
+)
+def test_search_tp2_1_alone_lets_large_weights_count_more(kind: str, weighted: float, alike: float) -> None:
+    w = sample(kind, 1024)
+    h = large_count_more(w)
+    packed = quantize(TP2_1, SEARCH, w)
+    e2 = (native.dequantize(TP2_1, packed).astype(np.float64) - w) ** 2
+    assert (h * e2).sum() / (h * w.astype(np.float64) ** 2).sum() == pytest.approx(weighted, rel=0.01)
+    assert rel_mse(TP2_1, w, packed) == pytest.approx(alike, rel=0.01)
+
+
+def test_search_tp2_0_alone_is_plain_squared_error() -> None:
+    w = sample("laplace", 24)
+    assert np.array_equal(quantize(TP2_0, SEARCH, w), quantize(TP2_0, SEARCH, w, np.ones(1024, np.float32)))
+
+
+def test_an_importance_that_never_fires_is_one_of_ones() -> None:
+    w = sample("laplace", 24)
+    ones, h = np.ones(1024, np.float32), np.ones(1024, np.float32)
+    h[128:640] = 0
+    for t in (TP2_0, TP2_1):
+        assert np.array_equal(quantize(t, SEARCH, w, h), quantize(t, SEARCH, w, ones))
+    assert not np.array_equal(quantize(TP2_1, SEARCH, w), quantize(TP2_1, SEARCH, w, ones))
+
+
+@pytest.mark.parametrize("importance", [None, np.ones(32, np.float32)], ids=["alone", "ones"])
+def test_search_tp2_1_is_the_best_of_all_256_codes(importance: np.ndarray | None) -> None:
     w = np.concatenate([sample(k, 20).reshape(-1, 32) for k in ("gaussian", "laplace", "t5")])
-    a = np.abs(w)
+    a, h = np.abs(w), large_count_more(w) if importance is None else np.ones(w.shape)
     best = np.full(len(w), np.inf)
     for code in range(256):
         s = packing.scale_to_float(np.full(len(w), code, np.uint8))
         e = a - s[:, None] * search.nearest_level(a, s).astype(np.float32)
-        best = np.minimum(best, (e.astype(np.float64) ** 2).sum(axis=1))
-    packed = quantize(TP2_1, SEARCH, w)
-    got = ((native.dequantize(TP2_1, packed).astype(np.float64) - w) ** 2).sum(axis=1)
+        best = np.minimum(best, (h * e.astype(np.float64) ** 2).sum(axis=1))
+    packed = quantize(TP2_1, SEARCH, w, importance)
+    got = (h * (native.dequantize(TP2_1, packed).astype(np.float64) - w) ** 2).sum(axis=1)
     assert got.sum() <= 1.0001 * best.sum()
+
+
+def test_search_of_zeros_is_code_0() -> None:
+    w = np.where(np.arange(64) % 3, 0.0, -0.0).astype(np.float32)[None]
+    for h in (None, np.ones(64, np.float32), np.zeros(64, np.float32)):
+        for use_reference in (False, True):
+            digits, codes = native.unpack(TP2_1, quantize(TP2_1, SEARCH, w, h, use_reference=use_reference))
+            assert (digits == 4).all() and (codes == 0).all()
 
 
 def test_search_is_never_worse_than_paper() -> None:

@@ -70,7 +70,8 @@ def quantize(
     """Quantize one matrix.
 
     weights     float32 (R, C), finite, C a multiple of t.block
-    importance  float32 (C,) >= 0, weight of each input's squared error, or None
+    importance  float32 (C,) >= 0, weight of each input's squared error, or None: `search` for TP2_1 then lets large
+                weights count more (search.py), all else weights none; ones are plain squared error
     threads     0 = all cores; the bytes do not depend on it
     returns     uint8 (R, C / t.block * t.size)
     Raises QuantizeError where the method does not make the type, or a value is NaN, Inf or out of the type's reach.

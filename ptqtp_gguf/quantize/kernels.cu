@@ -5,16 +5,12 @@
  * and square root, no flush to zero (all but the first are NVRTC's defaults), and every sum over a group in eight lanes
  * joined by halves. A thread holds LANES of the eight lanes of a group: all 8 where a group of 32 fits the registers,
  * 1 where a group is 128 weights, so that 8 threads of a warp share a group and the joins are shuffles. */
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "scales.cuh"
 
 #ifndef WIDE_LANES /* lanes a thread holds of a group of 128; the tests set 8 as well */
 #    define WIDE_LANES 1
 #endif
 
-#define FLOAT_MAX 3.402823466e+38f
 #define DOUBLE_MAX 1.7976931348623157e+308
 
 enum { F32 = 0, F16 = 1, Q8_0 = 8, BF16 = 30 }; /* ggml's ids */
@@ -106,25 +102,6 @@ __device__ u32 half_from_float(float f) {
     bits -= (127u - 15) << 23;
     bits += 0xfff + (bits >> 13 & 1);
     return sign | bits >> 13;
-}
-
-__device__ float scale_value(int code) {
-    return __uint_as_float(((u32) code << 19) + (112u << 23));
-}
-
-__device__ int scale_code(float s) {
-    const u32 smallest = 112u << 23;
-    u32 bits = __float_as_uint(s);
-    if (!(s > 0) || bits <= smallest) {
-        return 0;
-    }
-    if (bits >= smallest + (255u << 19)) {
-        return 255;
-    }
-    bits -= smallest;
-    const u32 low = bits & ((1u << 19) - 1), half = 1u << 18;
-    const int code = (int) (bits >> 19);
-    return code + (low > half || (low == half && (code & 1)));
 }
 
 __device__ float load(const u8 * src, int type, u64 i) {
@@ -257,14 +234,16 @@ __device__ float nearer(float best, float e) {
     return d < best ? d : best;
 }
 
-__device__ float error_tp2_1(const float * x, float s) {
+/* Each squared error times mean|w| + |w|. */
+__device__ float error_tp2_1(const float * x, float mean, float s) {
     const float s2 = 2 * s, s3 = 3 * s, s5 = 5 * s;
     float acc[8] = {};
 #pragma unroll
     for (int i = 0; i < UNIT; i++) {
         const float a = fabsf(x[i]);
         const float e = nearer(nearer(nearer(nearer(a, a - s), a - s2), a - s3), a - s5);
-        acc[i % 8] = i < 8 ? e * e : acc[i % 8] + e * e;
+        const float e2 = e * e * (mean + a);
+        acc[i % 8] = i < 8 ? e2 : acc[i % 8] + e2;
     }
     return join<8>(acc);
 }
@@ -280,13 +259,20 @@ extern "C" __global__ void search_tp2_1(const u8 * src, int type, u32 groups, u6
     Stats st;
     const float top = examine<8, 4>(x, base, 0, st);
 
+    float acc[8];
+#pragma unroll
+    for (int i = 0; i < UNIT; i++) {
+        acc[i % 8] = i < 8 ? fabsf(x[i]) : acc[i % 8] + fabsf(x[i]);
+    }
+    const float mean = join<8>(acc) * (1.0f / UNIT);
+
     const int c5 = scale_code(top / 5), c2 = scale_code(top / 2), c1 = scale_code(top);
     float best = FLOAT_MAX;
     int code = 0;
     for (int c = 0; c < 32; c++) { /* -12 .. +13 around max/5, the three next to max/2 and to max */
         int candidate = c < 26 ? c5 - 12 + c : c < 29 ? c2 - 27 + c : c1 - 30 + c;
         candidate = candidate < 0 ? 0 : candidate > 255 ? 255 : candidate;
-        const float err = error_tp2_1(x, scale_value(candidate));
+        const float err = error_tp2_1(x, mean, scale_value(candidate));
         code = err < best ? candidate : code;
         best = err < best ? err : best;
     }

@@ -25,3 +25,9 @@ def lane_sum(x: NDArray[T]) -> NDArray[T]:
     acc = acc[..., :4] + acc[..., 4:]
     acc = acc[..., :2] + acc[..., 2:]
     return acc[..., 0] + acc[..., 1]
+
+
+def ordered_sum(x: NDArray[T]) -> NDArray[T]:
+    """x (..., G) -> (...,), element after element, in x's own precision."""
+    total: NDArray[T] = np.add.accumulate(x, axis=-1)[..., -1]
+    return total

@@ -72,7 +72,13 @@ def compile_for(nvrtc: Any, capability: int, source: Path) -> bytes:
     if not exact and capability < min(known):
         raise QuantizeError(f"--device cuda: capability {capability} below NVRTC's {min(known)}; use --device cpu")
     arch = f"sm_{capability}" if exact else f"compute_{max(k for k in known if k <= capability)}"
-    program = call(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    headers = sorted(source.parent.glob("*.cuh"))
+    program = call(
+        nvrtc.nvrtcCreateProgram(
+            source.read_bytes(), source.name.encode(),
+            len(headers), [h.read_bytes() for h in headers], [h.name.encode() for h in headers],
+        )
+    )  # fmt: skip
     options = [f"--gpu-architecture={arch}".encode(), b"--fmad=false", b"--std=c++17"]
     try:
         call(nvrtc.nvrtcCompileProgram(program, len(options), options))
@@ -129,14 +135,19 @@ class Device:
         call(self.driver.cuEventRecord(event, stream))
         call(self.driver.cuStreamWaitEvent(after, event, 0))
 
-    def launch(self, name: str, threads: int, *arguments: Any) -> None:
-        """Put a kernel on the compute stream. Addresses come as int, numbers as numpy scalars of the kernel's width."""
+    def launch(self, name: str, threads: int, *arguments: Any, stream: Any = None) -> None:
+        """Put a kernel on a stream, else on the compute stream. Addresses come as int, numbers as numpy scalars of the
+        kernel's width."""
         if name not in self._kernels:
             self._kernels[name] = call(self.driver.cuModuleGetFunction(self._module, name.encode()))
         values = [np.array(a, np.uint64 if isinstance(a, int) else a.dtype) for a in arguments]
         pointers = np.array([v.ctypes.data for v in values], np.uint64)
         grid, block = (-(-threads // THREADS), 1, 1), (THREADS, 1, 1)
-        call(self.driver.cuLaunchKernel(self._kernels[name], *grid, *block, 0, self.compute, pointers.ctypes.data, 0))
+        call(
+            self.driver.cuLaunchKernel(
+                self._kernels[name], *grid, *block, 0, stream or self.compute, pointers.ctypes.data, 0
+            )
+        )
 
     def close(self) -> None:
         for stream in (self.up, self.compute, self.down):
