@@ -1,8 +1,8 @@
 """A type for each tensor so that the whole file meets a budget in bits per weight.
 
 Each tensor that the recipe quantizes is tried on a sample of its rows in every type of a ladder; then bytes go where
-they take away the most error, the largest drop per byte first. Unlike a recipe, this knows the tensors; unlike a
-calibrated method, it does not know what passes through them.
+they take away the most error, the largest drop per byte first. Unlike a recipe, this knows the tensors; what passes
+through them it knows only from an imatrix, by which errors are weighted then.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from . import ggml, native
 from . import quantize as methods
 from .errors import QuantizeError, RecipeError, RuntimeMissing
 from .gguf_io import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
+from .imatrix import Importance
 from .packing import F32
 from .recipe import KEEP, Choice, Recipe, Rule, choose, depths_of, rule_for
 
@@ -50,6 +51,7 @@ def fit_budget(
     threads: int = 0,
     alignment: int = DEFAULT_ALIGNMENT,
     takes: Callable[[TensorInfo, int], bool] = lambda t, type_id: True,
+    importance: Callable[[TensorInfo, int], Importance | None] = lambda t, type_id: None,
     progress: Callable[[str, int, int, str], None] = lambda stage, done, total, detail: None,
 ) -> dict[str, Choice]:
     """Choose every tensor's type so that the file has at most `target` bits per weight; name -> choice.
@@ -60,6 +62,7 @@ def fit_budget(
     sample        sample(tensor, n) -> float32 (r, C): rows spread evenly over the tensor, about n weights; see `spread`
     method        how trit planes are made
     takes         takes(tensor, type id): whether the tensor's values fit the type, where more is known than the sample
+    importance    importance(tensor, type id): what its inputs count; errors and weights are weighted by it
     The sum over tensors of (relative squared error x weights) is made small: a bit is worth the same everywhere. (Every
     tensor counted alike whatever its size starves the embedding: KLD .44 against .27, SmolLM2-135M at 4.66 bits.) The
     result is the optimum for the bytes that the steps up to the first that does not fit take; what is left then is
@@ -79,7 +82,7 @@ def fit_budget(
         progress("measuring", i, len(tensors), t.name)
         if _is_free(rule_for(t, recipe.rules, depths.get(t.name))):
             fitting = [k for k in _ladder(t, ours) if takes(t, k)]
-            options = _measure(t, fitting, sample, methods.find(method), threads, alignment)
+            options = _measure(t, fitting, sample, methods.find(method), threads, alignment, importance(t, ours.id))
             free.append((t, options or [Option(t.type, align(t.nbytes, alignment), 0.0)]))
         else:
             chosen[t.name] = choose(t, recipe.rules, depths.get(t.name))
@@ -174,11 +177,15 @@ def _nbytes(t: TensorInfo, type_id: int, alignment: int) -> int:
 
 
 def _measure(
-    t: TensorInfo, ladder: list[int], sample: Sample, method: methods.Method, threads: int, alignment: int
-) -> list[Option]:
+    t: TensorInfo, ladder: list[int], sample: Sample, method: methods.Method, threads: int, alignment: int,
+    importance: Importance | None,
+) -> list[Option]:  # fmt: skip
     """The options of one tensor. A type that cannot hold the sample is none."""
     w = sample(t, SAMPLE)
-    power = float(np.square(w, dtype=np.float64).sum())
+    runs: list[tuple[slice, F32 | None]] = [(slice(0, len(w)), None)]
+    if importance:
+        runs = list(importance.split(spread(t.n_weights // t.shape[0], t.shape[0], SAMPLE)))
+    power = sum(_weighed(w[rows], h) for rows, h in runs)
     if not isfinite(power):
         raise QuantizeError(f"tensor {t.name}: a value is not finite; the checkpoint is damaged")
     options = []
@@ -187,7 +194,7 @@ def _measure(
             error = 0.0
         else:
             try:
-                error = _squared_error(w, kind, method, threads)
+                error = sum(_squared_error(w[rows], h, kind, method, threads) for rows, h in runs)
             except QuantizeError:
                 continue
         relative = error / power if power else 0.0
@@ -195,13 +202,20 @@ def _measure(
     return options
 
 
-def _squared_error(w: F32, kind: int, method: methods.Method, threads: int) -> float:
+def _weighed(x: F32, importance: F32 | None) -> float:
+    """The sum of squares of x (R, C), weighted by the importance (C,) of its columns."""
+    squares = np.square(x, dtype=np.float64)
+    return float(squares.sum() if importance is None else (squares @ importance.astype(np.float64)).sum())
+
+
+def _squared_error(w: F32, importance: F32 | None, kind: int, method: methods.Method, threads: int) -> float:
     if kind in fmt.TYPES:
         ours = fmt.TYPES[kind]
-        back = native.dequantize(ours, methods.quantize(ours, method, w, threads=threads))
+        back = native.dequantize(ours, methods.quantize(ours, method, w, importance, threads=threads))
     else:
-        back = ggml.dequantize(kind, ggml.quantize(kind, w, threads=threads), threads)
-    return float(np.square(back - w, dtype=np.float64).sum())
+        used = importance if kind in ggml.USES_IMPORTANCE else None
+        back = ggml.dequantize(kind, ggml.quantize(kind, w, used, threads), threads)
+    return _weighed(back - w, importance)
 
 
 def _choice(t: TensorInfo, steps: list[Option], k: int, target: float) -> Choice:

@@ -6,6 +6,7 @@ A piece is some whole rows. The encoder is the CPU's or the GPU's; both give the
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from . import ggml, native
 from . import quantize as methods
 from .errors import QuantizeError
 from .gguf_io import FLOAT_IDS, Q8_0_ID
+from .imatrix import Importance
 from .packing import F32, U8
 from .quantize import cuda
 from .quantize.cuda import Encoded
@@ -35,8 +37,11 @@ class Encoder(Protocol):
     depth: int
     name: str
 
-    def submit(self, raw: U8, source_type: int, target: int, method: str, first: int) -> Pending:
-        """raw uint8 (R, bytes a row); first: index, in its tensor, of the piece's first weight."""
+    def submit(
+        self, raw: U8, source_type: int, target: int, method: str, first: int, importance: Importance | None = None
+    ) -> Pending:
+        """raw uint8 (R, bytes a row); first: index, in its tensor, of the piece's first weight; importance: the
+        tensor's, for a type that uses one."""
 
     def close(self) -> None: ...
 
@@ -68,6 +73,15 @@ def checksum(data: U8, first_byte: int = 0, threads: int = 0) -> int:
     return native.float_hash(flat.view(np.float32), first_byte // 4, threads)
 
 
+def _runs(w: F32, first: int, importance: Importance | None) -> Iterator[tuple[slice, F32 | None]]:
+    """The piece w (R, C), whose first weight has the index first, in runs of rows of one expert, with importance."""
+    if importance is None:
+        yield slice(0, len(w)), None
+    else:
+        at = first // w.shape[1]
+        yield from importance.split(np.arange(at, at + len(w), dtype=np.int64))
+
+
 class CpuEncoder:
     """All on the CPU, a piece at once with all threads. use_reference: the numpy methods, not the native ones."""
 
@@ -77,40 +91,53 @@ class CpuEncoder:
     def __init__(self, threads: int = 0, use_reference: bool = False) -> None:
         self.threads, self.use_reference = threads, use_reference
 
-    def submit(self, raw: U8, source_type: int, target: int, method: str, first: int) -> Done:
-        if target == source_type and target not in FLOAT_IDS:
-            return Done(Encoded(raw))
-        w = to_float(raw, source_type, self.threads)
+    def submit(
+        self, raw: U8, source_type: int, target: int, method: str, first: int, importance: Importance | None = None
+    ) -> Done:
         kind = fmt.TYPES.get(target)
+        if target == source_type and target not in FLOAT_IDS:
+            return Done(Encoded(raw, hash=native.check(kind, raw, first, self.threads)[1] if kind else 0))
+        w = to_float(raw, source_type, self.threads)
         scan = native.scan(w.reshape(-1), kind.group if kind else 32, FLOOR, self.threads)
         data, stats = raw, native.Stats(0.0, 0.0, 0)
         if scan.bad >= 0 or (kind and scan.largest > kind.reach):
             return Done(Encoded(raw[:0], 0.0, 0.0, *scan))
-        if kind:
-            data, stats = self._planes(kind, method, w, first)
-        elif target != source_type:
-            data = self._plain(w, target)
+        if kind or target != source_type:
+            runs = list(_runs(w, first, importance))
+            parts = [self._run(target, method, w[run], h, first + run.start * w.shape[1]) for run, h in runs]
+            data = np.concatenate([p for p, _ in parts]) if len(parts) > 1 else parts[0][0]
+            error, power, hashes = (sum(column) for column in zip(*(s for _, s in parts), strict=True))
+            stats = native.Stats(error, power, hashes & MASK)
         return Done(Encoded(data, stats.error, stats.power, *scan, stats.hash))
 
-    def _planes(self, kind: fmt.TensorType, method: str, w: F32, first: int) -> tuple[U8, native.Stats]:
+    def _run(self, target: int, method: str, w: F32, importance: F32 | None, first: int) -> tuple[U8, native.Stats]:
+        """Rows w (R, C) that share their importance (C,); first: index of the first weight."""
+        kind = fmt.TYPES.get(target)
+        if kind:
+            return self._planes(kind, method, w, importance, first)
+        return self._plain(w, importance, target), native.Stats(0.0, 0.0, 0)
+
+    def _planes(
+        self, kind: fmt.TensorType, method: str, w: F32, importance: F32 | None, first: int
+    ) -> tuple[U8, native.Stats]:
         if not self.use_reference:
-            return native.quantize_stats(kind, method, w, None, self.threads, first)
-        data = methods.quantize(kind, methods.find(method), w, use_reference=True)
+            return native.quantize_stats(kind, method, w, importance, self.threads, first)
+        data = methods.quantize(kind, methods.find(method), w, importance, use_reference=True)
         r = native.dequantize(kind, data)
         error, power = float(np.vdot(w - r, w - r)), float(np.vdot(w, w))
         return data, native.Stats(error, power, native.float_hash(r.reshape(-1), first))
 
-    def _plain(self, w: F32, target: int) -> U8:
+    def _plain(self, w: F32, importance: F32 | None, target: int) -> U8:
         if target == Q8_0_ID and not self.use_reference:
             return native.to_q8_0(w, self.threads)
-        return ggml.quantize(target, w, threads=self.threads)
+        return ggml.quantize(target, w, importance, self.threads)
 
     def close(self) -> None:
         pass
 
 
 class GpuEncoder:
-    """On the GPU what the GPU can do, the rest on the CPU."""
+    """On the GPU what the GPU can do, the rest, as all that is weighted by importance, on the CPU."""
 
     depth = cuda.IN_FLIGHT
     name = "cuda"
@@ -118,11 +145,13 @@ class GpuEncoder:
     def __init__(self, threads: int = 0) -> None:
         self._gpu, self._cpu = cuda.CudaEncoder(), CpuEncoder(threads)
 
-    def submit(self, raw: U8, source_type: int, target: int, method: str, first: int) -> Pending:
+    def submit(
+        self, raw: U8, source_type: int, target: int, method: str, first: int, importance: Importance | None = None
+    ) -> Pending:
         takes = source_type in cuda.SOURCES and (target, "" if target == Q8_0_ID else method) in cuda.KERNELS
-        if takes and target != source_type:
+        if takes and target != source_type and importance is None:
             return self._gpu.submit(raw, source_type, target, method, first)
-        return self._cpu.submit(raw, source_type, target, method, first)
+        return self._cpu.submit(raw, source_type, target, method, first, importance)
 
     def close(self) -> None:
         self._gpu.close()

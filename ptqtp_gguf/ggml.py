@@ -33,6 +33,11 @@ WRITABLE = frozenset(
 )
 # Without importance ggml aborts at some of these, and llama-quantize refuses all: the result would be garbage.
 NEEDS_IMPORTANCE = frozenset(TYPE_IDS[name] for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"))
+# Its quantizers look at the importance; the others ignore it.
+USES_IMPORTANCE = NEEDS_IMPORTANCE | frozenset(
+    TYPE_IDS[name]
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ3_S", "IQ4_NL", "IQ4_XS")
+)
 _BY_PYTHON = frozenset(
     TYPE_IDS[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4")
 )
@@ -80,7 +85,7 @@ def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads:
             raise QuantizeError(f"importance of shape {importance.shape} for rows of {weights.shape[1]}")
         if not np.isfinite(importance).all() or (importance < 0).any():
             raise QuantizeError("importance must be finite and not negative")
-        importance = _tamed(importance)
+        importance = tamed(importance)
     elif type_id in NEEDS_IMPORTANCE:
         raise QuantizeError(f"{name} needs an importance matrix; IQ3_S does without")
     if type_id in _ALWAYS_BY_PYTHON:
@@ -107,8 +112,8 @@ def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads:
     return out
 
 
-def _tamed(importance: F32) -> F32:
-    """The same shares with a largest value near 1 where it is far from that: ggml's sums overflow, some then abort.
+def tamed(importance: F32) -> F32:
+    """(C,) -> the same shares with a largest value near 1 where it is far from that: sums overflow, ggml may abort.
 
     Only by a power of two, which the result does not depend on.
     """

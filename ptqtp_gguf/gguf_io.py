@@ -24,6 +24,7 @@ from . import format as fmt
 from . import native
 from .errors import InputError
 from .packing import F32, U8
+from .reading import read_bytes
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -349,17 +350,7 @@ class Reader:
 
     def read(self, at: int, n: int, what: str) -> U8:
         """n bytes from byte `at` on, of `what`. Raises InputError where they are not there."""
-        out = np.empty(n, np.uint8)
-        done = 0
-        while done < n:
-            try:
-                got = os.preadv(self._file.fileno(), [out[done:].data], at + done)
-            except OSError as e:
-                raise InputError(f"{self.path}: {what}: {e.strerror}") from None
-            if got == 0:
-                raise InputError(f"{self.path}: {what}: the file has become shorter while it was read")
-            done += got
-        return out
+        return read_bytes(self._file, at, n, f"{self.path}: {what}")
 
     def drop_cache(self) -> None:
         """Ask the system to read the file from the disk again, not from its cache."""
@@ -400,6 +391,12 @@ def quantize_plain(weights: F32, type_id: int) -> U8:
         return np.ascontiguousarray(weights).view(np.uint8)
     out: U8 = gguf.quants.quantize(np.ascontiguousarray(weights), gguf.GGMLQuantizationType(type_id))
     return np.ascontiguousarray(out).view(np.uint8)
+
+
+def tensor_names(arch: str, n_layers: int) -> dict[str, str]:
+    """Hugging Face's names of an architecture's tensors -> GGUF's, without .weight and .bias; {} if it is unknown."""
+    kind = next((k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
+    return {} if kind is None else {k: v for k, (_, v) in gguf.get_tensor_name_map(kind, n_layers).mapping.items()}
 
 
 # ---- writing ----

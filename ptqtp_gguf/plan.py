@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,9 +12,10 @@ from .budget import fit_budget, spread
 from .encode import FLOOR, to_float
 from .errors import InputError, RecipeError
 from .gguf_io import FLOAT_IDS, OutTensor, TensorInfo
+from .imatrix import Imatrix
 from .native import scan
 from .packing import F32, U8
-from .recipe import Choice, Recipe, Role, fall_back, role_of
+from .recipe import Choice, Recipe, Role, fall_back, require_importance, role_of
 from .source import Source, rows_together
 
 # stage, weights done, weights in all, what is being worked on
@@ -43,13 +44,16 @@ class PlanRow:
 
 def make_plan(
     source: Source, recipe: Recipe, type_name: str, target_bpw: float | None, header: int, method: str, threads: int,
-    progress: Progress,
+    progress: Progress, imatrix: Imatrix | None = None,
 ) -> list[PlanRow]:  # fmt: skip
     """Decide on every tensor by its name and shape; with target_bpw also by its error on a sample of its weights.
 
-    header: bytes of the output's metadata, for the budget. Raises RecipeError if nothing would become trit planes, or
-    the budget cannot be met.
+    header: bytes of the output's metadata, for the budget. Raises RecipeError if nothing would become trit planes, the
+    budget cannot be met, or a type wants importance that is not there; InputError for an imatrix of another model.
     """
+    if imatrix:
+        imatrix.check(source.tensors)
+    of = imatrix.of if imatrix else lambda t, target: None
     if target_bpw is None:
         choices = recipe.plan(source.tensors)
     else:
@@ -57,8 +61,13 @@ def make_plan(
             source.tensors, recipe, target_bpw, header, lambda t, n: sample(source, t, n), method=method,
             threads=threads, alignment=source.alignment, progress=progress,
             takes=lambda t, kind: kind not in fmt.TYPES or _look(source, t, kind, threads) is None,
+            importance=of,
         )  # fmt: skip
+    require_importance(source.tensors, choices, lambda t, target: of(t, target) is not None, imatrix is not None)
     rows = [PlanRow(t, choices[t.name], role_of(t.name)) for t in source.tensors]
+    for row in rows:
+        if imatrix and (lack := imatrix.unweighted(row.tensor, row.choice.type)):
+            row.choice = replace(row.choice, reason=f"{row.choice.reason}; {lack}")
     if target_bpw is not None and not any(r.choice.type in fmt.TYPES for r in rows):
         raise RecipeError(
             f"--target-bpw {target_bpw:g}: so many bits leave nothing in {type_name.upper()}; lower the target, or use "

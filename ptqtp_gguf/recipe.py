@@ -8,7 +8,8 @@ A recipe file is JSON; `ptqtp_gguf/recipes/` holds those that ship:
       {"pattern": "blk\\\\..*", "type": "{type}", "reason": "the user's --type"}]}
 
 pattern  regular expression that matches the WHOLE name of a tensor; the first rule that matches decides
-type     TP2_1, TP2_0, a ggml type that llama-quantize writes, "keep", or "{type}"; a tensor without a rule is kept
+type     TP2_1, TP2_0, a ggml type that llama-quantize writes (some want --imatrix), "keep", or "{type}"; a tensor
+         without a rule is kept
 layers   optional: only layers whose depth i/n lies in one of these half-open ranges
 override optional: true for what --tensor-type asked for; its pattern is SEARCHED in the name, as llama-quantize does
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib import resources
@@ -181,6 +182,24 @@ class Recipe:
                     raise RecipeError(f"{rule.reason}: all that it matches, as {found[0].name}, is always kept")
 
 
+def require_importance(
+    tensors: Iterable[TensorInfo], choices: Mapping[str, Choice], has: Callable[[TensorInfo, int], bool], given: bool
+) -> None:
+    """Raise RecipeError for a tensor whose type wants an importance matrix where there is none for it.
+
+    has    has(tensor, type id): whether there is one
+    given  whether there is any at all
+    """
+    for t in tensors:
+        target = choices[t.name].type
+        if target in ggml.NEEDS_IMPORTANCE and target != t.type and not has(t, target):
+            lacks = "the one given has nothing for it" if given else "give one with --imatrix"
+            raise RecipeError(
+                f"tensor {t.name}: {type_name(target)} needs an importance matrix; {lacks}, or take IQ3_S, "
+                "which does without"
+            )
+
+
 def load(name_or_path: str | Path) -> Recipe:
     """A recipe that ships, by its name, or one from a JSON file, by its path.
 
@@ -268,12 +287,8 @@ def _target(name: str, where: str) -> str:
         return name.lower()
     type_id = TYPE_IDS.get(name.upper())
     if type_id is None or not (type_id in TYPES or type_id in ggml.WRITABLE):
-        known = ", ".join(type_name(i) for i in [*TYPES, *sorted(ggml.WRITABLE - ggml.NEEDS_IMPORTANCE)])
+        known = ", ".join(type_name(i) for i in [*TYPES, *sorted(ggml.WRITABLE)])
         raise RecipeError(f"{where}: unknown tensor type '{name[:40]}'; there are {known}, {KEEP}")
-    if type_id in ggml.NEEDS_IMPORTANCE:
-        raise RecipeError(
-            f"{where}: {name.upper()} needs an importance matrix, which is not made yet; IQ3_S does without"
-        )
     return name.upper()
 
 

@@ -171,7 +171,7 @@ def test_overrides_search_and_come_first() -> None:
     [
         ("attn_v", "write REGEX=TYPE"), ("=Q8_0", "write REGEX=TYPE"), ("attn_v=", "write REGEX=TYPE"),
         ("attn_(v=Q8_0", "no regular expression"), ("v=Q9_9", "unknown tensor type 'Q9_9'; there are TP2_0, TP2_1"),
-        ("attn_v=Q8_K", "unknown tensor type"), ("attn_v=I32", "unknown"), ("v=iq2_xs", "IQ2_XS needs an importance"),
+        ("attn_v=Q8_K", "unknown tensor type"), ("attn_v=I32", "unknown"), ("v=iq2", "unknown tensor type 'iq2'"),
     ],
 )  # fmt: skip
 def test_bad_overrides(text: str, says: str) -> None:
@@ -195,7 +195,7 @@ RULE = {"pattern": ".*", "type": "Q8_0", "reason": "r"}
         ([{**RULE, "pattern": "x" * 1001}], "rule 1: 'pattern' must be one line of 1 to 1000"),
         ([{**RULE, "reason": "a\nb"}], "rule 1: 'reason' must be one line"),
         ([{**RULE, "type": "Q4_KM"}], "rule 1: unknown tensor type 'Q4_KM'"),
-        ([RULE, RULE, {**RULE, "type": "IQ1_S"}], "rule 3: IQ1_S needs an importance matrix"),
+        ([RULE, RULE, {**RULE, "type": "IQ1"}], "rule 3: unknown tensor type 'IQ1'"),
         ([{**RULE, "layers": [[0.5, 0.5]]}], "rule 1: 'layers' must be"),
         ([{**RULE, "layers": [[0, float("nan")]]}], "rule 1: 'layers' must be"),
         ([{**RULE, "layers": [[False, True]]}], "rule 1: 'layers' must be"),

@@ -1,0 +1,29 @@
+"""Bytes of a file that may change, or be cut, while it is read."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO
+
+import numpy as np
+
+from .errors import InputError
+from .packing import U8
+
+
+def read_bytes(file: BinaryIO, at: int, n: int, what: str) -> U8:
+    """n bytes from byte `at` on, wherever the file stands. what: names them in errors, with the file.
+
+    Raises InputError where the file does not hold them (any more), or cannot be read.
+    """
+    out = np.empty(n, np.uint8)
+    done = 0
+    while done < n:
+        try:
+            got = os.preadv(file.fileno(), [out[done:].data], at + done)
+        except OSError as e:
+            raise InputError(f"{what}: {e.strerror}") from None
+        if got == 0:
+            raise InputError(f"{what}: the file has become shorter while it was read")
+        done += got
+    return out
