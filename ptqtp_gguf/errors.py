@@ -20,8 +20,16 @@ class QuantizeError(PtqtpError):
     """Values that cannot be quantized, or arguments that a quantizer does not take."""
 
 
+class TuneError(QuantizeError):
+    """Tuning cannot begin or go on: planes that do not fit the model, text, memory, values that are not finite."""
+
+
 class RecipeError(PtqtpError):
     """A recipe or tensor type that cannot be applied."""
+
+
+class CalibrationError(PtqtpError):
+    """Calibration text, statistics, or a model that cannot be calibrated."""
 
 
 class OutputError(PtqtpError):

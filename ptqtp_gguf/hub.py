@@ -1,11 +1,13 @@
-"""Model ids of the Hugging Face Hub: downloads what a conversion needs. The only importer of huggingface_hub."""
+"""Ids of the Hugging Face Hub: downloads what a conversion needs of a model, or a data set's text. The only importer of
+huggingface_hub."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,41 @@ def fetch(
     Returns the folder of the snapshot.
     Raises InputError with the way out: unknown, gated, offline, no such revision, disk full.
     """
+    with _explained(repo_id, revision, "model", quiet) as where:
+        log(where)
+        folder = _snapshot(repo_id, revision, [*COMMON, *WEIGHTS])
+        if not any(folder.glob("*.safetensors")):
+            folder = _snapshot(repo_id, revision, [*COMMON, *OLD_WEIGHTS])
+        return folder
+    raise AssertionError  # _explained lets every error through
+
+
+def fetch_data(repo_id: str, suffixes: tuple[str, ...], log: Callable[[str], None] = lambda _: None) -> Path:
+    """Download one file of a data set into the Hub's cache, or find it there: the first by name of those that end so;
+    one for training before others. Raises InputError.
+    """
+    with _explained(repo_id, None, "data set", False) as where:
+        from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repo_id, repo_type="dataset"))
+            files = [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
+        else:
+            files = HfApi().list_repo_files(repo_id, repo_type="dataset")
+        files = [f for f in files if f.endswith(suffixes) and not f.lower().endswith(("readme.txt", "license.txt"))]
+        if not files:
+            raise InputError(
+                f"{repo_id}: this data set has no file that ends in {', '.join(suffixes)}; give a local file"
+            )
+        chosen = min(files, key=lambda f: ("train" not in f.lower(), f))
+        log(f"{where}: {chosen}")
+        return Path(hf_hub_download(repo_id, chosen, repo_type="dataset"))
+    raise AssertionError  # _explained lets every error through
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, revision: str | None, what: str, quiet: bool) -> Iterator[str]:
+    """Errors of huggingface_hub about a model or data set as InputError; gives what is loaded, from where, to where."""
     try:
         from huggingface_hub import constants, errors
         from huggingface_hub.utils import disable_progress_bars
@@ -44,21 +81,18 @@ def fetch(
         disable_progress_bars()
     at = f"{repo_id} (revision {revision})" if revision else repo_id
     where = constants.ENDPOINT
-    log(f"{at}: from {where}, into {constants.HF_HUB_CACHE}")
+    page = f"{where}/{repo_id}" if what == "model" else f"{where}/datasets/{repo_id}"
     try:
-        folder = _snapshot(repo_id, revision, [*COMMON, *WEIGHTS])
-        if not any(folder.glob("*.safetensors")):
-            folder = _snapshot(repo_id, revision, [*COMMON, *OLD_WEIGHTS])
-        return folder
+        yield f"{at}: from {where}, into {constants.HF_HUB_CACHE}"
     except errors.HFValidationError:
         raise InputError(f"{repo_id!r} is no model id of the form org/name, and no local folder") from None
     except errors.GatedRepoError:
         raise InputError(
-            f"{at}: access is gated; accept its terms at {where}/{repo_id}, then set HF_TOKEN to a token of yours"
+            f"{at}: access is gated; accept its terms at {page}, then set HF_TOKEN to a token of yours"
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
-            f"{at}: no such model on {where}, or a private one, and no local folder of that name; "
+            f"{at}: no such {what} on {where}, or a private one, and no local folder of that name; "
             "check the name, or set HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:

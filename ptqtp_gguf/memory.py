@@ -60,3 +60,11 @@ def resident() -> int:
         except (OSError, IndexError, ValueError):
             continue
     return total
+
+
+def free_memory() -> int:
+    """Bytes that new work may take without swapping; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -1,0 +1,404 @@
+"""Calibration: text -> windows of tokens -> the second moments of what each matrix is given, a layer at a time.
+
+In memory are, at a time: the embedding or one block in float32 (on a GPU in the model's type), that block's moments
+(4 C^2 bytes for each distinct input of C values, an expert's counted each), and a batch of windows. What goes from
+block to block lies in a file: tokens times hidden size, in the model's type, twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .blocks import Blocks, require_transformers
+from .checkpoint import Checkpoint
+from .errors import CalibrationError, OutputError
+from .mapping import names
+from .moments import Moment, Store, fingerprint
+from .plan import Progress, no_progress
+
+if TYPE_CHECKING:
+    import torch
+
+OUTPUT = "output.weight"
+BATCH_CPU = 256 << 20  # bytes of activations of a batch of windows
+BATCH_GPU = 0.3  # of the memory that is free
+MAX_BATCH = 64  # windows
+Step = Callable[["torch.Tensor"], "torch.Tensor | None"]
+
+# transformers' parameters that hold the experts of several GGUF tensors, or of one, with the same input
+_EXPERTS = {
+    "gate_up_proj": ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"),
+    "down_proj": ("ffn_down_exps",),
+}
+_SAME = {"attn_kv_b": "attn_v_b"}  # what the converter makes of one matrix, with its input
+
+
+@dataclass
+class Layer:
+    """One layer that has been seen by all tokens.
+
+    index    of the block; the number of blocks: the output matrix
+    moments  by GGUF tensor name
+    done     True: from the folder of an earlier run, replacing has no effect any more
+    """
+
+    index: int
+    moments: dict[str, Moment]
+    done: bool = False
+    _module: Any = None
+    _prefix: str = ""
+    _new: dict[str, Any] = field(default_factory=dict)
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """A weight of this block as it is now, by the full name that transformers has for it. Raises KeyError."""
+        inside = name.removeprefix(self._prefix)
+        if self._module is None or not name.startswith(self._prefix):
+            raise KeyError(name)
+        held: torch.Tensor = dict(self._module.named_parameters())[inside]
+        return held
+
+    def replace(self, weights: dict[str, torch.Tensor]) -> None:
+        """Let the next layers' inputs come from these weights: {full name: tensor of the same shape}."""
+        for name, w in weights.items():
+            if self.done:
+                continue
+            if self.parameter(name).shape != w.shape:
+                raise ValueError(f"{name}: shape {tuple(w.shape)}, not {tuple(self.parameter(name).shape)}")
+            self._new[name.removeprefix(self._prefix)] = w
+
+
+def walk(
+    found: Checkpoint,
+    tokens: NDArray[np.int64],
+    arch: str,
+    wanted: Collection[str] | None = None,
+    *,
+    device: str = "cpu",
+    folder: Path | None = None,
+    sequential: str = "",
+    progress: Progress = no_progress,
+) -> Iterator[Layer]:
+    """Run tokens through a model and yield each layer with the moments of its matrices' inputs.
+
+    tokens      int64 (N, T): N windows of T tokens, each on its own
+    arch        general.architecture of the GGUF, whose names are used
+    wanted      GGUF tensors of interest; None = all that are found. output.weight: the output matrix, tied or not
+    folder      where moments are kept and found; a walk that was killed goes on with its first missing layer, one that
+                is complete runs no model. None = nothing is kept
+    sequential  "" unless the caller calls Layer.replace; then whatever decides what it replaces by, for the folder
+    Before the next layer is asked for, Layer.replace may give a block new weights.
+    Raises CalibrationError, OutputError.
+    """
+    require_transformers()
+    import transformers
+
+    key = fingerprint(found, tokens, sequential, None if wanted is None else list(wanted))
+    with contextlib.ExitStack() as stack:
+        with _config_errors(found):
+            config = transformers.AutoConfig.from_pretrained(found.folder, local_files_only=True).get_text_config()
+        n_layers = int(config.num_hidden_layers)
+        if tokens.ndim != 2 or not tokens.size or not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+            top = int(tokens.max()) if tokens.size else 0
+            raise CalibrationError(
+                f"{found.folder}: token {top} in the text, the model has {config.vocab_size}; is it its tokenizer?"
+            )
+        where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ptqtp-")))
+        store = Store(where, key, n_layers + 1, keep=folder is not None)
+        for i in range(store.done):
+            yield Layer(i, store.load(i), done=True)
+        if not store.complete:
+            yield from _Walk(found, tokens, names(arch, n_layers), wanted, device, store, progress).layers()
+
+
+@contextlib.contextmanager
+def _config_errors(found: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        text = " ".join(str(e).split())[:200]
+        raise CalibrationError(f"{found.folder}: transformers does not read its config: {text}") from None
+
+
+class _Walk:
+    def __init__(
+        self, found: Checkpoint, tokens: NDArray[np.int64], name: Callable[[str], str | None],
+        wanted: Collection[str] | None, device: str, store: Store, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.tokens, self.name, self.wanted, self.store, self.progress = tokens, name, wanted, store, progress
+        self.blocks = Blocks(found, device)
+        self.batches = Batches(self.blocks, tokens)
+        self.total = len(tokens) * (store.n + 1)  # the embedding, every block, and the output
+
+    def layers(self) -> Iterator[Layer]:
+        """The layers from the first that is missing on."""
+        import torch
+
+        blocks, store = self.blocks, self.store
+        blocks.load(-1)
+        if store.done == 0:
+            self._pass("embedding", None, store.states(0), lambda: blocks.embed)
+        else:
+            blocks.returns = store.returns
+            self._check_states(store.states(store.done))
+        blocks.unload(-1)
+        for i in range(store.done, blocks.n):
+            blocks.load(i)
+            source, out = store.states(i), store.states(i + 1)
+            moments = self._gather(i, source, out)
+            store.returns = blocks.returns
+            record = store.save(i, moments)
+            layer = Layer(i, moments, False, blocks.blocks[i], f"{blocks.prefix}.{i}.")
+            del moments
+            yield layer
+            if layer._new:
+                held = dict(blocks.blocks[i].named_parameters())
+                with torch.no_grad():
+                    for name, w in layer._new.items():
+                        held[name].copy_(w)
+                del held
+                self._pass(f"block {i}, replaced", source, out, lambda: functools.partial(blocks.run, i))  # noqa: B023
+            del layer
+            blocks.unload(i)
+            gc.collect()  # frames of passes that were stopped by an exception still hold the moments
+            store.advance(record)
+        moments = self._output()
+        record = store.save(blocks.n, moments)
+        yield Layer(blocks.n, moments)
+        store.advance(record)
+        self.progress("calibrating", self.total, self.total, "")
+
+    def _check_states(self, path: Path) -> None:
+        width = self.blocks.config.get_text_config().hidden_size
+        if path.stat().st_size != self.tokens.size * width * self.blocks.dtype.itemsize:
+            raise CalibrationError(f"{path}: not of the size that it should have; remove the folder to begin anew")
+
+    def _gather(self, i: int, source: Path, out: Path) -> dict[str, Moment]:
+        """Moments of block i; its outputs go to the file `out`."""
+        seen: list[Sums] = []
+
+        def fresh() -> Step:
+            seen[:] = [Sums(lambda name: targets(self.blocks, self.name, self.wanted, i, name))]
+
+            def step(x: torch.Tensor) -> torch.Tensor | None:
+                seen[0].next()
+                return self.blocks.run(i, x, seen[0].tap)
+
+            return step
+
+        self._pass(f"block {i}", source, out, fresh)
+        made = seen[0].moments()
+        if not made and self.wanted is None:
+            raise self.blocks.cannot(f"no product with a weight of block {i} was seen")
+        return made
+
+    def _output(self) -> dict[str, Moment]:
+        if self.wanted is not None and OUTPUT not in self.wanted:
+            return {}
+        seen: list[Sums] = []
+
+        def fresh() -> Step:
+            seen[:] = [Sums(lambda name: ((OUTPUT,), -1, 0))]
+
+            def step(x: torch.Tensor) -> torch.Tensor:
+                seen[0].next()
+                seen[0].tap(self.blocks.finish(x), OUTPUT, -1, 0)
+                return x
+
+            return step
+
+        self._pass("output", self.store.states(self.blocks.n), None, fresh)
+        return seen[0].moments()
+
+    # ---- all windows through something, in batches ----
+
+    def _pass(self, detail: str, source: Path | None, out: Path | None, make: Callable[[], Step]) -> None:
+        """Every window through a step, (B, T, C) -> (B, T, C), and the results to the file `out`.
+
+        source  file of the windows' states; None: the step is given their tokens, (B, T)
+        make    gives the step; once more when memory ran out on the way, and all begins anew with smaller batches
+        """
+        import torch
+
+        while True:
+            try:
+                with torch.no_grad(), open(out, "wb") if out else contextlib.nullcontext() as file:
+                    self._once(detail, source, file, make())
+                return
+            except (torch.OutOfMemoryError, MemoryError):
+                pass  # leave the handler first: its traceback holds the tensors
+            except OSError as e:
+                raise OutputError(f"{out}: {e.strerror or e}; run again to go on") from None
+            self.batches.halve(detail)
+
+    def _once(self, detail: str, source: Path | None, file: Any, step: Step) -> None:
+        n = len(self.tokens)
+        layer = 0 if source is None else 1 + int(source.stem.rpartition(".")[2])
+        with self.blocks.fast_products():
+            for rows, x in self.batches.of_file(source) if source else self.batches.of_tokens():
+                self.progress("calibrating", layer * n + rows.start, self.total, detail)
+                y = step(x)
+                if file is not None and y is not None:
+                    self.batches.write(file, y)
+
+
+class Batches:
+    """Windows of tokens, as many at a time as memory takes, and their states in files, in the model's type."""
+
+    def __init__(self, blocks: Blocks, tokens: NDArray[np.int64]) -> None:
+        self.blocks, self.tokens = blocks, tokens
+        self.size = 0  # 0 = not decided yet
+
+    def _slices(self) -> Iterator[slice]:
+        self.size = self.size or self._fitting()
+        for first in range(0, len(self.tokens), self.size):
+            yield slice(first, min(len(self.tokens), first + self.size))
+
+    def of_tokens(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Which windows, and their tokens (B, T)."""
+        import torch
+
+        for rows in self._slices():
+            yield rows, torch.from_numpy(np.ascontiguousarray(self.tokens[rows]))
+
+    def of_file(self, path: Path) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Which windows, and their states (B, T, C) on the device."""
+        import torch
+
+        n, window = self.tokens.shape
+        dtype, device = self.blocks.dtype, self.blocks.device
+        each = path.stat().st_size // n
+        for rows in self._slices():
+            raw = torch.from_numpy(
+                np.fromfile(path, np.uint8, each * (rows.stop - rows.start), offset=each * rows.start)
+            )
+            states = raw.view(dtype).reshape(-1, window, each // (window * dtype.itemsize))
+            yield rows, states.to(device, torch.float32 if device.type == "cpu" else dtype)
+
+    def write(self, file: Any, y: torch.Tensor) -> None:
+        """Append the states of the windows that are next."""
+        import torch
+
+        file.write(y.to("cpu", self.blocks.dtype).contiguous().view(torch.uint8).numpy().data)
+
+    def halve(self, detail: str) -> None:
+        """After running out of memory. Raises CalibrationError where one window is too much."""
+        import torch
+
+        if self.blocks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.size <= 1:
+            raise CalibrationError(
+                f"{self.blocks.folder}: out of memory on {self.blocks.device} in {detail} with one window of "
+                f"{self.tokens.shape[1]} tokens; use a smaller window, or --device cpu"
+            )
+        self.size //= 2
+
+    def _fitting(self) -> int:
+        """Windows that fit into memory together, roughly."""
+        import torch
+
+        window = self.tokens.shape[1]
+        config = self.blocks.config.get_text_config()
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        values = 12 * config.hidden_size + 4 * (max(inner) if isinstance(inner, list) else inner)
+        values += config.num_attention_heads * window
+        room: float = BATCH_CPU
+        if self.blocks.device.type == "cuda":
+            room = BATCH_GPU * torch.cuda.mem_get_info(self.blocks.device)[0]
+        return max(1, min(MAX_BATCH, int(room // (4 * values * window))))
+
+
+def targets(
+    blocks: Blocks, gguf_name: Callable[[str], str | None], wanted: Collection[str] | None, i: int, name: str
+) -> tuple[tuple[str, ...], int, int]:
+    """What a parameter of block i becomes, of what is wanted; if it is one expert alone, which of how many."""
+    one_of = re.compile(r"experts\.(\d+)\.")  # a module an expert, as before transformers 5
+    match, n = one_of.search(name), 0
+    if match:
+        all_names = (m for m, _ in blocks.blocks[i].named_parameters())
+        n = 1 + max(int(m[1]) for m in map(one_of.search, all_names) if m)
+    expert = int(match[1]) if match else -1
+    full = f"{blocks.prefix}.{i}.{name}"
+    leaf = name.rpartition("experts.")[2]
+    if "experts." in name and leaf in _EXPERTS:
+        found = [f"blk.{i}.{t}.weight" for t in _EXPERTS[leaf]]
+    else:
+        one = gguf_name(one_of.sub("experts.", full))
+        found = [one] if one and one.endswith(".weight") else []
+    for made, other in _SAME.items():
+        found += [t.replace(made, other) for t in found if made in t]
+    return tuple(t for t in found if wanted is None or t in wanted), expert, n
+
+
+class Sums:
+    """Sums of x xT over batches, one for each distinct input of the tensors that are wanted.
+
+    targets: from a parameter to what it becomes, and if it is one of E experts, its number and E, else -1 and 0
+    """
+
+    def __init__(self, targets: Callable[[str], tuple[tuple[str, ...], int, int]]) -> None:
+        self._targets = targets
+        self._known: dict[str, tuple[tuple[str, ...], int, int]] = {}
+        self._leader: dict[str, str] = {}  # parameter -> the first one with the same input
+        self._inputs: dict[int, tuple[Any, str]] = {}  # of this batch; the reference keeps the id from being used again
+        self._h: dict[tuple[str, ...], Any] = {}
+        self._counts: dict[tuple[str, ...], list[int]] = {}
+
+    def next(self) -> None:
+        """A new batch begins."""
+        self._inputs.clear()
+
+    def tap(self, x: torch.Tensor, name: str, expert: int, n_experts: int, scaled: torch.Tensor | None = None) -> None:
+        """See blocks.Tap. scaled (tokens, C): x times the weights of the tokens, where they have some."""
+        import torch
+
+        if name not in self._known:
+            self._known[name] = self._targets(name)
+        key, own, n_own = self._known[name]
+        if not key:
+            return
+        if n_experts == 0:
+            leader = self._leader.setdefault(name, self._inputs.setdefault(id(x), (x, name))[1])
+            if leader != name:
+                return
+            expert, n_experts = own, n_own
+        c = x.shape[-1]
+        if key not in self._h:
+            shape = (n_experts, c, c) if n_experts else (c, c)
+            self._h[key] = torch.zeros(shape, dtype=torch.float32, device=x.device)
+            self._counts[key] = [0] * max(1, n_experts)
+        h, counts = self._h[key], self._counts[key]
+        if n_experts and expert < 0:
+            for i, part in enumerate(x):  # every token stands with every expert; zero where it was not sent to it
+                _add(h[i], part)
+                counts[i] += int((part != 0).any(dim=-1).sum())
+            return
+        _add(h[expert] if n_experts else h, x, scaled)
+        counts[max(0, expert)] += x.numel() // c
+
+    def moments(self) -> dict[str, Moment]:
+        """By GGUF tensor name."""
+        out: dict[str, Moment] = {}
+        for name, (key, _, _) in self._known.items():
+            lead = self._known[self._leader.get(name, name)][0]
+            for tensor in key:
+                if lead in self._h:
+                    out.setdefault(tensor, Moment(self._h[lead], self._counts[lead], lead[0]))
+        return out
+
+
+def _add(h: torch.Tensor, x: torch.Tensor, scaled: torch.Tensor | None = None) -> None:
+    """h += xT scaled, in float32; scaled is x unless given. h (C, C), x (..., C)."""
+    x = x.reshape(-1, x.shape[-1]).float()
+    h.addmm_(x.T, x if scaled is None else scaled)
