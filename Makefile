@@ -36,7 +36,7 @@ $(DEPS): constraints.txt pyproject.toml
 	$(PIP) install -c constraints.txt scikit-build-core cmake ninja
 	$(PIP) install -c constraints.txt numpy gguf typer rich diskcache jinja2 typing-extensions \
 	  torch transformers huggingface_hub accelerate safetensors sentencepiece protobuf \
-	  pytest pytest-xdist hypothesis ruff mypy clang-format
+	  pytest pytest-xdist hypothesis matplotlib ruff mypy clang-format
 	@touch $@
 
 # The tool knows itself what changed: it is asked each time the inputs are newer, and compiles what it must.
@@ -45,7 +45,7 @@ $(RUNTIME): $(DEPS) tools/build_runtime.py $(wildcard patches/*) $(NATIVE)
 	$(PIP) install --no-deps --force-reinstall build/wheels/llama_cpp_python-*.whl
 	@touch $@
 
-$(PACKAGE): $(RUNTIME) pyproject.toml CMakeLists.txt $(NATIVE) $(shell find ptqtp_gguf -name '*.py')
+$(PACKAGE): $(RUNTIME) pyproject.toml CMakeLists.txt $(NATIVE) $(shell find ptqtp_gguf -type f ! -name '*.pyc')
 	$(PIP) install --no-deps --no-build-isolation --force-reinstall .
 	@touch $@
 

@@ -22,10 +22,9 @@ from .card import card
 from .errors import PtqtpError
 from .export import export_q4_0
 from .inspect import inspect as inspect_file
-from .options import Options
+from .options import METHOD_NAMES, Calibration, Options
 from .output import check_text_target, write_text
 from .plan import Progress
-from .quantize import METHODS
 from .recipe import SHIPPED
 from .results import Summary, card_facts
 from .terminal import (
@@ -98,7 +97,10 @@ def convert(
         typer.Argument(help="Checkpoint folder, GGUF file of any type (of a split one, any part), or hub id org/name."),
     ],
     out: Annotated[Path, typer.Argument(help="The GGUF file to write.")],
-    method: Annotated[str, typer.Option("--method", "-m", help=f"One of: {', '.join(METHODS)}.")] = "search",
+    method: Annotated[
+        str,
+        typer.Option("--method", "-m", help=f"One of: {', '.join(METHOD_NAMES)}; auto: search, or what --calib makes."),
+    ] = "auto",
     type: Annotated[str, typer.Option("--type", "-t", help="Type of the block matrices: TP2_1 or TP2_0.")] = "TP2_1",
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help=f"Which tensor gets which type: {', '.join(SHIPPED)}, or a file.")
@@ -110,6 +112,26 @@ def convert(
         float | None,
         typer.Option(min=0.1, max=32, help="Choose types by measured error, within these bits per weight."),
     ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importance matrix of llama-imatrix: weigh errors by what the inputs count.")
+    ] = None,
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibrate on text: a file, 'builtin', 'self', or a data set's hub id. Repeatable."),
+    ] = None,
+    calib_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens to calibrate on, at most; 0: 262144 on a GPU, 32768 on a CPU.")
+    ] = 0,
+    calib_window: Annotated[int, typer.Option(min=2, help="Tokens a window of calibration and tuning.")] = 1024,
+    hessians: Annotated[
+        Path | None, typer.Option(help="Folder of second moments: made from --calib, or taken as they are.")
+    ] = None,
+    fisher: Annotated[
+        bool, typer.Option("--fisher/--no-fisher", help="Weigh tokens by their effect on the output (whole model).")
+    ] = True,
+    tune: Annotated[bool, typer.Option("--tune", help="Tune scales and norms on the text, end to end.")] = False,
+    tune_tokens: Annotated[int, typer.Option(min=2, help="Tokens to tune on, at most.")] = 1 << 22,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Steps of tuning, at most.")] = 600,
     split_max_size: Annotated[str | None, typer.Option(help="Split the output into files of at most this: 2G.")] = None,
     override_kv: Annotated[
         list[str] | None, typer.Option(help="KEY=TYPE:VALUE in the metadata (int, float, bool, str). Repeatable.")
@@ -143,11 +165,22 @@ def convert(
 
       ptqtp-gguf convert ./model model.gguf --target-bpw 4.25 --model-card README.md
 
+      ptqtp-gguf convert ./model model.gguf --imatrix imatrix.gguf
+
+      ptqtp-gguf convert ./model model.gguf --calib builtin --calib my-text.txt
+
+      ptqtp-gguf convert ./model model.gguf --calib c4.txt --calib code.txt --tune
+
       ptqtp-gguf convert ./model model-paper.gguf --method paper --type TP2_0
     """
     options = Options(
-        method=method, type=type, recipe=recipe, tensor_types=tuple(tensor_type or ()), target_bpw=target_bpw,
-        overrides=tuple(override_kv or ()), split_max_size=parse_size(split_max_size) if split_max_size else 0,
+        method=method, type=type, recipe=recipe, tensor_types=tuple(tensor_type or ()), imatrix=imatrix,
+        calibration=Calibration(
+            texts=tuple(calib or ()), tokens=calib_tokens, window=calib_window, hessians=hessians, fisher=fisher,
+            tune=tune, tune_tokens=tune_tokens, tune_steps=tune_steps,
+        ),
+        target_bpw=target_bpw, overrides=tuple(override_kv or ()),
+        split_max_size=parse_size(split_max_size) if split_max_size else 0,
         revision=revision, keep_bf16=keep_bf16, threads=threads, device=device,
         max_memory=parse_size(max_memory) if max_memory else 0, force=force, restart=restart,
     )  # fmt: skip

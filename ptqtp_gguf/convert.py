@@ -12,12 +12,15 @@ from . import checkpoint, hub, metadata
 from .encode import make_encoder
 from .errors import InputError, OutputError, PtqtpError, ResumeError
 from .gguf_io import KV
+from .imatrix import Imatrix
 from .journal import Journal
 from .memory import memory_need, piece_for
-from .options import Options, decisive, described, recipe_of
+from .options import Options, decisive, described, method_name, recipe_of, resolved
 from .output import check_space, check_target, scratch_path
 from .parts import Part, discard, finish, lay_out, publish
 from .plan import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
+from .planes import PlaneStore, planes_folder, remove_planes
+from .prepare import prepared
 from .recipe import Choice, Recipe, Role, role_of
 from .results import Plan, Summary
 from .resume import fingerprint, require_same
@@ -41,12 +44,13 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
     A conversion that was killed goes on with its last finished tensor when it is called again with the same source
     and options. Raises a subclass of PtqtpError for anything that the caller can mend, Interrupted for Ctrl-C.
     """
-    options = options or Options()
+    options = resolved(options or Options())
     started = time.monotonic()
     recipe = recipe_of(options)
     check_target(out, source, True)
-    source = _local(source, options, progress)
     with ExitStack() as stack:
+        imatrix = _imatrix(options, out, stack)
+        source = _local(source, options, progress)
         journal = stack.enter_context(Journal(out, options.restart))
         if options.restart:
             discard(out)
@@ -54,23 +58,32 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
             check_target(out, source, options.force)
         stack.enter_context(_kept_on_failure(out, journal))
         opened = stack.enter_context(_open(source, out, options, progress))
-        summary = _convert(opened, out, options, recipe, journal, progress)
+        summary = _convert(opened, out, options, recipe, imatrix, journal, progress)
     summary.seconds = time.monotonic() - started
     return summary
 
 
 def dry_run(source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress) -> Plan:
     """The plan of a conversion, without reading a weight (but for --target-bpw, which measures samples)."""
-    options = options or Options()
+    options = resolved(options or Options())
     recipe = recipe_of(options)
     check_target(out, source, True)
-    source = _local(source, options, progress)
-    with open_source(source, progress) as opened:
-        rows = _plan(opened, options, recipe, progress)
-        kvs = _metadata(opened, rows, options, recipe)
+    with ExitStack() as stack:
+        imatrix = _imatrix(options, out, stack)
+        opened = stack.enter_context(open_source(_local(source, options, progress), progress))
+        rows = _plan(opened, options, recipe, imatrix, progress)
+        kvs = _metadata(opened, rows, options, recipe, imatrix)
         parts = lay_out(out, [r.out for r in rows], kvs, opened.alignment, options.split_max_size)
         piece = piece_for(rows, options.method, options.max_memory, opened)
         return Plan(rows, parts, memory_need(rows, options.method, piece, opened), recipe)
+
+
+def _imatrix(options: Options, out: Path, stack: ExitStack) -> Imatrix | None:
+    if options.imatrix is None:
+        return None
+    if options.imatrix.resolve() == out.resolve():
+        raise OutputError(f"{out}: is also the imatrix to read; give the output a name of its own")
+    return stack.enter_context(Imatrix(options.imatrix))
 
 
 def _local(source: Path, options: Options, progress: Progress) -> Path:
@@ -147,9 +160,13 @@ def _kept_on_failure(out: Path, journal: Journal) -> Iterator[None]:
         raise
     except (KeyboardInterrupt, OutputError, OSError, MemoryError) as e:
         n = len(journal.rows)
-        if n == 0:
+        begun = planes_folder(out).exists()
+        if n == 0 and not begun:
             _forget(out, journal)
-        kept = f"{n} finished tensors are kept; run the same command again to go on" if n else "nothing was left behind"
+        kept = "nothing was left behind"
+        if n or begun:
+            what = f"{n} finished tensors" if n else "what calibration has finished"
+            kept = f"{what} is kept; run the same command again to go on".replace("tensors is", "tensors are")
         if isinstance(e, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {kept}") from None
         if isinstance(e, OSError):
@@ -166,25 +183,33 @@ def _forget(out: Path, journal: Journal) -> None:
     journal.clear()
 
 
-def _plan(source: Source, options: Options, recipe: Recipe, progress: Progress) -> list[PlanRow]:
+def _plan(
+    source: Source, options: Options, recipe: Recipe, imatrix: Imatrix | None, progress: Progress
+) -> list[PlanRow]:
     # a little more than the header will take: names, shapes, our own keys
     header = 4096 + sum(len(kv.raw) + len(kv.key) + 12 for kv in source.kvs.values())
     header += sum(60 + len(t.name.encode()) + 8 for t in source.tensors)
     return make_plan(
-        source, recipe, options.type, options.target_bpw, header, options.method, options.threads, progress
+        source, recipe, options.type, options.target_bpw, header, options.method, options.threads, progress, imatrix
     )
 
 
-def _metadata(source: Source, rows: list[PlanRow], options: Options, recipe: Recipe) -> list[KV]:
-    return metadata.build(source, rows, options.method, options.type, described(options, recipe), options.overrides)
+def _metadata(
+    source: Source, rows: list[PlanRow], options: Options, recipe: Recipe, imatrix: Imatrix | None
+) -> list[KV]:
+    return metadata.build(
+        source, rows, method_name(options), options.type, described(options, recipe), options.overrides, imatrix,
+        options.calibration.described() if options.calibration.wanted else "",
+    )  # fmt: skip
 
 
 def _convert(
-    source: Source, out: Path, options: Options, recipe: Recipe, journal: Journal, progress: Progress
-) -> Summary:
-    job = fingerprint(source, decisive(options, recipe))
+    source: Source, out: Path, options: Options, recipe: Recipe, imatrix: Imatrix | None, journal: Journal,
+    progress: Progress,
+) -> Summary:  # fmt: skip
+    job = fingerprint(source, decisive(options, recipe, imatrix))
     if journal.job is None:
-        rows = _plan(source, options, recipe, progress)
+        rows = _plan(source, options, recipe, imatrix, progress)
         if options.split_max_size:  # the files' sizes must be known before the first is written
             check_values(source, rows, options.threads, progress)
             require_planes(source, rows, options.type)
@@ -194,7 +219,7 @@ def _convert(
         choices = [Choice(*c) for c in journal.job["plan"]]
         rows = [PlanRow(t, c, role_of(t.name)) for t, c in zip(source.tensors, choices, strict=True)]
     piece = piece_for(rows, options.method, options.max_memory, source)
-    kvs = _metadata(source, rows, options, recipe)
+    kvs = _metadata(source, rows, options, recipe, imatrix)
     parts = lay_out(out, [r.out for r in rows], kvs, source.alignment, options.split_max_size)
     if journal.verified is None and len(parts) > 1:
         for part in parts:
@@ -205,19 +230,30 @@ def _convert(
         discard(out)  # of a run whose journal is lost
         journal.append({"job": job})
     device = "none"
-    if journal.verified is None:
-        with closing(make_encoder(options.device, options.threads, options.use_reference)) as encoder:
-            transcode(Job(source, rows, parts, journal, encoder, options.method, piece, options.threads, progress))
+    store: PlaneStore | None = None
+    notes: list[str] = []
+    with ExitStack() as stack:
+        if journal.verified is None:
+            if options.calibration.wanted:
+                store = stack.enter_context(prepared(source, out, rows, options, progress))
+                notes = store.notes
+            encoder = stack.enter_context(closing(make_encoder(options.device, options.threads, options.use_reference)))
+            work = Job(source, rows, parts, journal, encoder, options.method, piece, options.threads, progress, imatrix)
+            work.planes = store
+            transcode(work)
             device = encoder.name
-        require_planes(source, rows, options.type)
-    whole = _finish(parts, journal, options, progress)
+            require_planes(source, rows, options.type)
+        whole = _finish(parts, journal, options, progress)
+    remove_planes(out)
     assert journal.verified is not None
     digests = {p.path.name: d for p, d in zip(parts, journal.verified, strict=True)}
     source_types = Counter(r.tensor.type_name for r in rows if r.role is Role.BLOCK)
     size = sum(p.path.stat().st_size for p in parts)
+    lacks = [(r.tensor.name, imatrix.unweighted(r.tensor, r.choice.type)) for r in rows] if imatrix else []
     return Summary(
-        out, size, 0.0, rows, dict(source_types), [p.path for p in parts], digests, resumed, device, whole, parts[0].kvs
-    )
+        out, size, 0.0, rows, dict(source_types), [p.path for p in parts], digests, resumed, device, whole,
+        parts[0].kvs, [(name, lack) for name, lack in lacks if lack], notes,
+    )  # fmt: skip
 
 
 def _finish(parts: list[Part], journal: Journal, options: Options, progress: Progress) -> str:

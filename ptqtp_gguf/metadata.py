@@ -24,10 +24,12 @@ from .gguf_io import (
     kv_u32,
     kv_u32_list,
 )
+from .imatrix import Imatrix
 from .plan import PlanRow
 from .source import SPLIT_KEYS, Source
 
 OURS = "ptqtp."
+IMATRIX = "quantize.imatrix."  # llama-quantize's
 FIXED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version", *SPLIT_KEYS)
 MAX_OVERRIDE = 1 << 20
 
@@ -64,14 +66,16 @@ def parse_override(text: str, old: KV | None) -> KV:
 
 
 def build(
-    source: Source, rows: list[PlanRow], method: str, type_name: str, recipe: str, overrides: tuple[str, ...]
-) -> list[KV]:
+    source: Source, rows: list[PlanRow], method: str, type_name: str, recipe: str, overrides: tuple[str, ...],
+    imatrix: Imatrix | None = None, calibration: str = "",
+) -> list[KV]:  # fmt: skip
     """Metadata of the output before a weight is read; checksums and the source's hash are zeros until `complete`.
 
     Raises RecipeError for a bad override.
     """
     used = sorted({r.choice.type for r in rows if r.choice.type in fmt.TYPES})
     source_types = Counter(r.tensor.type_name for r in rows if r.choice.type in fmt.TYPES)
+    learned = "; ".join(filter(None, [calibration, imatrix.text if imatrix else ""]))
     ours = [
         kv_u32("general.file_type", fmt.FILE_TYPE[type_name.upper()]),
         kv_u32("general.quantization_version", 2),
@@ -81,17 +85,30 @@ def build(
         kv_string(fmt.Key.METHOD, method),
         kv_string(fmt.Key.VERSION, __version__),
         kv_string(fmt.Key.RECIPE, recipe),
-        kv_string(fmt.Key.CALIBRATION, "none"),
+        kv_string(fmt.Key.CALIBRATION, learned or "none"),
         kv_string(fmt.Key.SOURCE_TYPE, source_types.most_common(1)[0][0]),
         kv_string(fmt.Key.SOURCE_HASH, "0" * 64),
         kv_list(fmt.Key.TENSOR_HASHES, UINT64, [0] * len(rows)),
     ]
-    new = {kv.key: kv for kv in ours}
+    new = {kv.key: kv for kv in [*ours, *(_upstream(imatrix) if imatrix else [])]}
     for text in overrides:
         kv = parse_override(text, source.kvs.get(text.partition("=")[0]))
         new[kv.key] = kv
-    kept = [new.pop(kv.key, kv) for kv in source.kvs.values()]
+    # what the source says of an imatrix of its own must not mix with ours
+    stale = [key for key in source.kvs if imatrix and key.startswith(IMATRIX) and key not in new]
+    kept = [new.pop(kv.key, kv) for kv in source.kvs.values() if kv.key not in stale]
     return kept + list(new.values())
+
+
+def _upstream(imatrix: Imatrix) -> list[KV]:
+    """The keys that llama-quantize writes, the names without folders."""
+    told = [kv_string(f"{IMATRIX}file", imatrix.name)]
+    if imatrix.datasets:
+        told.append(kv_string(f"{IMATRIX}dataset", imatrix.datasets[0]))
+    told.append(kv_u32(f"{IMATRIX}entries_count", len(imatrix.values)))
+    if imatrix.chunks:
+        told.append(kv_u32(f"{IMATRIX}chunks_count", imatrix.chunks))
+    return told
 
 
 def complete(kvs: list[KV], source_hash: str, hashes: list[int]) -> list[KV]:

@@ -10,7 +10,7 @@ from . import __version__
 from . import format as fmt
 from .card import CardFacts, OutFile, TypeLine, origin_of
 from .gguf_io import KV, type_name
-from .options import Options, recipe_of
+from .options import Options, method_name, recipe_of, resolved
 from .parts import Part
 from .plan import PlanRow
 from .recipe import Recipe
@@ -28,6 +28,8 @@ class Summary:
     resumed      tensors that were done before
     source_hash  of the source's metadata and tensors, as in ptqtp.source_hash
     kvs          metadata of the (first) file
+    unweighted   (tensor, what of it) that a method with importance had to treat without
+    notes        what calibration and tuning had to leave as it was
     """
 
     path: Path
@@ -41,6 +43,8 @@ class Summary:
     device: str = "cpu"
     source_hash: str = ""
     kvs: list[KV] = field(default_factory=list)
+    unweighted: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def n_weights(self) -> int:
@@ -79,6 +83,7 @@ class Plan:
 
 def card_facts(summary: Summary, source: Path, options: Options) -> CardFacts:
     """What the model card tells of a conversion."""
+    options = resolved(options)
     recipe = recipe_of(options)
     types: dict[str, list[int]] = {}
     for r in summary.rows:
@@ -89,13 +94,14 @@ def card_facts(summary: Summary, source: Path, options: Options) -> CardFacts:
     return CardFacts(
         files=[OutFile(p.name, p.stat().st_size, summary.sha256[p.name]) for p in summary.files],
         types=[TypeLine(kind, *line) for kind, line in types.items()],
-        method=options.method,
+        method=method_name(options),
         recipe=recipe.name,
         version=__version__,
         source=source.name,
         origin=origin_of(meta),
         source_type=str(meta[fmt.Key.SOURCE_TYPE]),
         quantized_source=str(meta[fmt.Key.SOURCE_TYPE]) not in FLOATS,
+        calibration=str(meta[fmt.Key.CALIBRATION]),
         recipe_text=recipe.canonical(),
         recipe_description=recipe.description,
         errors=[(r.tensor.name, r.rel_mse) for r in summary.rows if r.rel_mse is not None],

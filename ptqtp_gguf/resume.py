@@ -41,10 +41,9 @@ def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any
     for what in ("ptqtp-gguf", "llama-cpp-python", "format"):
         if then[what] != now[what]:
             raise _refusal(out, f"{what} {then[what]} (now {now[what]})")
-    for option, value in then["options"].items():
-        if value != now["options"][option]:
-            shown = "another recipe" if option == "--recipe" else f"{option} {value} (now {now['options'][option]})"
-            raise _refusal(out, shown)
+    if option := changed_option(then["options"], now["options"]):
+        value, new = (o["options"].get(option, "none") for o in (then, now))
+        raise _refusal(out, "another recipe" if option == "--recipe" else f"{option} {value} (now {new})")
     changed = _changed_file(then["stamp"], now["stamp"])
     if then["header"] != now["header"] or _sizes(then) != _sizes(now):
         raise _refusal(out, f"another source: {changed or source.path} has changed")
@@ -56,6 +55,11 @@ def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any
                 at += chunk.size
             if total & MASK != record["source"]:
                 raise _refusal(out, f"another source: tensor {t.name} of {source.path} has changed")
+
+
+def changed_option(then: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first option that differs, or that only one of them has."""
+    return next((k for k in [*now, *then] if (k in then, then.get(k)) != (k in now, now.get(k))), None)
 
 
 def _changed_file(then: list[list[Any]], now: list[list[Any]]) -> str | None:

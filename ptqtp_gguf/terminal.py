@@ -106,7 +106,7 @@ def summary_dict(s: Summary) -> dict[str, object]:
     return {
         "files": [str(p) for p in s.files], "bytes": s.size, "weights": s.n_weights, "bpw": round(s.bpw, 4),
         "seconds": round(s.seconds, 3), "device": s.device, "resumed_tensors": s.resumed, "sha256": s.sha256,
-        "source_hash": s.source_hash, "weights_by_type": s.weights_by_type(),
+        "source_hash": s.source_hash, "weights_by_type": s.weights_by_type(), "notes": s.notes,
         "tensors": [
             {"name": r.tensor.name, "type": type_name(r.choice.type), "reason": r.choice.reason,
              "fallback": r.choice.fallback, "rel_mse": r.rel_mse}
@@ -136,6 +136,12 @@ def print_summary(s: Summary) -> None:
         line(f"  fallback: {r.tensor.name} is {type_name(r.choice.type)}: {r.choice.reason}")
     if len(s.fallbacks) > 20:
         line(f"  ... and {len(s.fallbacks) - 20} more fallbacks")
+    for name, lack in s.unweighted[:20]:
+        line(f"  note: {name}: {lack}")
+    if len(s.unweighted) > 20:
+        line(f"  ... and {len(s.unweighted) - 20} more without importance")
+    for note in s.notes:
+        line(f"  note: {note}")
     for name, digest in s.sha256.items():
         line(f"  sha256 {digest}  {name}")
 

@@ -15,13 +15,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from . import format as fmt
-from .encode import MASK, Encoder, Pending, checksum
+from .encode import MASK, Done, Encoder, Pending, checksum
 from .errors import QuantizeError
-from .gguf_io import TensorInfo
+from .format import TP2_1
+from .gguf_io import F32_ID, TensorInfo
+from .imatrix import Imatrix, Importance
 from .journal import Journal
 from .packing import U8
 from .parts import Part
 from .plan import Below, PlanRow, Progress, not_finite, rows_per_piece
+from .planes import PlaneStore
 from .quantize.cuda import Encoded
 from .recipe import Choice, fall_back
 from .source import Source
@@ -45,6 +48,8 @@ class Job:
     piece: int  # weights
     threads: int
     progress: Progress
+    imatrix: Imatrix | None = None
+    planes: PlaneStore | None = None
 
 
 @dataclass
@@ -144,6 +149,7 @@ def _tensor(
 ) -> dict[str, Any]:  # fmt: skip
     t, target = row.tensor, row.choice.type
     tally = Tally(below=Below(target))
+    importance = job.imatrix.of(t, target) if job.imatrix else None
     waiting: deque[tuple[U8, int, Pending]] = deque()
     first = 0
 
@@ -156,7 +162,7 @@ def _tensor(
     while first < t.n_weights:
         raw = next(pieces)
         tally.source += checksum(raw, first // t.shape[0] * raw.shape[1], job.threads)
-        waiting.append((raw, first, _submit(job, row, raw, first)))
+        waiting.append((raw, first, _submit(job, row, raw, first, importance)))
         first += len(raw) * t.shape[0]
         while len(waiting) >= job.encoder.depth:
             take()
@@ -169,9 +175,11 @@ def _tensor(
     return tally.record(index, row)
 
 
-def _submit(job: Job, row: PlanRow, raw: U8, first: int) -> Pending:
+def _submit(job: Job, row: PlanRow, raw: U8, first: int, importance: Importance | None) -> Pending:
     try:
-        return job.encoder.submit(raw, row.tensor.type, row.choice.type, job.method, first)
+        if job.planes and job.planes.has(row.tensor.name) and row.choice.type in (TP2_1.id, F32_ID):
+            return Done(job.planes.encode(row.tensor, raw, first, job.threads))
+        return job.encoder.submit(raw, row.tensor.type, row.choice.type, job.method, first, importance)
     except QuantizeError as e:
         raise QuantizeError(f"tensor {row.tensor.name}: {e}") from None
 

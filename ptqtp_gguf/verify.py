@@ -21,7 +21,7 @@ from . import format as fmt
 from . import native, packing
 from .encode import MASK, checksum, to_float
 from .errors import InputError, OutputError
-from .gguf_io import FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
+from .gguf_io import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
 from .packing import U8
 from .parts import Part
 from .plan import Progress, no_progress
@@ -30,6 +30,7 @@ from .stages import ReadAhead, WriteBehind
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
 GAP = 1 << 24  # bytes read at once behind the last tensor
+TUNED = "tuned"  # method of files whose norms and biases are trained
 SAMPLE = 1 << 12  # weights of a tensor that numpy decodes too
 
 
@@ -228,6 +229,7 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
     """Check a GGUF file, or all the parts of a split one: structure, offsets, padding, words, scales, checksums.
 
     against: the source that it was made from, or any other version of the same model, to measure every tensor's error.
+    What was kept must be equal; of a tuned file, norms and biases may differ.
     Raises InputError where a header is damaged or a part is missing; other findings are faults of the verdict.
     """
     with GgufSource(path) as mine:
@@ -252,6 +254,7 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
 
 def _compare(mine: Source, source: Source, verdict: Verdict, progress: Progress) -> None:
     theirs = {t.name: t for t in source.tensors}
+    tuned = mine.get(fmt.Key.METHOD) == TUNED
     total, done = sum(t.n_weights for t in mine.tensors), 0
     verdict.faults += [
         f"tensor {name} of {source.path} is missing" for name in theirs.keys() - {t.name for t in mine.tensors}
@@ -268,6 +271,8 @@ def _compare(mine: Source, source: Source, verdict: Verdict, progress: Progress)
         verdict.errors.append(TensorError(t.name, type_name(t.type), error))
         if not error <= UNRELATED:
             verdict.faults.append(f"tensor {t.name}: relative squared error {error:.3g}; these are other weights")
+        elif tuned and t.type == F32_ID and len(t.shape) == 1:
+            continue  # tuning moves norms and biases; their distance is in the list
         elif t.type == other.type and t.type in FLOAT_IDS and error > 0:
             verdict.faults.append(f"tensor {t.name}: kept as {type_name(t.type)}, yet it differs from {source.path}")
     progress("comparing", total, total, "")

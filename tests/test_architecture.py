@@ -10,18 +10,44 @@ from helpers import REPO
 
 PACKAGE = REPO / "ptqtp_gguf"
 ORDER = [
-    "errors", "format", "packing", "native", "quantize.lanes", "quantize.paper", "quantize.search", "quantize",
-    "quantize.nvidia", "quantize.cuda", "gguf_io", "output", "runtime", "ggml", "pickles", "checkpoint", "hub",
-    "_converter_child", "stream", "recipe", "budget", "card", "encode", "source", "plan", "metadata", "journal",
-    "parts", "stages", "resume", "memory", "transcode", "verify", "options", "results", "convert", "export",
-    "inspect", "terminal", "cli", "__main__",
+    "errors", "format", "packing", "native", "quantize.lanes", "quantize.paper", "quantize.search", "quantize.blocks",
+    "quantize", "quantize.nvidia", "quantize.cuda", "quantize.plane_ops", "quantize.calibrated", "reading", "gguf_io",
+    "output", "runtime", "ggml", "imatrix", "pickles", "checkpoint", "hub", "_converter_child", "stream", "recipe",
+    "budget", "card", "encode", "source", "mapping", "plan", "memory", "blocks", "sampling", "texts", "moments",
+    "calibration", "inorder", "sensitivity", "quantize.tune_settings", "quantize.student", "quantize.tuner",
+    "quantize.tuned", "metadata", "journal", "parts", "stages", "resume", "planes", "transcode", "verify", "options",
+    "prepare", "results", "convert", "export", "inspect", "terminal", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {  # _converter_child runs in the converter's process, with the converter's own gguf-py
     "gguf": {"gguf_io", "_converter_child"},
     "ctypes": {"native", "runtime", "_converter_child"},  # runtime: ggml's quantizers, from the library of the wheel
     "llama_cpp": {"runtime"},
-    "torch": {"_converter_child"},
-    "transformers": set(),
+    "torch": {
+        "_converter_child",
+        "mapping",
+        "texts",
+        "sampling",
+        "blocks",
+        "moments",
+        "calibration",
+        "inorder",
+        "sensitivity",
+        "prepare",
+        "quantize.calibrated",
+        "quantize.plane_ops",
+        "quantize.student",
+        "quantize.tuner",
+        "quantize.tuned",
+    },
+    "transformers": {
+        "texts",
+        "sampling",
+        "blocks",
+        "calibration",
+        "sensitivity",
+        "prepare",
+        "quantize.student",
+    },
     "huggingface_hub": {"hub"},
     "cuda": {"quantize.nvidia"},
 }

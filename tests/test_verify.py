@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from ptqtp_gguf.convert import convert, open_source
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.format import TP2_1
-from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.format import TP2_1, Key
+from ptqtp_gguf.gguf_io import OutTensor, Reader, kv_string
 from ptqtp_gguf.options import Options
+from ptqtp_gguf.output import write_verified
 from ptqtp_gguf.verify import Verdict, verify
 
 
@@ -118,6 +119,36 @@ def test_a_kept_tensor_must_be_equal(files: tuple[Path, Path], tmp_path: Path) -
     tensors["blk.0.attn_norm.weight"][3] = 1.001
     faults = against(files[1], write_gguf(tmp_path / "other.gguf", tensors)).faults
     assert len(faults) == 1 and "blk.0.attn_norm.weight: kept as F32, yet it differs" in faults[0]
+
+
+def tuned_copy(source: Path, folder: Path) -> Path:
+    """A file that is called tuned in its metadata, one matrix kept as F32."""
+    kept, out = folder / "kept.gguf", folder / "tuned.gguf"
+    convert(source, kept, Options(tensor_types=("ffn_down=F32",)))
+    old, new = (kv_string(Key.METHOD, m) for m in ("search", "tuned"))
+    with Reader(kept) as r:
+        kvs = [new if kv.key == Key.METHOD else kv for kv in r.header.kvs.values()]
+        tensors = [OutTensor(t.name, t.shape, t.type) for t in r.tensors]
+        assert old in r.header.kvs.values()
+        data = (np.ascontiguousarray(r.bytes_of(t)) for t in r.tensors)
+        write_verified(out, kvs, tensors, r.header.alignment, data, lambda _: None)
+    return out
+
+
+def test_norms_of_a_tuned_file_may_differ(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Their distance is told instead; other weights are still a fault, and so is a matrix that was kept."""
+    with Reader(files[0]) as r:
+        tensors = {t.name: r.rows_f32(t).reshape(t.shape[::-1]).copy() for t in r.tensors}
+    tensors["blk.0.attn_norm.weight"][3] = 1.1
+    tensors["blk.0.ffn_down.weight"][3, 3] += 0.01
+    ours = tuned_copy(files[0], tmp_path)
+    verdict = against(ours, write_gguf(tmp_path / "other.gguf", tensors))
+    errors = {e.name: e.rel_mse for e in verdict.errors}
+    assert errors["blk.0.attn_norm.weight"] == pytest.approx(0.01 / (62 + 1.21), rel=1e-3)
+    assert len(verdict.faults) == 1 and "blk.0.ffn_down.weight: kept as F32, yet it differs" in verdict.faults[0]
+    tensors["blk.0.attn_norm.weight"][:] = 5
+    faults = against(ours, write_gguf(tmp_path / "far.gguf", tensors)).faults
+    assert any("blk.0.attn_norm.weight: relative squared error" in f for f in faults)
 
 
 def test_split_files_and_files_without_checksums(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""Planes that calibration and tuning have made, kept in a folder until a conversion takes them up.
+
+.NAME.planes/             beside the target; removed when the target is complete
+  .planes.journal         one JSON line a finished tensor or block (journal.py): a killed run goes on behind it
+  N.bin                   packed rows of a TP2_1 tensor, or float32 values that replace a norm or bias
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from . import native
+from .encode import FLOOR, to_float
+from .errors import OutputError, PtqtpError, ResumeError
+from .format import LEVELS, TP2_1
+from .gguf_io import TensorInfo
+from .journal import Journal
+from .output import partial_file
+from .packing import F32, U8, digits_of_levels, scale_to_float
+from .quantize.cuda import Encoded
+from .resume import changed_option
+
+I8 = np.ndarray[Any, np.dtype[np.int8]]
+
+
+def unpacked(packed: U8) -> tuple[I8, U8]:
+    """Packed rows of TP2_1 -> levels int8 (R, C), codes uint8 (R, C/32)."""
+    digits, codes = native.unpack(TP2_1, packed)
+    return np.array(LEVELS, np.int8)[digits], codes.astype(np.uint8)
+
+
+def planes_folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.planes")
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What decides the planes and is not as it was, in the user's words."""
+    if option := changed_option(then.get("options", {}), now.get("options", {})):
+        return option
+    what = changed_option(then, now)
+    return {"header": "source", "stamp": "source", "tensors": "choice of types"}.get(str(what), str(what))
+
+
+def remove_planes(out: Path) -> None:
+    """The conversion is complete: nothing of this is needed any more."""
+    shutil.rmtree(planes_folder(out), ignore_errors=True)
+
+
+class PlaneStore:
+    """The folder of one target, locked while it is open. A context manager.
+
+    Raises ResumeError where it holds planes that were made in another way, OutputError where it cannot be written.
+    """
+
+    def __init__(self, out: Path, job: dict[str, Any], restart: bool = False) -> None:
+        """job: all that decides the planes; "options" in it by the names that the command line has for them."""
+        self.folder = planes_folder(out)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as e:
+            raise OutputError(f"{self.folder}: {e.strerror}") from None
+        self._journal = Journal(self.folder / "planes", restart)
+        then = self._journal.job
+        if then is not None and then != job:
+            self._journal.__exit__(None, None, None)
+            changed = _changed(then, job)
+            raise ResumeError(
+                f"{out}: unfinished calibration lies beside it, begun with another {changed}; finish it as it was "
+                "begun, or begin anew with --restart"
+            )
+        if then is None:
+            self._journal.append({"job": job})
+        named = [r for r in self._journal.rows if "name" in r]
+        self._of: dict[str, dict[str, Any]] = {r["name"]: r for r in named}
+        self._first: dict[str, dict[str, Any]] = {r["name"]: r for r in reversed(named)}
+
+    def __enter__(self) -> PlaneStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._journal.__exit__(kind, e, tb)
+        useless = kind is not None and issubclass(kind, PtqtpError) and not issubclass(kind, OutputError)
+        if useless and not self._journal.found and not self._of:  # other text, other settings are next
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was said, in this run or an earlier one."""
+        return [r["said"] for r in self._journal.rows if "said" in r]
+
+    def say(self, text: str) -> None:
+        """Keep something that the user should be told at the end."""
+        self._note(said=text)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are finished, from the first on."""
+        return sum("block" in r for r in self._journal.rows)
+
+    def marked(self, what: str) -> bool:
+        """Whether `mark(what)` was called, in this run or an earlier one."""
+        return any(r.get("mark") == what for r in self._journal.rows)
+
+    def mark(self, what: str) -> None:
+        """Note that a step is done."""
+        self._note(mark=what)
+
+    def end_block(self, index: int) -> None:
+        """Note that all of a block's tensors are here."""
+        self._note(block=index)
+
+    def _note(self, **record: Any) -> None:
+        self._journal.append({"tensor": len(self._journal.rows), **record})
+        self._journal.sync()
+
+    def _write(self, name: str, data: np.ndarray[Any, Any], **record: Any) -> None:
+        file = f"{len(self._journal.rows)}.bin"
+        with partial_file(self.folder / file) as partial:
+            partial.file.write(np.ascontiguousarray(data).data)
+            partial.sync()
+            partial.publish()
+        self._note(name=name, file=file, **record)
+        self._of[name] = self._journal.rows[-1]
+        self._first.setdefault(name, self._of[name])
+
+    def put(self, t: TensorInfo, levels: I8, codes: U8) -> None:
+        """Planes of a whole tensor: levels int8 (R, C), codes uint8 (R, C/32)."""
+        rows = len(levels)
+        weights = levels.reshape(rows, -1, TP2_1.group).astype(np.float32) * scale_to_float(codes)[:, :, None]
+        hash_ = native.float_hash(weights.reshape(-1))
+        self._write(t.name, native.pack(TP2_1, digits_of_levels(levels), codes), hash=hash_)
+
+    def put_vector(self, t: TensorInfo, values: F32) -> None:
+        """New values of a norm or a bias, float32 (C,)."""
+        self._write(t.name, np.ascontiguousarray(values, np.float32), hash=0)
+
+    def has(self, name: str) -> bool:
+        return name in self._of
+
+    def raw(self, t: TensorInfo, first: bool = False) -> U8:
+        """What is kept of a tensor, from the disk: uint8 (R, bytes a row). Raises OutputError.
+
+        first: as it was put first, before tuning; else as it was put last.
+        """
+        path = self.folder / (self._first if first else self._of)[t.name]["file"]
+        rows = t.n_weights // t.shape[0]
+        try:
+            data = np.memmap(path, np.uint8, "r")
+            return data.reshape(rows, -1)
+        except (OSError, ValueError) as e:
+            raise OutputError(f"{path}: {e}; begin anew with --restart") from None
+
+    def planes(self, t: TensorInfo) -> tuple[I8, U8]:
+        """Levels int8 (R, C) and codes uint8 (R, C/32) of a tensor, as it was put first."""
+        return unpacked(self.raw(t, first=True))
+
+    def encode(self, t: TensorInfo, source: U8, first: int, threads: int = 0) -> Encoded:
+        """A piece of a tensor: source uint8 (R, bytes a row) from weight `first` on -> the same rows of the planes, and
+        what was seen of the weights."""
+        at = first // t.shape[0]
+        data = np.array(self.raw(t)[at : at + len(source)])
+        w = to_float(source, t.type, threads)
+        scan = native.scan(w.reshape(-1), TP2_1.group, FLOOR, threads)
+        if len(t.shape) == 1:
+            return Encoded(data, 0.0, 0.0, *scan)
+        difference = w - native.dequantize(TP2_1, data)
+        error, power = float(np.vdot(difference, difference)), float(np.vdot(w, w))
+        return Encoded(data, error, power, *scan, self._of[t.name]["hash"] if first == 0 else 0)

@@ -1,0 +1,181 @@
+"""`calibrated` as a whole: better than what knows less, sound where H is not, and equal to its parts in numpy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ptqtp_gguf import native
+from ptqtp_gguf.errors import QuantizeError
+from ptqtp_gguf.format import LEVELS, TP2_1
+from ptqtp_gguf.packing import scale_from_float, scale_to_float
+from ptqtp_gguf.planes import unpacked
+from ptqtp_gguf.quantize import blocks, calibrated
+from ptqtp_gguf.quantize.calibrated import Planes, Settings, calibrate
+from ptqtp_gguf.quantize.plane_ops import code_scales, scale_codes
+
+torch = pytest.importorskip("torch")
+
+PLAIN_GPTQ = Settings(passes=(0, 0))  # and least squares, which can only help it
+
+
+def problem(rng: np.random.Generator, rows: int = 24, cols: int = 160, tokens: int = 400) -> tuple:
+    """Weights and correlated inputs: w (R, C), h (C, C)."""
+    mix = rng.normal(size=(cols, cols)) * rng.lognormal(0, 1, cols) / cols**0.5
+    x = rng.normal(size=(tokens, cols)) @ mix + 0.3 * rng.normal(size=(tokens, 1))
+    w = (rng.normal(size=(rows, cols)) * 0.05).astype(np.float32)
+    return torch.from_numpy(w), torch.from_numpy((x.T @ x).astype(np.float32))
+
+
+def cost(w: torch.Tensor, h: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """tr(E H ET) of each row, float64."""
+    e = (w - planes.weights()).double()
+    return ((e @ h.double()) * e).sum(-1)
+
+
+def search(w: torch.Tensor) -> Planes:
+    return Planes(*map(torch.from_numpy, unpacked(native.quantize(TP2_1, "search", w.numpy(), None, 1))))
+
+
+def valid(planes: Planes, rows: int, cols: int) -> bool:
+    levels, codes = planes
+    return (
+        (levels.dtype, codes.dtype, levels.shape, codes.shape)
+        == (torch.int8, torch.uint8, (rows, cols), (rows, cols // 32))
+    ) and set(levels.unique().tolist()) <= set(LEVELS)  # fmt: skip
+
+
+def test_beats_search_and_gptq(rng: np.random.Generator) -> None:
+    w, h = problem(rng)
+    d, u = calibrated._prepare(h, 0.05)
+    gptq = calibrated._gptq(calibrated._blocks(w, 1), w, u, 2)
+    costs = [float(cost(w, d, p).sum()) for p in (search(w), gptq, calibrate(w, h, None, PLAIN_GPTQ), calibrate(w, h))]
+    assert costs[1] < 0.6 * costs[0] and costs[2] <= costs[1] and costs[3] < 0.9 * costs[2]
+    two = calibrate(w, h, None, Settings(passes=(2, 2)))
+    assert float(cost(w, d, two).sum()) < costs[3]
+    assert valid(two, *w.shape)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e25])
+def test_the_size_of_h_does_not_matter(rng: np.random.Generator, factor: float) -> None:
+    w, h = problem(rng, 8, 64)
+    one, other = calibrate(w, h), calibrate(w, h * factor)
+    assert (one.levels == other.levels).float().mean() > 0.995  # the factor is no power of two
+
+
+def test_dead_inputs(rng: np.random.Generator) -> None:
+    """Where nothing ever comes the weights are rounded plainly, and the others are as good as without them."""
+    w, h = problem(rng, 16, 128)
+    dead = torch.zeros(128, dtype=torch.bool)
+    dead[[1, 40, 41, 127]] = True
+    h[dead], h[:, dead] = 0, 0
+    planes = calibrate(w, h)
+    assert valid(planes, 16, 128)
+    assert float(cost(w, h, planes).sum()) < 0.6 * float(cost(w, h, search(w)).sum())
+    s = code_scales(planes.codes).repeat_interleave(32, 1)[:, dead]
+    nearest = (w[:, dead, None] - s[..., None] * torch.tensor(LEVELS)).abs().amin(-1)
+    assert torch.allclose((w - planes.weights())[:, dead].abs(), nearest, atol=1e-7)
+
+
+def test_h_of_few_tokens(rng: np.random.Generator) -> None:
+    """Singular: one token, and three; a float32 sum may even have a negative eigenvalue."""
+    for tokens in (1, 3):
+        w, h = problem(rng, 8, 96, tokens)
+        planes = calibrate(w, h)
+        assert valid(planes, 8, 96)
+        assert float(cost(w, h, planes).sum()) < 0.2 * float(cost(w, h, search(w)).sum())
+    w, h = problem(rng, 8, 96, 40)
+    off = h - 0.2 * h.diagonal().mean() * torch.eye(96)  # damped by 0.05 it is still indefinite
+    assert float(torch.linalg.eigvalsh(off.double()).min()) < -0.05 * float(off.diagonal().mean())
+    off.diagonal().clamp_(min=1e-3)
+    assert valid(calibrate(w, off), 8, 96)
+    with pytest.raises(QuantizeError, match="second moments are singular"):
+        calibrate(w, off - 100 * h.diagonal().mean() * (torch.ones(96, 96) - torch.eye(96)))
+
+
+def test_what_is_refused(rng: np.random.Generator) -> None:
+    w, h = problem(rng, 4, 64)
+    for bad in (float("nan"), float("inf")):
+        broken = h.clone()
+        broken[3, 5] = bad
+        with pytest.raises(QuantizeError, match="second moments are not finite or all zero"):
+            calibrate(w, broken)
+        with pytest.raises(QuantizeError, match="moments with the unquantized inputs are not finite"):
+            calibrate(w, h, broken)
+    with pytest.raises(QuantizeError, match="not finite or all zero"):
+        calibrate(w, torch.zeros(64, 64))
+    for shape in ((64, 64), (60, 60)):
+        with pytest.raises(QuantizeError, match=r"second moments of shape .* multiples of 32"):
+            calibrate(torch.zeros(4, 60), torch.eye(shape[0]))
+
+
+def test_least_squares_never_costs(rng: np.random.Generator) -> None:
+    w, h = problem(rng, 64, 128)
+    d, u = calibrated._prepare(h, 0.05)
+    starts = [search(w), calibrated._gptq(calibrated._blocks(w, 1), w, u, 2)]
+    starts.append(Planes(starts[1].levels, starts[1].codes + 1))  # scales off: much to gain
+    starts.append(Planes(torch.zeros_like(starts[0].levels), starts[0].codes))  # nothing at all to gain
+    gains = []
+    for start in starts:
+        before, after = cost(w, d, start), cost(w, d, calibrated._least_squares(w, d, start))
+        assert bool((after <= before * (1 + 1e-5)).all())
+        gains.append(float(after.sum() / before.sum()))
+    assert gains[2] < 0.9 and gains[0] < 0.995 and gains[3] == 1
+
+
+def test_aim_moves_towards_the_target(rng: np.random.Generator) -> None:
+    """x is the quantized model's input, x_full the one that it should have been: outputs come nearer to w x_full."""
+    cols, rows = 96, 16
+    w = torch.from_numpy((rng.normal(size=(rows, cols)) * 0.05).astype(np.float32))
+    x_full = torch.from_numpy(rng.normal(size=(900, cols)).astype(np.float32)) @ torch.randn(
+        cols, cols, generator=torch.Generator().manual_seed(1)
+    )
+    x = 0.9 * x_full + 0.5 * x_full.roll(1, 1)
+    h, cross = x.T @ x, x_full.T @ x
+    off = []
+    for aim in (0.0, 0.5, 1.0):
+        planes = calibrate(w, h, cross, Settings(aim=aim))
+        off.append(float((x @ planes.weights().T - x_full @ w.T).norm() / (x_full @ w.T).norm()))
+    assert off[2] < 0.7 * off[1] < 0.7 * off[0]
+    same = [calibrate(w, h, c, Settings(aim=a)) for c, a in ((None, 1.0), (cross, 0.0))]
+    assert torch.equal(same[0].levels, same[1].levels) and torch.equal(same[0].codes, same[1].codes)
+
+
+def test_codes_and_scales_are_the_formats() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    assert np.array_equal(code_scales(torch.from_numpy(codes)).numpy(), scale_to_float(codes))
+    assert torch.equal(scale_codes(code_scales(torch.from_numpy(codes))), torch.from_numpy(codes))
+    s = np.random.default_rng(0).lognormal(-4, 3, 4000).clip(2.0**-15, 1.9).astype(np.float32)
+    assert np.array_equal(scale_codes(torch.from_numpy(s)).numpy(), scale_from_float(s))
+
+
+def numpy_at(t: torch.Tensor, row: int = 0, col: int = 0) -> np.ndarray:
+    """In the place of an address: the rest of the matrix from one element on, as a view."""
+    return t.numpy()[row:, col:]
+
+
+def test_equals_the_reference_driven_the_same_way(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inner loops exchanged for blocks.py, byte for byte; 288 columns: blocks of 128 and a last one of 32."""
+    w, h = problem(rng, 9, 288)
+    cross = h @ (torch.eye(288) + 0.01 * torch.from_numpy(rng.normal(size=(288, 288)).astype(np.float32)))
+    native_one = calibrate(w, h, cross, threads=1)
+    widths = []
+
+    def gptq(r: int, c: int, v: np.ndarray, u: np.ndarray, levels: np.ndarray, codes: np.ndarray, err: np.ndarray,
+             *, window: int) -> None:  # fmt: skip
+        widths.append(c)
+        levels[:r, :c], codes[:r, : c // 32], err[:r, :c] = blocks.gptq_block(v[:r, :c], u[:c, :c], window)
+
+    def descend(r: int, c: int, e: np.ndarray, part: np.ndarray, levels: np.ndarray, codes: np.ndarray,
+                delta: np.ndarray, *, window: int) -> None:  # fmt: skip
+        found = blocks.cd_block(e[:r, :c], part[:c, :c], levels[:r, :c], codes[:r, : c // 32], window)
+        levels[:r, :c], codes[:r, : c // 32], delta[:r, :c] = found
+
+    assert calibrated._blocks(w, 1).columns == 128
+    monkeypatch.setattr(calibrated, "_at", numpy_at)
+    monkeypatch.setattr(calibrated, "_blocks", lambda *_: SimpleNamespace(columns=128, gptq=gptq, descend=descend))
+    reference = calibrate(w, h, cross)
+    assert widths == [128, 128, 32]
+    assert torch.equal(native_one.levels, reference.levels) and torch.equal(native_one.codes, reference.codes)
