@@ -73,13 +73,19 @@ def checksum(data: U8, first_byte: int = 0, threads: int = 0) -> int:
     return native.float_hash(flat.view(np.float32), first_byte // 4, threads)
 
 
-def _runs(w: F32, first: int, importance: Importance | None) -> Iterator[tuple[slice, F32 | None]]:
-    """The piece w (R, C), whose first weight has the index first, in runs of rows of one expert, with importance."""
+def _runs(w: F32, first: int, importance: Importance | None, planes: bool) -> Iterator[tuple[slice, F32 | None]]:
+    """The piece w (R, C), whose first weight has the index first, in runs of rows of one expert, with importance.
+
+    planes: an expert that no token has reached goes without, since our methods know better then than all ones.
+    """
     if importance is None:
         yield slice(0, len(w)), None
-    else:
-        at = first // w.shape[1]
-        yield from importance.split(np.arange(at, at + len(w), dtype=np.int64))
+        return
+    at = first // w.shape[1]
+    rows = np.arange(at, at + len(w), dtype=np.int64)
+    for run, values in importance.split(rows):
+        unseen = planes and int(rows[run.start]) // importance.rows in importance.unseen
+        yield run, None if unseen else values
 
 
 class CpuEncoder:
@@ -103,7 +109,7 @@ class CpuEncoder:
         if scan.bad >= 0 or (kind and scan.largest > kind.reach):
             return Done(Encoded(raw[:0], 0.0, 0.0, *scan))
         if kind or target != source_type:
-            runs = list(_runs(w, first, importance))
+            runs = list(_runs(w, first, importance, kind is not None))
             parts = [self._run(target, method, w[run], h, first + run.start * w.shape[1]) for run, h in runs]
             data = np.concatenate([p for p, _ in parts]) if len(parts) > 1 else parts[0][0]
             error, power, hashes = (sum(column) for column in zip(*(s for _, s in parts), strict=True))
