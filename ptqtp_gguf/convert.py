@@ -165,8 +165,8 @@ def _kept_on_failure(out: Path, journal: Journal) -> Iterator[None]:
             _forget(out, journal)
         kept = "nothing was left behind"
         if n or begun:
-            what = f"{n} finished tensors" if n else "what calibration has finished"
-            kept = f"{what} is kept; run the same command again to go on".replace("tensors is", "tensors are")
+            what = f"{n} finished tensors are" if n else "what calibration has finished is"
+            kept = f"{what} kept; run the same command again to go on"
         if isinstance(e, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {kept}") from None
         if isinstance(e, OSError):

@@ -9,7 +9,6 @@ The values stay in the file and are read a tensor at a time, so that memory does
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import struct
@@ -28,13 +27,12 @@ from . import ggml
 from .errors import InputError
 from .gguf_io import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo
 from .packing import F32, U8
-from .reading import read_bytes
+from .reading import read_bytes, sha256_of
 
 SUMS, COUNTS = ".in_sum2", ".counts"  # suffixes of a tensor's name
 MAX_TEXT = 127  # characters of a file's or a data set's name that go into metadata, as in llama-quantize
 MAX_NAMED = 5  # data sets, tensors or experts that a line names
 _SMALLEST_ENTRY = 17  # bytes of a .dat entry: three lengths, a name of one letter, one value
-_CHUNK = 1 << 24
 
 
 class Importance(NamedTuple):
@@ -114,10 +112,7 @@ class Imatrix:
             self.values: Mapping[str, F32] = _Values(entries, self._bytes, str(path))
             for name in entries:
                 self.values[name]
-            sha = hashlib.sha256()
-            for at in range(0, self.size, _CHUNK):
-                sha.update(self._bytes(at, min(_CHUNK, self.size - at), "the file").data)
-            self.sha256 = sha.hexdigest()
+            self.sha256 = sha256_of(self._file, f"{path}: the file")
         except OSError as e:
             self.close()
             raise InputError(f"{path}: {e.strerror}") from None

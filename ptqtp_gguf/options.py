@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from .errors import QuantizeError
 from .imatrix import Imatrix
 from .quantize.calibrated import Settings
 from .quantize.tuned import TuneSettings
+from .reading import sha256_of
 from .recipe import Recipe, block_type, load
 
 AUTO, CALIBRATED, TUNED = "auto", "calibrated", "tuned"
@@ -74,7 +74,7 @@ def _identity(text: str) -> str:
     if not path.is_file():
         return text
     with path.open("rb") as f:
-        return f"{path.name} (SHA-256 {hashlib.file_digest(f, 'sha256').hexdigest()})"
+        return f"{path.name} (SHA-256 {sha256_of(f, text)})"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import BinaryIO
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from .errors import InputError
 from .packing import U8
+
+_CHUNK = 1 << 24
 
 
 def read_bytes(file: BinaryIO, at: int, n: int, what: str) -> U8:
@@ -27,3 +30,11 @@ def read_bytes(file: BinaryIO, at: int, n: int, what: str) -> U8:
             raise InputError(f"{what}: the file has become shorter while it was read")
         done += got
     return out
+
+
+def sha256_of(file: BinaryIO, what: str) -> str:
+    """SHA-256 of a whole open file, in hex. Raises InputError as read_bytes."""
+    size, sha = os.fstat(file.fileno()).st_size, hashlib.sha256()
+    for at in range(0, size, _CHUNK):
+        sha.update(read_bytes(file, at, min(_CHUNK, size - at), what).data)
+    return sha.hexdigest()
