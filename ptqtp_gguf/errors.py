@@ -4,8 +4,24 @@ A message says what is wrong, where, the value and the limit, and the way out.
 """
 
 
+def printable(text: str) -> str:
+    """One line that does nothing to a terminal: characters that are not printable are escaped, as in \\x1b."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class PtqtpError(Exception):
-    """Base of all errors of this package; its text is meant for the user."""
+    """Base of all errors of this package; its text is meant for the user.
+
+    The text is one line that can be printed, whatever was put into it: names out of damaged files hold line breaks and
+    control characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.split())))
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; the text says what was kept."""
 
 
 class InputError(PtqtpError):
@@ -28,8 +44,20 @@ class RecipeError(PtqtpError):
     """A recipe or tensor type that cannot be applied."""
 
 
+class ServerError(PtqtpError):
+    """A server that cannot start, may not be reached, or has died."""
+
+
+class ChatError(PtqtpError):
+    """A message that does not fit the context, a template that refuses it, a saved conversation that is none."""
+
+
 class CalibrationError(PtqtpError):
     """Calibration text, statistics, or a model that cannot be calibrated."""
+
+
+class BenchError(PtqtpError):
+    """A measurement of speed that cannot be made: its arguments, memory, or a tool that fails."""
 
 
 class OutputError(PtqtpError):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf import __version__, convert, output, transcode
-from ptqtp_gguf.errors import InputError, OutputError, QuantizeError, RecipeError
+from ptqtp_gguf import __version__, conversion, output, transcode
+from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError
 from ptqtp_gguf.format import TP2_1, Key
 from ptqtp_gguf.gguf_io import Reader, quantize_plain
 from ptqtp_gguf.journal import Journal
@@ -36,7 +36,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_plan_bytes_and_metadata(tiny_gguf: Path, weights: dict[str, np.ndarray], tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    summary = convert.convert(tiny_gguf, out)
+    summary = conversion.convert(tiny_gguf, out)
     assert summary.size == out.stat().st_size
     assert not leftovers(tmp_path)
     with Reader(tiny_gguf) as source, Reader(out) as got:
@@ -66,7 +66,7 @@ def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
     source = write_gguf(tmp_path / "a.gguf", w)
     for method in ("search", "paper"):
         out = tmp_path / f"{method}.gguf"
-        summary = convert.convert(source, out, Options(method=method, type="TP2_0"))
+        summary = conversion.convert(source, out, Options(method=method, type="TP2_0"))
         assert set(summary.weights_by_type()) == {"TP2_0"}
         with Reader(out) as r:
             assert r.get("general.file_type") == 250
@@ -84,7 +84,7 @@ def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
 def test_any_source_type(tmp_path: Path, rng: np.random.Generator, kind: str) -> None:
     w = (rng.normal(size=(16, 64)) * 0.05).astype(np.float32)
     source = write_gguf(tmp_path / "a.gguf", {"blk.0.a.weight": w, "token_embd.weight": w}, kind)
-    summary = convert.convert(source, tmp_path / "b.gguf")
+    summary = conversion.convert(source, tmp_path / "b.gguf")
     with Reader(source) as a, Reader(tmp_path / "b.gguf") as b:
         values = a.rows_f32(a.by_name["blk.0.a.weight"])
         assert np.array_equal(b.bytes_of(b.by_name["blk.0.a.weight"]), quantize(TP2_1, find("search"), values))
@@ -97,9 +97,9 @@ def test_same_input_same_bytes(tiny_gguf: Path, tmp_path: Path) -> None:
     outs = []
     for i, threads in enumerate((1, 2, 5)):
         out = tmp_path / f"{i}.gguf"
-        convert.convert(tiny_gguf, out, Options(threads=threads))
+        conversion.convert(tiny_gguf, out, Options(threads=threads))
         outs.append(out.read_bytes())
-    convert.convert(tiny_gguf, tmp_path / "ref.gguf", Options(use_reference=True))
+    conversion.convert(tiny_gguf, tmp_path / "ref.gguf", Options(use_reference=True))
     assert outs[0] == outs[1] == outs[2] == (tmp_path / "ref.gguf").read_bytes()
 
 
@@ -107,7 +107,7 @@ def test_values_beyond_the_scales_fall_back(tmp_path: Path, rng: np.random.Gener
     w = {f"blk.{i}.a.weight": (rng.normal(size=(8, 64)) * 0.05).astype(np.float32) for i in range(3)}
     w["blk.1.a.weight"][3, 5] = 10
     w["blk.2.a.weight"] *= 1e-4
-    summary = convert.convert(write_gguf(tmp_path / "a.gguf", w), tmp_path / "b.gguf")
+    summary = conversion.convert(write_gguf(tmp_path / "a.gguf", w), tmp_path / "b.gguf")
     reasons = {r.tensor.name: (r.out.type, r.choice.reason) for r in summary.fallbacks}
     assert reasons["blk.1.a.weight"] == (8, "largest weight 10; TP2_1 reaches 9.688")
     assert "16 of 16 groups lie below the range" in reasons["blk.2.a.weight"][1]
@@ -121,14 +121,14 @@ def test_damaged_weights_are_named(tmp_path: Path, weights: dict, name: str, val
     source = write_gguf(tmp_path / "a.gguf", weights)
     row = weights[name].size // weights[name].shape[-1] - 1
     with pytest.raises(InputError, match=rf"tensor {name} holds {value} at row {row}, column 7"):
-        convert.convert(source, tmp_path / "b.gguf")
+        conversion.convert(source, tmp_path / "b.gguf")
     assert not (tmp_path / "b.gguf").exists() and not leftovers(tmp_path)
 
 
 def test_nothing_to_quantize(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "a.gguf", {"blk.0.a.weight": np.ones((4, 40), np.float32)})
     with pytest.raises(RecipeError, match=r"no tensor takes TP2_1; blk\.0\.a\.weight: rows of 40"):
-        convert.convert(source, tmp_path / "b.gguf")
+        conversion.convert(source, tmp_path / "b.gguf")
 
 
 # ---- targets ----
@@ -147,28 +147,28 @@ def test_bad_targets(tiny_gguf: Path, tmp_path: Path) -> None:
         "same.gguf": "output and input are the same file",
     }.items():
         with pytest.raises(OutputError, match=message):
-            convert.convert(tiny_gguf, tmp_path / name, Options(force=name in ("tiny.gguf", "same.gguf")))
+            conversion.convert(tiny_gguf, tmp_path / name, Options(force=name in ("tiny.gguf", "same.gguf")))
     assert (tmp_path / "old.gguf").read_bytes() == b"old"
-    convert.convert(tiny_gguf, tmp_path / "old.gguf", Options(force=True))
+    conversion.convert(tiny_gguf, tmp_path / "old.gguf", Options(force=True))
     assert (tmp_path / "old.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_folder_without_rights(tiny_gguf: Path) -> None:
     with pytest.raises(OutputError, match=r"/proc/out\.gguf: cannot write in /proc"):
-        convert.convert(tiny_gguf, Path("/proc/out.gguf"))
+        conversion.convert(tiny_gguf, Path("/proc/out.gguf"))
 
 
 def test_small_disk_is_refused_early(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = output.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match="0 MB free on the disk"):
-        convert.convert(tiny_gguf, tmp_path / "b.gguf")
+        conversion.convert(tiny_gguf, tmp_path / "b.gguf")
 
 
 def test_a_disk_that_lies_is_noticed(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bit that flips on the disk is found when the file is read back, and the next run mends it."""
-    convert.convert(tiny_gguf, tmp_path / "good.gguf")
-    real = convert.finish
+    conversion.convert(tiny_gguf, tmp_path / "good.gguf")
+    real = conversion.finish
 
     def flip(parts: list) -> None:
         real(parts)
@@ -179,25 +179,25 @@ def test_a_disk_that_lies_is_noticed(tiny_gguf: Path, tmp_path: Path, monkeypatc
             f.write(bytes([byte[0] ^ 1]))
 
     with monkeypatch.context() as m, pytest.raises(OutputError, match="reads back differently than it was written"):
-        m.setattr(convert, "finish", flip)
-        convert.convert(tiny_gguf, tmp_path / "b.gguf")
+        m.setattr(conversion, "finish", flip)
+        conversion.convert(tiny_gguf, tmp_path / "b.gguf")
     assert not (tmp_path / "b.gguf").exists()
-    assert convert.convert(tiny_gguf, tmp_path / "b.gguf").resumed == 6  # all but the last
+    assert conversion.convert(tiny_gguf, tmp_path / "b.gguf").resumed == 6  # all but the last
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "good.gguf").read_bytes()
 
 
 def test_unknown_method_and_type(tiny_gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="no method 'magic'"):
-        convert.convert(tiny_gguf, tmp_path / "b.gguf", Options(method="magic"))
+        conversion.convert(tiny_gguf, tmp_path / "b.gguf", Options(method="magic"))
     with pytest.raises(RecipeError, match="no trit-plane type"):
-        convert.convert(tiny_gguf, tmp_path / "b.gguf", Options(type="TP9"))
+        conversion.convert(tiny_gguf, tmp_path / "b.gguf", Options(type="TP9"))
     with pytest.raises(QuantizeError, match="paper makes TP2_0, not TP2_1"):
-        convert.convert(tiny_gguf, tmp_path / "b.gguf", Options(method="paper"))
+        conversion.convert(tiny_gguf, tmp_path / "b.gguf", Options(method="paper"))
     with pytest.raises(InputError, match="no such file or folder"):
-        convert.convert(tmp_path / "absent", tmp_path / "b.gguf")
+        conversion.convert(tmp_path / "absent", tmp_path / "b.gguf")
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(InputError, match="neither a GGUF file nor a checkpoint folder"):
-        convert.convert(tmp_path / "text.gguf", tmp_path / "b.gguf")
+        conversion.convert(tmp_path / "text.gguf", tmp_path / "b.gguf")
 
 
 def test_memory_stays_with_the_largest_tensor(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -207,7 +207,7 @@ def test_memory_stays_with_the_largest_tensor(tmp_path: Path, rng: np.random.Gen
     for n in (2, 24):
         source = write_gguf(tmp_path / f"{n}.gguf", {f"blk.{i}.a.weight": one for i in range(n)}, "F16")
         code = (
-            "import resource, sys; from pathlib import Path; from ptqtp_gguf.convert import convert;"
+            "import resource, sys; from pathlib import Path; from ptqtp_gguf.conversion import convert;"
             f"convert(Path({str(source)!r}), Path({str(tmp_path / f'{n}-out.gguf')!r}));"
             "maps = [l for l in open('/proc/self/status') if l.startswith('VmHWM')]; print(maps[0].split()[1])"
         )
@@ -225,11 +225,11 @@ def test_memory_stays_with_the_largest_tensor(tmp_path: Path, rng: np.random.Gen
 def test_one_pass_gives_the_bytes_of_two(moe_checkpoint: Path, tmp_path: Path) -> None:
     """Without an intermediate file, with one, and from that file: the same output."""
     folder = moe_checkpoint
-    one = convert.convert(folder, tmp_path / "one.gguf")
+    one = conversion.convert(folder, tmp_path / "one.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["one.gguf"]
     bf16 = tmp_path / "bf16.gguf"
-    two = convert.convert(folder, tmp_path / "two.gguf", Options(keep_bf16=bf16))
-    three = convert.convert(bf16, tmp_path / "three.gguf")
+    two = conversion.convert(folder, tmp_path / "two.gguf", Options(keep_bf16=bf16))
+    three = conversion.convert(bf16, tmp_path / "three.gguf")
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "three.gguf").read_bytes()
     assert one.source_hash == two.source_hash == three.source_hash
@@ -241,7 +241,7 @@ def test_one_pass_gives_the_bytes_of_two(moe_checkpoint: Path, tmp_path: Path) -
 def test_a_checkpoint_goes_on_where_it_was(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert.convert(tiny_checkpoint, tmp_path / "whole.gguf")
+    conversion.convert(tiny_checkpoint, tmp_path / "whole.gguf")
     real = transcode._close_tensor
 
     def close(journal: Journal, *args: object) -> None:
@@ -252,11 +252,11 @@ def test_a_checkpoint_goes_on_where_it_was(
     stages: list[str] = []
     for options in (Options(), Options(keep_bf16=tmp_path / "bf16.gguf")):
         out = tmp_path / "out.gguf"
-        with monkeypatch.context() as m, pytest.raises(convert.Interrupted, match="7 finished tensors are kept"):
+        with monkeypatch.context() as m, pytest.raises(Interrupted, match="7 finished tensors are kept"):
             m.setattr(transcode, "_close_tensor", close)
-            convert.convert(tiny_checkpoint, out, options)
+            conversion.convert(tiny_checkpoint, out, options)
         stages.clear()
-        summary = convert.convert(tiny_checkpoint, out, options, lambda *a: stages.append(a[0]))
+        summary = conversion.convert(tiny_checkpoint, out, options, lambda *a: stages.append(a[0]))
         assert summary.resumed == 7
         assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
         assert ("converter" in stages) == (options.keep_bf16 is None)  # the bf16 file was whole already

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf.convert import convert
+from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.export import export_q4_0, to_q4_0
 from ptqtp_gguf.format import TP2_1

@@ -14,11 +14,10 @@ from helpers import REPO, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf import convert, ggml, runtime, transcode
+from ptqtp_gguf import conversion, ggml, runtime, transcode
 from ptqtp_gguf import quantize as methods
 from ptqtp_gguf.budget import fit_budget, spread
-from ptqtp_gguf.convert import Interrupted
-from ptqtp_gguf.errors import InputError, OutputError, QuantizeError, RecipeError, ResumeError
+from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError, ResumeError
 from ptqtp_gguf.format import TP2_0, TP2_1, TYPES, TensorType
 from ptqtp_gguf.gguf_io import TYPE_IDS, Reader, TensorInfo
 from ptqtp_gguf.imatrix import Imatrix, Importance, read
@@ -109,11 +108,11 @@ def test_experts_get_the_bytes_of_llama_quantize_and_of_quantize(
     moe_checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     model, out, small = tmp_path / "moe.gguf", tmp_path / "ours.gguf", tmp_path / "small.gguf"
-    convert.convert(moe_checkpoint, out, Options(keep_bf16=model))
+    conversion.convert(moe_checkpoint, out, Options(keep_bf16=model))
     table = make(model, text, tmp_path / "moe.imatrix.gguf")
     wanted = ("blk.0.ffn_down_exps=Q5_0", "blk.0.attn_q=Q4_1", "blk.1.ffn_up_exps=IQ4_NL", "blk.1.attn_k=Q4_0")
     options = Options(imatrix=table, tensor_types=wanted)
-    convert.convert(model, out, Options(**{**vars(options), "force": True}))
+    conversion.convert(model, out, Options(**{**vars(options), "force": True}))
     args = [arg for w in wanted for arg in ("--tensor-type", w.lower())]
     runtime.run_tool(
         "llama-quantize", "--imatrix", str(table), *args, str(model), str(tmp_path / "stock.gguf"), "Q8_0", "2"
@@ -140,7 +139,7 @@ def test_experts_get_the_bytes_of_llama_quantize_and_of_quantize(
         kinds = [stock.header.kvs[f"quantize.imatrix.{k}"].type for k in keys]
         assert [ours.header.kvs[f"quantize.imatrix.{k}"].type for k in keys] == kinds
     # pieces of 512 rows end within an expert of 224
-    convert.convert(model, small, Options(**{**vars(options), "max_memory": 102 << 20, "threads": 1}))
+    conversion.convert(model, small, Options(**{**vars(options), "max_memory": 102 << 20, "threads": 1}))
     assert small.read_bytes() == out.read_bytes()
 
 
@@ -175,7 +174,7 @@ def test_experts_and_what_goes_unweighted(
         table = write_imatrix(tmp_path / "wide", wide)
     source = write_gguf(tmp_path / "source.gguf", weights)
     out = tmp_path / "out.gguf"
-    done = convert.convert(source, out, Options(imatrix=table, type=kind.name, use_reference=reference))
+    done = conversion.convert(source, out, Options(imatrix=table, type=kind.name, use_reference=reference))
     with read(table) as m:
         h = {n: m.values[n] for n in m.values}
 
@@ -202,7 +201,7 @@ def test_experts_and_what_goes_unweighted(
 
 def test_metadata_and_card(table: Path, tiny_gguf: Path, tmp_path: Path) -> None:
     options = Options(imatrix=table)
-    done = convert.convert(tiny_gguf, tmp_path / "a.gguf", options)
+    done = conversion.convert(tiny_gguf, tmp_path / "a.gguf", options)
     with Reader(tmp_path / "a.gguf") as r:
         assert r.get("ptqtp.calibration") == "imatrix t.imatrix, 7 chunks, wiki.txt"
         keys = {k: kv.value() for k, kv in r.header.kvs.items() if k.startswith("quantize.")}
@@ -215,9 +214,11 @@ def test_metadata_and_card(table: Path, tiny_gguf: Path, tmp_path: Path) -> None
     other = write_imatrix(tmp_path / "o\nther", {"blk.0.attn_q.weight": (np.ones(64), np.array([1]))}, 0, ())
     override = Options(overrides=("quantize.imatrix.dataset=str:old", "quantize.imatrix.chunks_count=int:3"))
     marked = tmp_path / "marked.gguf"
-    convert.convert(tiny_gguf, marked, override)
-    convert.convert(marked, tmp_path / "b.gguf", Options(imatrix=other, tensor_types=("attn_q=TP2_0",), type="TP2_1"))
-    convert.convert(marked, tmp_path / "c.gguf")
+    conversion.convert(tiny_gguf, marked, override)
+    conversion.convert(
+        marked, tmp_path / "b.gguf", Options(imatrix=other, tensor_types=("attn_q=TP2_0",), type="TP2_1")
+    )
+    conversion.convert(marked, tmp_path / "c.gguf")
     with Reader(tmp_path / "b.gguf") as b, Reader(tmp_path / "c.gguf") as c:
         assert b.get("ptqtp.calibration") == "imatrix o\ufffdther, chunks not told"
         assert b.get("quantize.imatrix.dataset") is None and b.get("quantize.imatrix.chunks_count") is None
@@ -233,7 +234,7 @@ def test_the_sums_scale_does_not_matter_and_cannot_overflow(tmp_path: Path, rng:
         table = write_imatrix(
             tmp_path / f"{power}", {n: (np.ldexp(sums, power), np.array([1])) for n in (name, "blk.0.b.weight")}
         )
-        convert.convert(source, tmp_path / f"{power}.gguf", Options(imatrix=table, tensor_types=("blk.0.b=Q4_0",)))
+        conversion.convert(source, tmp_path / f"{power}.gguf", Options(imatrix=table, tensor_types=("blk.0.b=Q4_0",)))
         made.append([rows_of(tmp_path / f"{power}.gguf", n).tobytes() for n in (name, "blk.0.b.weight")])
     assert made[0] == made[1] == made[2]
     assert made[0][0] == methods.quantize(TP2_1, SEARCH, w, sums).tobytes()
@@ -245,7 +246,7 @@ def test_types_that_need_importance(tmp_path: Path, rng: np.random.Generator) ->
     w = {n: (rng.normal(size=(8, 256)) * 0.05).astype(np.float32) for n in names}
     source, out, h = write_gguf(tmp_path / "s.gguf", w), tmp_path / "o.gguf", rng.exponential(size=256)
     table = write_imatrix(tmp_path / "i", {names[0]: (h, np.array([1])), names[1]: (h, np.array([0]))})
-    convert.convert(source, out, Options(imatrix=table, tensor_types=(r"blk\.0\.a=iq3_xxs",)))
+    conversion.convert(source, out, Options(imatrix=table, tensor_types=(r"blk\.0\.a=iq3_xxs",)))
     assert np.array_equal(rows_of(out, names[0]), ggml.quantize(TYPE_IDS["IQ3_XXS"], w[names[0]], h.astype(np.float32)))
     for imatrix, types, says in (
         (None, "a=IQ3_XXS", "tensor blk.0.a.weight: IQ3_XXS needs an importance matrix; give one with --imatrix, or"),
@@ -254,7 +255,7 @@ def test_types_that_need_importance(tmp_path: Path, rng: np.random.Generator) ->
     ):
         for bpw in (None, 12.0):
             with pytest.raises(RecipeError, match="^" + says):
-                convert.dry_run(
+                conversion.dry_run(
                     source, tmp_path / "p.gguf", Options(imatrix=imatrix, tensor_types=(types,), target_bpw=bpw)
                 )
 
@@ -284,7 +285,7 @@ def test_resuming_wants_the_same_file(
 ) -> None:
     out, real = tmp_path / "o" / "b.gguf", transcode._close_tensor
     out.parent.mkdir()
-    convert.convert(tiny_gguf, tmp_path / "whole.gguf", Options(imatrix=table))
+    conversion.convert(tiny_gguf, tmp_path / "whole.gguf", Options(imatrix=table))
 
     def close(journal: Journal, *args: object) -> None:
         real(journal, *args)  # type: ignore[arg-type]
@@ -293,17 +294,17 @@ def test_resuming_wants_the_same_file(
 
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         m.setattr(transcode, "_close_tensor", close)
-        convert.convert(tiny_gguf, out, Options(imatrix=table))
+        conversion.convert(tiny_gguf, out, Options(imatrix=table))
     raw = bytearray(table.read_bytes())
     raw[-1] ^= 1
     with pytest.raises(ResumeError, match=r"begun with --imatrix t\.imatrix \(SHA-256 \w{64}\) \(now none\)"):
-        convert.convert(tiny_gguf, out)
+        conversion.convert(tiny_gguf, out)
     good = table.read_bytes()
     table.write_bytes(raw)
     with pytest.raises(ResumeError, match=r"begun with --imatrix t\.imatrix \(SHA"):
-        convert.convert(tiny_gguf, out, Options(imatrix=table))
+        conversion.convert(tiny_gguf, out, Options(imatrix=table))
     table.write_bytes(good)
-    assert convert.convert(tiny_gguf, out, Options(imatrix=table)).resumed == 2
+    assert conversion.convert(tiny_gguf, out, Options(imatrix=table)).resumed == 2
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
@@ -330,17 +331,17 @@ def test_error_lines(table: Path, tiny_gguf: Path, tmp_path: Path) -> None:
         ("model", "a GGUF, but no imatrix; llama-imatrix makes one"), ("absent", "No such file"),
     ):  # fmt: skip
         path = {"model": tiny_gguf, "absent": tmp_path / "absent", **files}[name]
-        for work in (convert.convert, convert.dry_run):
+        for work in (conversion.convert, conversion.dry_run):
             with pytest.raises(InputError) as e:
                 work(tiny_gguf, tmp_path / "x.gguf", Options(imatrix=path))
             assert str(e.value).startswith(f"{path}: {says}") and "\n" not in str(e.value)
     paper = Options(imatrix=table, method="paper", type="TP2_0")
     with pytest.raises(QuantizeError, match=r"^--imatrix: method paper takes no importance; leave it out, or use"):
-        convert.convert(tiny_gguf, tmp_path / "x.gguf", paper)
+        conversion.convert(tiny_gguf, tmp_path / "x.gguf", paper)
     assert not list(tmp_path.glob("*x.gguf*"))
     mine = table.rename(tmp_path / "mine.gguf")
     with pytest.raises(OutputError, match="is also the imatrix to read"):
-        convert.convert(tiny_gguf, mine, Options(imatrix=mine, force=True))
+        conversion.convert(tiny_gguf, mine, Options(imatrix=mine, force=True))
 
 
 def test_the_command(
@@ -424,6 +425,15 @@ def test_halves_of_a_pair_and_other_types(tmp_path: Path) -> None:
     path.write_bytes(raw[:at] + struct.pack("<I", 26) + raw[at + 4 :])  # I32
     with pytest.raises(InputError, match=r"abc\.in_sum2 is of type I32; an imatrix holds F32"):
         read(path)
+
+
+def test_a_name_with_line_breaks_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.dat"
+    raw = dat_bytes({"a\n\n \x1b[31m\x00b": (3, np.ones(8))})
+    path.write_bytes(raw.replace(struct.pack("<i", 8), struct.pack("<i", 613)))
+    with pytest.raises(InputError) as e:
+        read(path)
+    assert r"values of a \x1b[31m\x00b is 613, not 1 to " in str(e.value)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf.cli import parse_size
+from ptqtp_gguf.commands.common import parse_size
 from ptqtp_gguf.gguf_io import Reader
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

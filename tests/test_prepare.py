@@ -18,8 +18,8 @@ from tiny_models import Family
 from ptqtp_gguf import checkpoint, mapping, native, prepare, texts
 from ptqtp_gguf import format as fmt
 from ptqtp_gguf.calibration import walk
-from ptqtp_gguf.convert import Interrupted, convert, open_source
-from ptqtp_gguf.errors import CalibrationError, OutputError, QuantizeError, ResumeError
+from ptqtp_gguf.conversion import convert, open_source
+from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
 from ptqtp_gguf.gguf_io import Reader, TensorInfo
 from ptqtp_gguf.inorder import in_order
 from ptqtp_gguf.options import Calibration, Options, resolved
@@ -61,7 +61,7 @@ def in_order_file(folder: Path, how: Options, tiny_checkpoint: Path) -> tuple[Pa
 def converted_before(bf16: Path) -> Iterator[None]:
     """The checkpoint's GGUF is there already, as with --keep-bf16: llama.cpp's converter takes seconds."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ptqtp_gguf.convert.open_source", lambda source, *_: GgufSource(bf16, source))
+        m.setattr("ptqtp_gguf.conversion.open_source", lambda source, *_: GgufSource(bf16, source))
         yield
 
 
@@ -202,13 +202,13 @@ def test_tuning(
 KILLED = """
 import os, sys
 from pathlib import Path
-from ptqtp_gguf import convert
+from ptqtp_gguf import conversion
 from ptqtp_gguf.options import Calibration, Options
 from ptqtp_gguf.source import GgufSource
 source, bf16, out, text = sys.argv[1:]
-convert.open_source = lambda source, *_: GgufSource(Path(bf16), source)
+conversion.open_source = lambda source, *_: GgufSource(Path(bf16), source)
 options = Options(calibration=Calibration((text,), 1024, 64), device="cpu", threads=1)
-convert.convert(Path(source), Path(out), options,
+conversion.convert(Path(source), Path(out), options,
     lambda stage, done, total, what: what == "block 1, mlp.gate_proj" and os.kill(os.getpid(), 9))
 """
 
@@ -279,7 +279,7 @@ def test_interrupted_again_and_again(
     seen = go("quantizing blk.0.attn_q.weight")
     assert "calibrating block 1" in seen and "calibrating block 0" not in seen
     with monkeypatch.context() as m:
-        m.setattr("ptqtp_gguf.convert.transcode", lambda *_: pytest.fail("begun"))
+        m.setattr("ptqtp_gguf.conversion.transcode", lambda *_: pytest.fail("begun"))
         with pytest.raises(ResumeError, match="--calib-tokens 1024"):
             convert(tiny_checkpoint, out, with_(how, tokens=512))
     convert(tiny_checkpoint, out, how)

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from helpers import REPO, write_gguf
 
-from ptqtp_gguf import convert, transcode
-from ptqtp_gguf.convert import Interrupted
-from ptqtp_gguf.errors import OutputError, ResumeError
+from ptqtp_gguf import conversion, transcode
+from ptqtp_gguf.errors import Interrupted, OutputError, ResumeError
 from ptqtp_gguf.journal import Journal, journal_path
 from ptqtp_gguf.options import Options
 
@@ -42,7 +41,7 @@ def out(tmp_path: Path) -> Path:
 def whole(source: Path, tmp_path: Path) -> bytes:
     """What an uninterrupted run writes."""
     path = tmp_path / "whole.gguf"
-    convert.convert(source, path)
+    conversion.convert(source, path)
     return path.read_bytes()
 
 
@@ -62,9 +61,9 @@ def stop_after(n: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | N
 def test_goes_on_where_it_was(source: Path, out: Path, whole: bytes, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as m, pytest.raises(Interrupted, match=f"{n} finished tensors are kept; run the same"):
         stop_after(n, m)
-        convert.convert(source, out)
+        conversion.convert(source, out)
     assert not out.exists() and len(list(out.parent.iterdir())) == 2
-    summary = convert.convert(source, out)
+    summary = conversion.convert(source, out)
     assert summary.resumed == n
     assert out.read_bytes() == whole
     assert [p.name for p in out.parent.iterdir()] == ["b.gguf"]
@@ -77,8 +76,8 @@ def test_options_that_do_not_decide_the_bytes_may_change(
 ) -> None:
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         stop_after(2, m)
-        convert.convert(source, out, Options(threads=1))
-    convert.convert(source, out, Options(threads=2, max_memory=400 << 20))
+        conversion.convert(source, out, Options(threads=1))
+    conversion.convert(source, out, Options(threads=2, max_memory=400 << 20))
     assert out.read_bytes() == whole
 
 
@@ -96,29 +95,29 @@ def test_other_options_are_refused(
 ) -> None:
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         stop_after(2, m)
-        convert.convert(source, out)
+        conversion.convert(source, out)
     with pytest.raises(ResumeError, match=message) as e:
-        convert.convert(source, out, options)
+        conversion.convert(source, out, options)
     assert "--restart" in str(e.value)
-    assert convert.convert(source, out).resumed == 2  # the refusal has harmed nothing
+    assert conversion.convert(source, out).resumed == 2  # the refusal has harmed nothing
     assert out.read_bytes() == whole
 
 
 def test_restart_begins_anew(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         stop_after(2, m)
-        convert.convert(source, out)
-    assert convert.convert(source, out, Options(type="TP2_0", restart=True)).resumed == 0
+        conversion.convert(source, out)
+    assert conversion.convert(source, out, Options(type="TP2_0", restart=True)).resumed == 0
     assert [p.name for p in out.parent.iterdir()] == ["b.gguf"]
 
 
 def test_another_version_is_refused(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         stop_after(2, m)
-        convert.convert(source, out)
+        conversion.convert(source, out)
     monkeypatch.setattr("ptqtp_gguf.resume.__version__", "9.9")
     with pytest.raises(ResumeError, match=r"begun with ptqtp-gguf 0\.\d\.\d \(now 9\.9\)"):
-        convert.convert(source, out)
+        conversion.convert(source, out)
 
 
 @pytest.mark.parametrize("what", ["weight done", "weight to do", "size", "metadata", "touched"])
@@ -127,7 +126,7 @@ def test_a_changed_source(
 ) -> None:
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         stop_after(2, m)
-        convert.convert(source, out)
+        conversion.convert(source, out)
     data = bytearray(source.read_bytes())
     if what == "weight done":
         data[-(N - 1) * 64 * 128 * 4 - 8] ^= 1
@@ -137,13 +136,13 @@ def test_a_changed_source(
         data[data.index(b"tiny")] ^= 1
     source.write_bytes(bytes(data) + b"\0" * 32 * (what == "size"))
     if what in ("weight to do", "touched"):  # nothing of what is done depends on it
-        assert convert.convert(source, out).resumed == 2
+        assert conversion.convert(source, out).resumed == 2
         fresh = out.with_name("fresh.gguf")
-        convert.convert(source, fresh)
+        conversion.convert(source, fresh)
         assert out.read_bytes() == fresh.read_bytes()
     else:
         with pytest.raises(ResumeError, match=r"another source: .*source\.gguf has changed"):
-            convert.convert(source, out)
+            conversion.convert(source, out)
 
 
 def test_lost_data_is_made_again(source: Path, out: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +150,9 @@ def test_lost_data_is_made_again(source: Path, out: Path, whole: bytes, monkeypa
     for damage in (lambda p: os.truncate(p, p.stat().st_size - 5000), flip, Path.unlink):
         with monkeypatch.context() as m, pytest.raises(Interrupted):
             stop_after(6, m)
-            convert.convert(source, out)
+            conversion.convert(source, out)
         damage(out.with_name(".b.gguf.partial"))  # type: ignore[operator]
-        assert convert.convert(source, out).resumed < 6
+        assert conversion.convert(source, out).resumed < 6
         assert out.read_bytes() == whole
         out.unlink()
 
@@ -171,9 +170,9 @@ def test_a_torn_journal(source: Path, out: Path, whole: bytes, monkeypatch: pyte
     for tear, kept in ((lambda b: b[:-7], 4), (lambda b: b[: b.index(b"\n") // 2], 0), (lambda b: b"", 0)):
         with monkeypatch.context() as m, pytest.raises(Interrupted):
             stop_after(5, m)
-            convert.convert(source, out)
+            conversion.convert(source, out)
         journal.write_bytes(tear(journal.read_bytes()))
-        assert convert.convert(source, out).resumed == kept
+        assert conversion.convert(source, out).resumed == kept
         assert out.read_bytes() == whole
         out.unlink()
 
@@ -181,15 +180,15 @@ def test_a_torn_journal(source: Path, out: Path, whole: bytes, monkeypatch: pyte
 def test_a_damaged_journal_is_told(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal_path(out).write_text('{"job": {}}\n{"tensor": 7}\n')
     with pytest.raises(OutputError, match=r"damaged; .*--restart"):
-        convert.convert(source, out)
-    convert.convert(source, out, Options(restart=True))
+        conversion.convert(source, out)
+    conversion.convert(source, out, Options(restart=True))
 
 
 @pytest.mark.parametrize("renamed", [False, True])
 def test_killed_while_it_gets_its_name(
     source: Path, out: Path, whole: bytes, renamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = convert.publish
+    real = conversion.publish
 
     def publish(parts: list) -> None:
         if renamed:
@@ -197,16 +196,16 @@ def test_killed_while_it_gets_its_name(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(Interrupted):
-        m.setattr(convert, "publish", publish)
-        convert.convert(source, out)
+        m.setattr(conversion, "publish", publish)
+        conversion.convert(source, out)
     assert out.exists() == renamed
-    assert convert.convert(source, out).resumed == N
+    assert conversion.convert(source, out).resumed == N
     assert out.read_bytes() == whole and [p.name for p in out.parent.iterdir()] == ["b.gguf"]
 
 
 def test_split_output_goes_on_too(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(split_max_size=12000)
-    convert.convert(source, out, options)
+    conversion.convert(source, out, options)
     expected = {p.name: p.read_bytes() for p in out.parent.iterdir()}
     assert len(expected) > 2
     for name in expected:
@@ -214,8 +213,8 @@ def test_split_output_goes_on_too(source: Path, out: Path, monkeypatch: pytest.M
     for n in (1, 4, 6):
         with monkeypatch.context() as m, pytest.raises(Interrupted):
             stop_after(n, m)
-            convert.convert(source, out, options)
-    assert convert.convert(source, out, options).resumed == 6
+            conversion.convert(source, out, options)
+    assert conversion.convert(source, out, options).resumed == 6
     assert {p.name: p.read_bytes() for p in out.parent.iterdir()} == expected
 
 
@@ -264,7 +263,7 @@ def test_full_file_system(
         assert list(disk.iterdir()) == []
         # filled by somebody else in the middle: no early check can know
         code = (
-            "import sys; from ptqtp_gguf import convert; convert.check_space = lambda *a: None;"
+            "import sys; from ptqtp_gguf import conversion; conversion.check_space = lambda *a: None;"
             f"sys.argv = ['x', 'convert', {str(big)!r}, {str(disk / 'b.gguf')!r}];"
             "from ptqtp_gguf.cli import main; main()"
         )

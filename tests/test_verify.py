@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ from helpers import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.convert import convert, open_source
+from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.format import TP2_1, Key
 from ptqtp_gguf.gguf_io import OutTensor, Reader, kv_string
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.output import write_verified
+from ptqtp_gguf.terminal import verdict_dict
 from ptqtp_gguf.verify import Verdict, verify
 
 
@@ -119,6 +121,14 @@ def test_a_kept_tensor_must_be_equal(files: tuple[Path, Path], tmp_path: Path) -
     tensors["blk.0.attn_norm.weight"][3] = 1.001
     faults = against(files[1], write_gguf(tmp_path / "other.gguf", tensors)).faults
     assert len(faults) == 1 and "blk.0.attn_norm.weight: kept as F32, yet it differs" in faults[0]
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    """A fault, and null in JSON, which has no NaN."""
+    bad = write_gguf(tmp_path / "nan.gguf", {"blk.0.a.weight": np.full((2, 32), np.nan, np.float32)})
+    verdict = against(bad, bad)
+    assert not verdict.good and "relative squared error nan" in verdict.faults[0]
+    assert json.loads(json.dumps(verdict_dict(verdict), allow_nan=False))["errors"][0]["rel_mse"] is None
 
 
 def tuned_copy(source: Path, folder: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import checkpoint, hub, metadata
 from .encode import make_encoder
-from .errors import InputError, OutputError, PtqtpError, ResumeError
+from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
 from .gguf_io import KV
 from .imatrix import Imatrix
 from .journal import Journal
@@ -27,10 +27,6 @@ from .resume import fingerprint, require_same
 from .source import GgufSource, Source, StreamSource
 from .transcode import Job, take_record, transcode
 from .verify import intact_tensors, verify_written
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; the text says what was kept."""
 
 
 def convert(source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress) -> Summary:
@@ -50,7 +46,7 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
     check_target(out, source, True)
     with ExitStack() as stack:
         imatrix = _imatrix(options, out, stack)
-        source = _local(source, options, progress)
+        source = local(source, progress, options.revision)
         journal = stack.enter_context(Journal(out, options.restart))
         if options.restart:
             discard(out)
@@ -70,7 +66,7 @@ def dry_run(source: Path, out: Path, options: Options | None = None, progress: P
     check_target(out, source, True)
     with ExitStack() as stack:
         imatrix = _imatrix(options, out, stack)
-        opened = stack.enter_context(open_source(_local(source, options, progress), progress))
+        opened = stack.enter_context(open_source(local(source, progress, options.revision), progress))
         rows = _plan(opened, options, recipe, imatrix, progress)
         kvs = _metadata(opened, rows, options, recipe, imatrix)
         parts = lay_out(out, [r.out for r in rows], kvs, opened.alignment, options.split_max_size)
@@ -86,14 +82,14 @@ def _imatrix(options: Options, out: Path, stack: ExitStack) -> Imatrix | None:
     return stack.enter_context(Imatrix(options.imatrix))
 
 
-def _local(source: Path, options: Options, progress: Progress) -> Path:
-    """The source on this machine: fetched, if it is the id of a model on the hub."""
+def local(source: Path, progress: Progress = no_progress, revision: str | None = None) -> Path:
+    """The source on this machine: fetched, if it is the id of a model on the hub. Raises InputError."""
     if source.exists():
-        if options.revision:
+        if revision:
             raise InputError(f"{source}: --revision is for models on the hub, this is here already")
         return source
     if hub.looks_like_id(str(source)):
-        return hub.fetch(str(source), options.revision, lambda text: progress("download", 0, 0, text))
+        return hub.fetch(str(source), revision, lambda text: progress("download", 0, 0, text))
     raise InputError(f"{source}: no such file or folder")
 
 
@@ -115,7 +111,7 @@ def _open(source: Path, out: Path, options: Options, progress: Progress) -> Iter
         made = note.job is not None and note.job == {"bf16": stamp, "size": _size(bf16)}
         if not made:
             check_target(bf16, source, options.force)
-            _make_bf16(found, bf16, progress)
+            make_bf16(found, bf16, progress)
             note.clear()
             note.append({"job": {"bf16": stamp, "size": _size(bf16)}})
         with GgufSource(bf16, source) as opened:
@@ -128,7 +124,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
-def _make_bf16(found: checkpoint.Checkpoint, bf16: Path, progress: Progress) -> None:
+def make_bf16(found: checkpoint.Checkpoint, bf16: Path, progress: Progress = no_progress) -> None:
+    """llama.cpp's own bf16 GGUF of a checked folder, whole or not at all. Raises CheckpointError, OutputError."""
     check_space(bf16.parent, found.nbytes + found.nbytes // 3)
     progress("converter", 0, 0, found.architecture)
     with scratch_path(bf16, ".work") as work:

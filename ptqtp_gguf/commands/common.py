@@ -1,0 +1,53 @@
+"""What the commands share: options, sizes, progress, and how an error ends a run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from ..terminal import Bar, JsonLines, err_console, event
+
+EXIT_CODES = "Exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted."
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+Threads = Annotated[int, typer.Option("--threads", "-j", min=0, help="Threads; 0 = all cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON lines on standard output: progress, result, error.")]
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_json_lines = False  # whether errors are told as JSON too
+
+
+def parse_size(text: str) -> int:
+    """ "2G", "500M", "1.5GiB", "4000000" -> bytes. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if not match or match[2] not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2]])):
+        raise typer.BadParameter(f"{text!r} is no size; write 500M, 2G or 1.5GiB")
+    return size
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """ "128,512" -> [128, 512]; "" -> []. Raises typer.BadParameter."""
+    try:
+        return [int(n) for n in text.split(",") if n.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text!r}: whole numbers with commas between them are needed") from None
+
+
+def reporter(quiet: bool, as_json: bool) -> Bar | JsonLines:
+    """What shows the progress of a command; errors are told in the same way from here on."""
+    global _json_lines
+    _json_lines = as_json
+    return JsonLines() if as_json else Bar(quiet)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print the one line of an error and end with the exit code."""
+    if _json_lines:
+        event("error", message=message, exit_code=code)
+    err_console.print(f"Error: {message}", soft_wrap=True, markup=False, style="red")
+    sys.exit(code)

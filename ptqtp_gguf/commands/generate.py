@@ -1,0 +1,34 @@
+"""What generates text with a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import runtime
+from ..inspect import inspect
+
+
+def run(
+    file: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option("--temp", min=0.0, help="0 = always the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", "-j", min=0, help="Threads; 0 = llama.cpp's default.")] = 0,
+    ctx: Annotated[int, typer.Option(min=32, help="Context length in tokens.")] = 2048,
+) -> None:
+    """Generate text with a file, through the patched llama-cpp-python.
+
+    Example:
+
+      ptqtp-gguf run model.gguf -p "The capital of France is" -n 32 --temp 0
+    """
+    inspect(file)  # a damaged file gets our own clear line
+    model = runtime.load(file, n_ctx=ctx, threads=threads or None)
+    print(prompt, end="", flush=True)
+    for piece in runtime.generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed):
+        print(piece, end="", flush=True)
+    print()
