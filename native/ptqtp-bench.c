@@ -35,22 +35,14 @@ static volatile float sink;
 enum { READ_BYTES = 1 << 28, MAX_THREADS = 256 };
 
 struct reader {
-    const uint64_t * data;
+    const void * data;
     uint64_t sum;
     pthread_t thread;
 };
 
 static void * read_all(void * arg) {
     struct reader * r = arg;
-    uint64_t sum[32] = { 0 }; /* many sums: bound by memory, not by one chain of additions */
-    for (size_t i = 0; i < READ_BYTES / sizeof(uint64_t); i += 32) {
-        for (int k = 0; k < 32; k++) {
-            sum[k] += r->data[i + (size_t) k];
-        }
-    }
-    for (int k = 0; k < 32; k++) {
-        r->sum += sum[k];
-    }
+    r->sum = ptqtp_read_sum(r->data, READ_BYTES);
     return NULL;
 }
 
@@ -61,7 +53,7 @@ static int read_bandwidth(int threads, double budget) {
         return 1;
     }
     for (int t = 0; t < threads; t++) {
-        uint64_t * data = aligned_alloc(64, READ_BYTES);
+        void * data = aligned_alloc(64, READ_BYTES);
         if (!data) {
             fputs("ptqtp-bench: no memory\n", stderr);
             return 1;

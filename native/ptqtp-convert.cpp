@@ -3,6 +3,7 @@
 #include "ptqtp-bulk.h"
 #include "ptqtp-check.h"
 #include "ptqtp-chunks.h"
+#include "ptqtp-unit.h"
 
 #include <mutex>
 #include <new>
@@ -115,4 +116,38 @@ extern "C" int ptqtp_scan(const float * x, int64_t n, int64_t group, float floor
     });
     *out = all;
     return PTQTP_OK;
+}
+
+extern "C" int ptqtp_count_words(const void * units, int64_t nunits, int nthreads, uint64_t * five, uint64_t * last) {
+    constexpr size_t kWords = 65536;
+    constexpr int64_t kMost = 1 << 20;  // units a chunk: 32 bits hold its counts
+    constexpr int64_t kLeast = 1 << 14; // fewer are not worth tables of their own
+    if (nunits < 0) {
+        return PTQTP_BAD_SIZE;
+    }
+    const auto * all = static_cast<const ptqtp_unit *>(units);
+    const int64_t threads =
+        nthreads > 0 ? nthreads : static_cast<int64_t>(std::max(1u, std::thread::hardware_concurrency()));
+    const int64_t chunk = std::min(kMost, std::max(kLeast, (nunits + threads - 1) / threads));
+    std::mutex guard;
+    return over_chunks(nunits, chunk, nthreads, [&](int64_t first, int64_t n) {
+        std::vector<uint32_t> counts;
+        try {
+            counts.resize(2 * kWords);
+        } catch (const std::bad_alloc &) {
+            return static_cast<int>(PTQTP_NO_MEMORY);
+        }
+        for (int64_t i = first; i < first + n; i++) {
+            for (int j = 0; j < PTQTP_UNIT_WORDS; j++) {
+                counts[ptqtp_get_u16(all[i].q + 2 * j)]++;
+            }
+            counts[kWords + all[i].side + 256u * all[i].r]++;
+        }
+        const std::lock_guard<std::mutex> lock(guard);
+        for (size_t q = 0; q < kWords; q++) {
+            five[q] += counts[q];
+            last[q] += counts[kWords + q];
+        }
+        return static_cast<int>(PTQTP_OK);
+    });
 }

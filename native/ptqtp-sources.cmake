@@ -23,7 +23,7 @@ set(PTQTP_ARM64_FILES
 
 # What a converter needs besides; the package's own library only.
 set(PTQTP_CONVERT_SOURCES ptqtp-parallel.cpp ptqtp-calibrate.cpp ptqtp-convert.cpp ptqtp-check.c ptqtp-bulk.c
-    ptqtp-bulk-base.c)
+    ptqtp-bulk-base.c ptqtp-read.c)
 set(PTQTP_CONVERT_X86_FILES
     "ptqtp-bulk-avx2.c:-mavx2 -mfma -mf16c"
     "ptqtp-bulk-avx512.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512")

@@ -242,6 +242,25 @@ static void test_sums(void) {
     CHECK(decided[6] == 0, "zeros cannot be");
 }
 
+/* Words of all kinds, counted on any number of threads, and added to what is there. */
+static void test_count_words(void) {
+    enum { UNITS = 40000, WORDS = 65536 };
+    static uint8_t units[UNITS * sizeof(ptqtp_unit)];
+    static uint64_t five[WORDS], last[WORDS], want_five[WORDS], want_last[WORDS];
+    for (size_t i = 0; i < sizeof units; i++) {
+        units[i] = (uint8_t) (rnd() % 256);
+    }
+    for (size_t i = 0; i < sizeof units; i += 2) {
+        (i % sizeof(ptqtp_unit) == 12 ? want_last : want_five)[units[i] + 256 * units[i + 1]] += 3;
+    }
+    for (int threads = 1; threads <= 4; threads += threads == 1 ? 1 : 2) {
+        CHECK(ptqtp_count_words(units, UNITS, threads, five, last) == PTQTP_OK, "counting");
+    }
+    CHECK(!memcmp(five, want_five, sizeof five) && !memcmp(last, want_last, sizeof last), "counts of words");
+    CHECK(ptqtp_count_words(units, 0, 0, five, last) == PTQTP_OK && five[7] == want_five[7], "no units");
+    CHECK(ptqtp_count_words(units, -1, 0, five, last) == PTQTP_BAD_SIZE, "a negative count");
+}
+
 int main(void) {
     int count;
     const struct ptqtp_bulk * const * all = ptqtp_bulk_all(&count);
@@ -254,6 +273,7 @@ int main(void) {
         printf("ok: %s\n", all[i]->name);
     }
     test_sums();
+    test_count_words();
     puts("quantizer tests passed");
     return 0;
 }

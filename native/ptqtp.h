@@ -201,6 +201,16 @@ struct ptqtp_scan_result {
 PTQTP_API int ptqtp_scan(const float * x, int64_t n, int64_t group, float floor, int nthreads,
                          struct ptqtp_scan_result * out);
 
+/* Counts words, of either type: adds to five[q] how many of the words 0..5 of the units are q, and to last[q] how many
+ * of the words 6 = side + 256*r are. five, last: 65536 entries. Digits and scale codes follow from the counts. */
+PTQTP_API int ptqtp_count_words(const void * units, int64_t nunits, int nthreads, uint64_t * five, uint64_t * last);
+
+/* ---- the machine (ptqtp-read.c) --------------------------------------------------------------------------- */
+
+/* The sum mod 2^64 of the whole 64-bit words of data, in the machine's byte order, any alignment; up to 7 bytes at the
+ * end are left out. One thread; bound by memory, if data does not fit into the caches: size / time is its bandwidth. */
+PTQTP_API uint64_t ptqtp_read_sum(const void * data, size_t size);
+
 /* ---- dot products with Q8_0 activations (ptqtp-dot.c and one file an instruction set) --------------------- */
 
 typedef float (*ptqtp_dot_fn)(int64_t n, const void * weights, const void * q8_0);

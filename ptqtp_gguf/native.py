@@ -89,6 +89,8 @@ def _lib() -> ctypes.CDLL:
     lib.ptqtp_check.argtypes = [i, p, i64, u64, i, ctypes.POINTER(u64), ctypes.POINTER(i64)]
     lib.ptqtp_to_float.argtypes = lib.ptqtp_from_float.argtypes = [i, p, p, i64, i]
     lib.ptqtp_scan.argtypes = [p, i64, i64, f, i, ctypes.POINTER(_Scan)]
+    lib.ptqtp_read_sum.argtypes, lib.ptqtp_read_sum.restype = [p, ctypes.c_size_t], u64
+    lib.ptqtp_count_words.argtypes = [p, i64, i, p, p]
     lib.ptqtp_hash.argtypes, lib.ptqtp_hash.restype = [p, i64, u64, i], u64
     matrices = (p, i64) * 5
     lib.ptqtp_gptq_block.argtypes = lib.ptqtp_cd_block.argtypes = [i64, i64, *matrices, i, i]
@@ -177,6 +179,11 @@ def float_hash(x: F32, first: int = 0, threads: int = 0) -> int:
     return int(_lib().ptqtp_hash(_ptr(x), x.size, first, threads))
 
 
+def read_sum(data: U8) -> int:
+    """Sum mod 2**64 of the 64-bit words of uint8 (N,), contiguous, as fast as one thread can read memory."""
+    return int(_lib().ptqtp_read_sum(_ptr(np.ascontiguousarray(data)), data.nbytes))
+
+
 _TO_FLOAT = {0: (1, 4), 1: (1, 2), 8: (32, 34), 30: (1, 2)}  # weights and bytes a block of ggml's F32, F16, Q8_0, BF16
 
 
@@ -230,6 +237,22 @@ def scan(x: F32, group: int, floor: float, threads: int = 0) -> Scan:
     found = _Scan()
     _check(_lib().ptqtp_scan(_ptr(x), x.size, group, floor, threads, ctypes.byref(found)), "scan")
     return Scan(found.bad, found.largest, found.groups, found.below)
+
+
+def count_words(units: U8, five: NDArray[np.uint64], last: NDArray[np.uint64], threads: int = 0) -> None:
+    """Counts words of trit-plane data of either type. units: uint8, any shape, contiguous, whole units of 14 bytes.
+
+    five, last: uint64 (65536,), added to: how many of words 0..5 of the units, and of words 6 (side + 256*r), have each
+    value. Raises QuantizeError where the units are not whole.
+    """
+    if units.nbytes % fmt.UNIT_BYTES:
+        raise QuantizeError(f"{units.nbytes} bytes; units have {fmt.UNIT_BYTES}")
+    for counts in (five, last):
+        if counts.shape != (1 << 16,) or counts.dtype != np.uint64 or not counts.flags.c_contiguous:
+            raise QuantizeError(f"counts of {counts.shape} {counts.dtype}; 65536 contiguous uint64 are needed")
+    units = np.ascontiguousarray(units)
+    status = _lib().ptqtp_count_words(_ptr(units), units.nbytes // fmt.UNIT_BYTES, threads, _ptr(five), _ptr(last))
+    _check(status, "counting words")
 
 
 Matrix = tuple[int, int]  # address of the first element, elements from row to row; rows are contiguous

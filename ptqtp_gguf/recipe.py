@@ -305,6 +305,12 @@ def role_of(name: str) -> Role:
     return Role.OTHER
 
 
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor stands in, by its name; None outside the layers."""
+    found = _LAYER.match(name)
+    return int(found[2]) if found else None
+
+
 def depths_of(tensors: Iterable[TensorInfo]) -> dict[str, float]:
     """name -> layer / layers for the tensors that stand in one; each stack (blk, enc.blk, v.blk, ...) by itself."""
     found = {t.name: (m[1], int(m[2])) for t in tensors if (m := _LAYER.match(t.name))}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
+from .errors import printable
 from .gguf_io import type_name
-from .inspect import Report
 from .memory import resident
 from .results import Plan, Summary
 from .verify import Verdict
@@ -25,7 +26,7 @@ out_console = Console(highlight=False, width=_wide)
 err_console = Console(stderr=True, highlight=False)
 
 INTERVAL = 0.5  # seconds between progress lines
-WEIGHTED = ("checking", "quantizing", "verifying", "exporting", "comparing")  # stages that count weights
+WEIGHTED = ("checking", "quantizing", "verifying", "exporting", "comparing", "counting")  # stages that count weights
 
 
 class Bar:
@@ -34,7 +35,7 @@ class Bar:
     def __init__(self, quiet: bool) -> None:
         self.bar = Progress(
             TextColumn("{task.description:>10}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}", markup=False),
             console=err_console, disable=quiet or not err_console.is_terminal, transient=True,
         )  # fmt: skip
         self.tasks: dict[str, TaskID] = {}
@@ -61,7 +62,9 @@ class Bar:
         if stage in WEIGHTED and now > start:
             speed = f"{(done - first) / 1e6 / (now - start):6.1f} Mw/s {resident() / 1e6:5.0f} MB  "
         width = max(10, err_console.width - 65 - len(speed))
-        self.bar.update(self.tasks[stage], completed=done, total=total or None, detail=speed + detail[-width:])
+        self.bar.update(
+            self.tasks[stage], completed=done, total=total or None, detail=speed + printable(detail[-width:])
+        )
 
 
 class JsonLines:
@@ -147,7 +150,13 @@ def print_summary(s: Summary) -> None:
 
 
 def line(text: str) -> None:
-    out_console.print(text, soft_wrap=True, markup=False)
+    """Print one line, whatever stands in it: names and values come out of files."""
+    out_console.print(Text(printable(text)), soft_wrap=True)
+
+
+def cell(text: str) -> Text:
+    """A table's cell with text out of a file: no markup, one line."""
+    return Text(printable(text))
 
 
 def plan_dict(p: Plan) -> dict[str, object]:
@@ -172,8 +181,8 @@ def print_plan(p: Plan, free: int) -> None:
     for r in p.rows:
         bpw = 8 * r.out.nbytes / r.tensor.n_weights
         table.add_row(
-            r.tensor.name, " x ".join(map(str, r.tensor.shape)), r.tensor.type_name, type_name(r.choice.type),
-            f"{bpw:.3f}", f"{r.out.nbytes / 1e6:.3f}", r.choice.reason,
+            cell(r.tensor.name), " x ".join(map(str, r.tensor.shape)), r.tensor.type_name, type_name(r.choice.type),
+            f"{bpw:.3f}", f"{r.out.nbytes / 1e6:.3f}", cell(r.choice.reason),
         )  # fmt: skip
     out_console.print(table)
     n = sum(r.tensor.n_weights for r in p.rows)
@@ -185,30 +194,7 @@ def print_plan(p: Plan, free: int) -> None:
     line("values are looked at when converting: a tensor beyond the reach of its scales may still fall back")
 
 
-# ---- files ----
-
-
-def print_report(report: Report, tensors: bool) -> None:
-    line(
-        f"{report.path}: {report.size / 1e6:.1f} MB, {report.weights / 1e6:.1f} M weights, "
-        f"{report.bpw:.3f} bits per weight (embedding, head and metadata counted)"
-    )
-    table = Table("role", "type", *(right(h) for h in ("tensors", "M weights", "MB", "bpw")))
-    for p in report.parts:
-        table.add_row(
-            p.role.value, p.type, str(p.tensors), f"{p.weights / 1e6:.2f}", f"{p.nbytes / 1e6:.2f}", f"{p.bpw:.3f}"
-        )
-    out_console.print(table)
-    if tensors:
-        listing = Table(whole("tensor"), "shape", "type", right("MB"))
-        for t in report.tensors:
-            listing.add_row(t.name, " x ".join(map(str, t.shape)), t.type_name, f"{t.nbytes / 1e6:.3f}")
-        out_console.print(listing)
-    for key, value in report.metadata.items():
-        if key.startswith(("ptqtp.", "general.")):
-            n = len(value) if isinstance(value, list) else 0
-            shown = f"{n} values" if n > 8 else textwrap.shorten(str(value), 200, placeholder=" ...")
-            line(f"  {key} = {shown}")
+# ---- files: see also listing.py ----
 
 
 def verdict_dict(v: Verdict) -> dict[str, object]:
@@ -216,7 +202,10 @@ def verdict_dict(v: Verdict) -> dict[str, object]:
     return {
         "file": str(v.path), "good": v.good, "sha256": v.sha256, "tensors": v.tensors, "trit_plane_tensors": v.planes,
         "checksums": v.checksums, "faults": v.faults,
-        "errors": [{"name": e.name, "type": e.type, "rel_mse": e.rel_mse} for e in v.errors],
+        "errors": [
+            {"name": e.name, "type": e.type, "rel_mse": e.rel_mse if math.isfinite(e.rel_mse) else None}
+            for e in v.errors
+        ],
     }  # fmt: skip
 
 
@@ -232,7 +221,7 @@ def print_verdict(v: Verdict, all_errors: bool) -> None:
         worst = sorted(v.errors, key=lambda e: -e.rel_mse)
         table = Table(whole("tensor"), "type", right("relative squared error"))
         for e in worst if all_errors else worst[:10]:
-            table.add_row(e.name, e.type, f"{e.rel_mse:.6f}")
+            table.add_row(cell(e.name), e.type, f"{e.rel_mse:.6f}")
         out_console.print(table)
     for name, digest in v.sha256.items():
         line(f"  sha256 {digest}  {Path(name).name}")

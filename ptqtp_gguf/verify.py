@@ -19,7 +19,8 @@ import numpy as np
 
 from . import format as fmt
 from . import native, packing
-from .encode import MASK, checksum, to_float
+from .distance import Meter
+from .encode import MASK, checksum
 from .errors import InputError, OutputError
 from .gguf_io import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
 from .packing import U8
@@ -248,11 +249,12 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
             verdict.sha256[name] = checked.sha256
             verdict.faults += [f if len(mine.readers) == 1 else f"{name}: {f}" for f in checked.faults]
         if against is not None:
-            _compare(mine, against, verdict, progress)
+            with Meter(threads) as meter:
+                _compare(mine, against, verdict, meter, progress)
     return verdict
 
 
-def _compare(mine: Source, source: Source, verdict: Verdict, progress: Progress) -> None:
+def _compare(mine: Source, source: Source, verdict: Verdict, meter: Meter, progress: Progress) -> None:
     theirs = {t.name: t for t in source.tensors}
     tuned = mine.get(fmt.Key.METHOD) == TUNED
     total, done = sum(t.n_weights for t in mine.tensors), 0
@@ -267,7 +269,7 @@ def _compare(mine: Source, source: Source, verdict: Verdict, progress: Progress)
             what = "is not in" if other is None else f"has the shape {t.shape}, not {other.shape} as in"
             verdict.faults.append(f"tensor {t.name} {what} {source.path}")
             continue
-        error = _distance(mine, t, source, other)
+        error = meter.distance(mine, t, source, other).rel_mse
         verdict.errors.append(TensorError(t.name, type_name(t.type), error))
         if not error <= UNRELATED:
             verdict.faults.append(f"tensor {t.name}: relative squared error {error:.3g}; these are other weights")
@@ -276,13 +278,3 @@ def _compare(mine: Source, source: Source, verdict: Verdict, progress: Progress)
         elif t.type == other.type and t.type in FLOAT_IDS and error > 0:
             verdict.faults.append(f"tensor {t.name}: kept as {type_name(t.type)}, yet it differs from {source.path}")
     progress("comparing", total, total, "")
-
-
-def _distance(mine: Source, t: TensorInfo, source: Source, other: TensorInfo) -> float:
-    error = power = 0.0
-    for a, b in zip(mine.pieces(t), source.pieces(other), strict=True):
-        w = to_float(b, other.type)
-        d = to_float(a, t.type) - w
-        error += float(np.vdot(d, d))
-        power += float(np.vdot(w, w))
-    return error / power if power else error

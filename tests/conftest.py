@@ -26,6 +26,7 @@ SHAPES = {  # (rows, columns) in numpy order
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("GGML_NO_BACKTRACE", "1")  # by gdb, where there is one: it may hang
 
 
 @pytest.fixture
@@ -55,6 +56,20 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """A command's output on a wide screen, in this process: quicker than `cli`; errors are raised."""
+    from ptqtp_gguf import cli, terminal
+
+    monkeypatch.setattr(terminal.out_console, "_width", 400)
+
+    def command(*args: object) -> str:
+        assert not cli.app([str(a) for a in args], standalone_mode=False)
+        return capsys.readouterr().out
+
+    return command
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +118,7 @@ def demo_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def demo_files(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model through the whole path: its bf16 GGUF, ours, and the Q4_0 twin."""
-    from ptqtp_gguf.convert import convert
+    from ptqtp_gguf.conversion import convert
     from ptqtp_gguf.export import export_q4_0
     from ptqtp_gguf.options import Options
 

@@ -35,6 +35,19 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], kind: str = "F32", ar
     return path
 
 
+def rewritten(source: Path, out: Path, change: list, rename: dict[str, str] | None = None) -> Path:
+    """A copy of a GGUF with other metadata and names, its tensors' bytes the same."""
+    from ptqtp_gguf.gguf_io import OutTensor, Reader, write_stream
+
+    with Reader(source) as r, out.open("wb") as f:
+        kvs = {**r.header.kvs, **{kv.key: kv for kv in change}}
+        tensors = [OutTensor((rename or {}).get(t.name, t.name), t.shape, t.type) for t in r.tensors]
+        data = (np.ascontiguousarray(r.bytes_of(t)) for t in r.tensors)
+        for _ in write_stream(f, kvs.values(), tensors, r.header.alignment, data):
+            pass
+    return out
+
+
 def demo_folder() -> Path:
     """The demo model's checkpoint; made once, in build/demo."""
     spec = importlib.util.spec_from_file_location("demo_model", REPO / "tools" / "demo_model.py")

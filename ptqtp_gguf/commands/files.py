@@ -1,0 +1,111 @@
+"""What looks at files: verify and inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..conversion import open_source
+from ..errors import InputError
+from ..histograms import plane_statistics
+from ..inspect import TEMPLATE, Report, plain
+from ..inspect import inspect as inspect_file
+from ..listing import Sort, print_histograms, print_report, print_tensors, print_text
+from ..terminal import event, print_verdict, verdict_dict
+from ..verify import verify as verify_file
+from .common import AsJson, Quiet, Threads, fail, reporter
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="A GGUF file; of a split one, any part.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(help="What it was made from (GGUF or checkpoint folder): measure every tensor's error."),
+    ] = None,
+    all_errors: Annotated[
+        bool, typer.Option("--all", "-a", help="List every tensor's error, not the worst ten.")
+    ] = False,
+    threads: Threads = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a file: structure, offsets, digit words, scales, checksums; and its distance to the source.
+
+    Examples:
+
+      ptqtp-gguf verify model.gguf
+
+      ptqtp-gguf verify model.gguf --against ./model --all
+    """
+    with reporter(quiet, as_json) as progress:
+        if against is None:
+            verdict = verify_file(file, None, progress, threads)
+        else:
+            with open_source(against, progress) as source:
+                verdict = verify_file(file, source, progress, threads)
+    if as_json:
+        event("done", **verdict_dict(verdict))
+    elif not quiet:
+        print_verdict(verdict, all_errors)
+    if not verdict.good:
+        more = f" and {len(verdict.faults) - 1} more faults" if len(verdict.faults) > 1 else ""
+        fail(f"{file}: {verdict.faults[0]}{more}", 1)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A GGUF file; of a split one, any part.")],
+    tensors: Annotated[
+        bool, typer.Option("--tensors", "-T", help="List every tensor; of trit planes, zeros and scales too.")
+    ] = False,
+    sort: Annotated[Sort, typer.Option(help="Order of --tensors.")] = Sort.FILE,
+    histograms: Annotated[
+        bool, typer.Option("--histograms", "-H", help="Count digits and scales of trit planes; draw them.")
+    ] = False,
+    every_key: Annotated[bool, typer.Option("--kvs", "-K", help="List all metadata; with --json, uncut.")] = False,
+    key: Annotated[str | None, typer.Option("--kv", metavar="KEY", help="Print one metadata value, whole.")] = None,
+    template: Annotated[bool, typer.Option("--template", help="Print the chat template, whole.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Everything, as JSON; digits and scales with --histograms or --tensors.")
+    ] = False,
+) -> None:
+    """Show what a file holds: sizes by role and type, tokenizer, metadata, and what was used to make it.
+
+    Examples:
+
+      ptqtp-gguf inspect model.gguf --tensors --sort zeros
+
+      ptqtp-gguf inspect model.gguf --histograms
+
+      ptqtp-gguf inspect model.gguf --json | jq .bpw
+    """
+    report = inspect_file(file)
+    if key is not None or template:
+        _print_value(report, TEMPLATE if key is None else key, as_json)
+        return
+    planes = None
+    if tensors or histograms:
+        with reporter(False, False) as progress:
+            planes = plane_statistics(file, progress)
+    if as_json:
+        counted = {} if planes is None else {"planes": planes.as_dict()}
+        print(json.dumps(report.as_dict(every_key) | counted, indent=1, allow_nan=False, default=str))
+        return
+    print_report(report, every_key)
+    if planes and tensors:
+        print_tensors(report, planes, sort)
+    if planes and histograms:
+        print_histograms(planes)
+
+
+def _print_value(report: Report, key: str, as_json: bool) -> None:
+    """One value of the metadata. Raises InputError if there is none."""
+    if key not in report.metadata:
+        what = "chat template" if key == TEMPLATE else f"metadata key {key}"
+        raise InputError(f"{report.path}: no {what} in it; inspect --kvs lists the metadata")
+    if as_json:
+        print(json.dumps(plain(report.metadata[key]), allow_nan=False))
+    else:
+        print_text(report.metadata[key])
