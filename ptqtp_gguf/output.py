@@ -44,6 +44,21 @@ def check_space(folder: Path, needed: int) -> None:
         raise OutputError(f"{folder}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free on the disk")
 
 
+def cache_folder(name: str) -> Path:
+    """The user's folder for what can be made again, made where it is missing: PTQTP_CACHE/name, or the system's place.
+
+    Without PTQTP_CACHE: XDG_CACHE_HOME/ptqtp-gguf/name, or ~/.cache/ptqtp-gguf/name. Raises OutputError.
+    """
+    given, xdg = os.environ.get("PTQTP_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = Path(given) if given else Path(xdg) / "ptqtp-gguf" if xdg else Path.home() / ".cache" / "ptqtp-gguf"
+        (base / name).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as e:  # RuntimeError: no home
+        why = getattr(e, "strerror", None) or e
+        raise OutputError(f"the cache folder cannot be made: {why}; set PTQTP_CACHE to a folder of yours") from None
+    return base / name
+
+
 def sync_folder(folder: Path) -> None:
     """Push the names in a folder to the disk, where the system lets us."""
     with contextlib.suppress(OSError):

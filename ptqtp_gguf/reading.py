@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from typing import BinaryIO
+from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -38,3 +40,18 @@ def sha256_of(file: BinaryIO, what: str) -> str:
     for at in range(0, size, _CHUNK):
         sha.update(read_bytes(file, at, min(_CHUNK, size - at), what).data)
     return sha.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; read once as long as it stays the same. Raises InputError."""
+    try:
+        found = path.stat()
+        return _file_sha256(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns)
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+
+
+@functools.lru_cache(maxsize=256)
+def _file_sha256(path: Path, inode: int, size: int, changed: int) -> str:
+    with open(path, "rb", buffering=0) as f:
+        return sha256_of(cast(BinaryIO, f), str(path))

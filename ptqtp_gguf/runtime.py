@@ -7,18 +7,29 @@ is opened here alone, without the Python package around it: it quantizes and deq
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from .errors import InputError, RuntimeMissing
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ChatError, InputError, RuntimeMissing
+from .gguf_io import Reader
+from .packing import F32
+
+I32 = NDArray[np.int32]
 
 HOW_TO_BUILD = (
     "build it with 'python tools/build_runtime.py' in the project's folder (or 'make'), then pip install the wheel"
@@ -100,25 +111,91 @@ def ggml_library() -> ctypes.CDLL:
     return lib
 
 
-def run_tool(name: str, *args: str, timeout: float | None = None) -> str:
-    """Run a tool and return its standard output and error together. Raises RuntimeMissing if it fails."""
+def run_tool(name: str, *args: str, timeout: float | None = None, codes: tuple[int, ...] = (0,)) -> str:
+    """Run a tool and return its standard output and error together. Raises RuntimeMissing if it fails.
+
+    codes: exit codes that are no failure
+    """
     done = subprocess.run(
         [str(tool(name)), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False
     )
     text = done.stdout.decode(errors="replace")
-    if done.returncode:
-        last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
-        raise RuntimeMissing(f"{name} failed with exit code {done.returncode}: {last.strip()}")
+    if done.returncode not in codes:
+        raise _failed(name, done.returncode, text.splitlines())
     return text
 
 
+def stream_tool(name: str, *args: str) -> Iterator[str]:
+    """Run a tool; yields lines of its standard output and error as they come. Raises RuntimeMissing if it fails.
+
+    It is killed where the caller stops reading.
+    """
+    last: deque[str] = deque(maxlen=20)
+    with subprocess.Popen([str(tool(name)), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout
+        try:
+            for raw in process.stdout:
+                last.append(raw.decode(errors="replace").rstrip())
+                yield last[-1]
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise _failed(name, process.returncode, list(last))
+
+
+def _failed(name: str, code: int, lines: list[str]) -> RuntimeMissing:
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    return RuntimeMissing(f"{name} failed with exit code {code}: {last.strip()}")
+
+
+def quantize_libraries() -> list[Path]:
+    """The libraries that decide what llama-quantize writes. Raises RuntimeMissing."""
+    folder = package_dir() / "lib"
+    found = sorted(p for p in folder.iterdir() if re.match(r"(lib)?(llama|ggml-base)\.", p.name))
+    if not found:
+        raise RuntimeMissing(f"the runtime's libraries are missing in {folder}; {HOW_TO_BUILD}")
+    return found
+
+
+def system_info() -> dict[str, str]:
+    """What the runtime found of this CPU and chose: {"AVX2": "1", "PTQTP": "avx2", ...}. Raises RuntimeMissing."""
+    text = _llama().llama_print_system_info().decode(errors="replace")
+    pairs = (part.rpartition(":")[2].partition("=") for part in text.split("|"))
+    return {key.strip(): value.strip() for key, equals, value in pairs if equals}
+
+
+USUAL_CONTEXT = 4096  # tokens; the memory of a context grows with it, and models are trained on up to a million
+
+
+def context_for(path: Path, ctx: int) -> int:
+    """Tokens of context to run a file with: ctx, or if it is 0 what the model was trained on, at most 4096.
+
+    Reads the header only. Raises InputError if the file is damaged, or of another version of our format.
+    """
+    with Reader(path) as reader:
+        trained = reader.get(f"{reader.get('general.architecture')}.context_length")
+    if ctx:
+        return ctx
+    return min(trained, USUAL_CONTEXT) if isinstance(trained, int) and trained > 0 else USUAL_CONTEXT
+
+
 def load(path: Path, *, n_ctx: int = 2048, threads: int | None = None, verbose: bool = False) -> Any:
-    """Open a GGUF file as llama_cpp.Llama. Raises InputError if the runtime cannot load it."""
+    """Open a GGUF file as llama_cpp.Llama, the class of llama-cpp-python, with all that it can do.
+
+    n_ctx    tokens of context
+    threads  None = llama-cpp-python's default, half the cores
+
+    Raises RuntimeMissing without the patched runtime, InputError if it cannot load the file.
+    """
     version()
+    import jinja2  # llama_cpp compiles the file's chat template with it
     import llama_cpp
 
     try:
-        return llama_cpp.Llama(str(path), n_ctx=n_ctx, n_threads=threads, verbose=verbose)
+        return llama_cpp.Llama(str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=verbose)
+    except jinja2.TemplateError as e:
+        raise InputError(f"{path}: its chat template cannot be read: {e}") from None
     except (ValueError, RuntimeError) as e:
         raise InputError(f"{path}: the runtime cannot load this file: {e}") from None
 
@@ -127,8 +204,234 @@ def generate(
     model: Any, prompt: str, *, max_tokens: int, temperature: float, seed: int, stop: list[str] | None = None
 ) -> Iterator[str]:
     """Continue the prompt; yields pieces of text as they come. temperature 0 = greedy."""
+    for text, _ in pieces(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop):
+        yield text
+
+
+def pieces(
+    model: Any, prompt: str | list[int], *, max_tokens: int, temperature: float, seed: int,
+    stop: list[str] | None = None,
+) -> Iterator[tuple[str, str | None]]:  # fmt: skip
+    """Continue a prompt, text or tokens; yields text as it comes and, with the last of it, "stop" or "length".
+
+    What the prompt has in common with the one before is not computed again. Raises InputError if the prompt does not
+    fit into the model's context, or the runtime fails.
+    """
     stream = model.create_completion(
         prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or [], stream=True
     )
-    for piece in stream:
-        yield piece["choices"][0]["text"]
+    try:
+        for piece in stream:
+            yield piece["choices"][0]["text"], piece["choices"][0]["finish_reason"]
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"the runtime cannot continue this prompt: {e}") from None
+
+
+# ---- conversations ----
+
+
+def chat_template(model: Any) -> Callable[[Sequence[Mapping[str, str]]], str] | None:
+    """The file's own chat template: messages of {"role", "content"} -> prompt. None if the file has none.
+
+    What is returned raises ChatError if the template refuses the messages.
+    """
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    source = model.metadata.get("tokenizer.chat_template")
+    if not source:
+        return None
+    formatter = Jinja2ChatFormatter(
+        template=source, eos_token=_token_text(model, model.token_eos()), bos_token=_begin(model)
+    )
+
+    def render(messages: Sequence[Mapping[str, str]]) -> str:
+        try:
+            return str(formatter(messages=list(messages)).prompt)
+        except Exception as e:  # a template is a program out of a file
+            raise ChatError(f"the file's chat template refuses these messages: {e}") from None
+
+    return render
+
+
+def encode(model: Any, prompt: str) -> list[int]:
+    """Tokens of a rendered prompt: special tokens are meant, and it begins as the tokenizer wants it, once."""
+    begin = _begin(model)
+    add = not (begin and prompt.startswith(begin))
+    return list(model.tokenize(prompt.encode(errors="replace"), add_bos=add, special=True))
+
+
+def _begin(model: Any) -> str:
+    return _token_text(model, model.token_bos())
+
+
+def _token_text(model: Any, token: int) -> str:
+    return "" if token < 0 else bytes(model.detokenize([token], special=True)).decode(errors="replace")
+
+
+# ---- tokens in, logits out: llama.cpp's C interface ----
+
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+
+
+@functools.cache
+def _llama() -> Any:
+    """The module llama_cpp, its backend started. Raises RuntimeMissing, InputError."""
+    version()
+    try:
+        import llama_cpp
+    except (OSError, RuntimeError, ImportError) as e:
+        raise RuntimeMissing(f"the runtime cannot be loaded: {e}; {HOW_TO_BUILD}") from None
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_complaints: list[str] = []
+
+
+@functools.cache
+def _listener() -> Any:
+    @_llama().llama_log_callback  # type: ignore[untyped-decorator]
+    def listen(level: int, text: bytes, _: object) -> None:
+        if level == _ERROR and text.strip():
+            _complaints.append(text.decode(errors="replace").strip())
+
+    return listen
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[list[str]]:
+    """llama.cpp prints nothing meanwhile; its errors are collected."""
+    lib = _llama()
+    _complaints.clear()
+    lib.llama_log_set(_listener(), None)
+    try:
+        yield _complaints
+    finally:
+        lib.llama_log_set(lib._logger.llama_log_callback, None)
+
+
+class Model:
+    """A GGUF file opened by the runtime, its weights mapped. Use as a context manager.
+
+    n_vocab    tokens of its vocabulary
+    bos        the token that begins a text, or None where the tokenizer adds none
+    trained    tokens of the context that it was trained on
+    Raises InputError where the runtime cannot load it, RuntimeMissing.
+    """
+
+    def __init__(self, path: Path, *, vocabulary_only: bool = False) -> None:
+        self.path = path
+        lib = _llama()
+        params = lib.llama_model_default_params()
+        params.vocab_only = vocabulary_only
+        with _hushed() as complaints:
+            self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            why = complaints[0] if complaints else "no reason given"
+            raise InputError(f"{path}: the runtime cannot load this file: {why}")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.bos: int | None = lib.llama_vocab_bos(self._vocab) if lib.llama_vocab_get_add_bos(self._vocab) else None
+        self.trained: int = lib.llama_model_n_ctx_train(self._model)
+
+    def tokens(self, text: str, *, special: bool = True) -> I32:
+        """The text's tokens, int32 (N,). special: with those that the tokenizer puts around a text (BOS)."""
+        raw = text.encode()
+        room = len(raw) + 16
+        for _ in range(2):
+            out = (ctypes.c_int32 * room)()
+            n = _llama().llama_tokenize(self._vocab, raw, len(raw), out, room, special, False)
+            if n >= 0:
+                return np.array(out[:n], np.int32)
+            room = -n
+        raise InputError(f"{self.path}: its tokenizer fails on a text of {len(raw)} bytes; give another text")
+
+    def context(self, length: int, *, batch: int = 0, sequences: int = 1, threads: int = 0) -> Context:
+        """Room for `length` tokens, in at most so many sequences together.
+
+        batch    tokens a call, at most; 0 = length
+        threads  0 = all cores
+        """
+        return Context(self, length, min(batch or length, length), sequences, threads)
+
+    def close(self) -> None:
+        """Let go of the weights; twice does no harm."""
+        if self._model:
+            _llama().llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Context:
+    """A model's memory of what it was fed. Use as a context manager. Raises InputError where there is no room."""
+
+    def __init__(self, model: Model, length: int, batch: int, sequences: int, threads: int) -> None:
+        lib = _llama()
+        self.model, self.length, self.batch = model, length, batch
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch = length, batch
+        params.n_ubatch = min(batch, params.n_ubatch)
+        params.n_seq_max, params.kv_unified = sequences, False  # each sequence its own cells: computed as if alone
+        params.n_threads = params.n_threads_batch = threads or cores()
+        with _hushed() as complaints:
+            self._context = lib.llama_init_from_model(model._model, params)
+        if not self._context:
+            why = complaints[0] if complaints else "no memory?"
+            raise InputError(f"{model.path}: the runtime makes no context of {length} tokens: {why}; give fewer")
+        self._batch = lib.llama_batch_init(batch, 0, 1)
+
+    def feed(self, tokens: I32, positions: I32, wanted: NDArray[np.bool_], sequence: I32 | int = 0) -> F32:
+        """Logits behind each wanted token: float32 (wanted, n_vocab), a view that lasts until the next call.
+
+        tokens     int32 (N,), N at most `batch`
+        positions  int32 (N,), each token's place in its sequence
+        sequence   one number for all, or int32 (N,)
+        Raises InputError where the runtime fails.
+        """
+        n, batch, lib = len(tokens), self._batch, _llama()
+        assert n <= self.batch
+        batch.n_tokens = n
+        for field, values in ((batch.token, tokens), (batch.pos, positions), (batch.logits, wanted)):
+            np.ctypeslib.as_array(field, (n,))[:] = values
+        np.ctypeslib.as_array(batch.n_seq_id, (n,))[:] = 1
+        for i, s in enumerate(np.broadcast_to(sequence, (n,)).tolist()):
+            batch.seq_id[i][0] = s
+        with _hushed() as complaints:
+            failed = lib.llama_decode(self._context, batch)
+        if failed:
+            why = complaints[0] if complaints else f"code {failed}"
+            raise InputError(f"{self.model.path}: the runtime cannot run {n} tokens: {why}")
+        lib.llama_synchronize(self._context)
+        rows = int(np.count_nonzero(wanted))
+        if not rows:
+            return np.empty((0, self.model.n_vocab), np.float32)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), (rows, self.model.n_vocab))
+
+    def forget(self) -> None:
+        """Empty the memory: the next token begins a sequence."""
+        lib = _llama()
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+
+    def close(self) -> None:
+        """Free the memory; twice does no harm."""
+        if self._context:
+            _llama().llama_batch_free(self._batch)
+            with _hushed():
+                _llama().llama_free(self._context)
+            self._context = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
