@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ptqtp_gguf import runtime
-from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.roofline import token_bytes
+from ptqtp_gguf.source import GgufSource
 
 
 @dataclass
@@ -36,15 +37,6 @@ class Row:
     env: dict[str, str] = field(default_factory=dict)
     token_bytes: int = 0
     speed: dict[str, float] = field(default_factory=dict)
-
-
-def token_bytes(path: Path) -> int:
-    """Bytes of the matrices that a decoded token reads: all, but an embedding that is not the head too."""
-    with Reader(path) as reader:
-        tensors = list(reader.tensors)
-    untied = any(t.name == "output.weight" for t in tensors)
-    matrices = [t for t in tensors if len(t.shape) > 1]
-    return sum(t.nbytes for t in matrices if not (untied and t.name == "token_embd.weight"))
 
 
 def run(row: Row, threads: int, prompts: list[int], generate: int) -> None:
@@ -88,7 +80,8 @@ def main() -> None:
     prompts = [int(p) for p in args.prompt.split(",") if p]
     bandwidth = dict.fromkeys(threads, 0.0)
     for row in rows:
-        row.token_bytes = token_bytes(row.path)
+        with GgufSource(row.path) as source:
+            row.token_bytes = token_bytes(source)
     for number in range(args.rounds):
         for t in threads:
             probe = subprocess.run([args.probe, "--read", str(t), "1"], capture_output=True, text=True, check=True)
