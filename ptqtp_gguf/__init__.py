@@ -1,6 +1,60 @@
 """PTQTP trit-plane quantization for GGUF: Hugging Face checkpoints to files of 3.5 bits per weight for llama.cpp.
 
-The library, in the order of the flow: checkpoint, recipe, quantize, convert, export, inspect, runtime.
+    from ptqtp_gguf import convert, load, evaluate
+
+The names of __all__ are the library's front; each is read from its module when it is first asked for, so importing the
+package costs nothing. None is named like a module of the package: importing that module would take its place.
+docs/library.md shows them at work.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .chatting import Chat as Chat
+    from .conversion import convert as convert
+    from .conversion import dry_run as dry_run
+    from .errors import Interrupted as Interrupted
+    from .errors import PtqtpError as PtqtpError
+    from .evaluation import evaluate as evaluate
+    from .export import export_q4_0 as export_q4_0
+    from .options import Calibration as Calibration
+    from .options import Options as Options
+    from .runtime import generate as generate
+    from .runtime import load as load
+    from .server import Server as Server
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Calibration": "options",
+    "Chat": "chatting",
+    "Interrupted": "errors",
+    "Options": "options",
+    "PtqtpError": "errors",
+    "Server": "server",
+    "convert": "conversion",
+    "dry_run": "conversion",
+    "evaluate": "evaluation",
+    "export_q4_0": "export",
+    "generate": "runtime",
+    "load": "runtime",
+}
+__all__ = [
+    "Calibration", "Chat", "Interrupted", "Options", "PtqtpError", "Server", "convert", "dry_run", "evaluate",
+    "export_q4_0", "generate", "load",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ import pytest
 from helpers import REPO
 from reference_llama import Llama as Reference
 
-from ptqtp_gguf import checkpoint, convert, native, runtime
+from ptqtp_gguf import checkpoint, conversion, native, runtime
 from ptqtp_gguf import format as fmt
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
 from ptqtp_gguf.gguf_io import Reader
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.quantize import find, quantize
+from ptqtp_gguf.server import Server
 
 pytestmark = pytest.mark.runtime
 TEXT = "The tide table on the harbour wall is printed every December by the same small firm."
@@ -78,15 +80,25 @@ def test_checkpoint_to_text(cli, demo_files: dict[str, Path]) -> None:
     assert plain.stdout.split() == done.stdout.split()
 
 
+def test_chat_and_serve_answer(cli, demo_files: dict[str, Path]) -> None:
+    question = "What is the capital of France?"
+    done = cli("chat", demo_files["ours"], "-p", question, "--temp", "0", "-n", "12")
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
+    with Server(demo_files["ours"], ctx=256) as server:
+        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 12}
+        with urllib.request.urlopen(server.url + "/v1/chat/completions", json.dumps(body).encode()) as reply:
+            assert "Paris" in json.load(reply)["choices"][0]["message"]["content"]
+
+
 def test_two_pass_equals_the_kept_intermediate(demo_files: dict[str, Path], tmp_path: Path) -> None:
     """A checkpoint and its bf16 GGUF give the same bytes: the converter adds nothing of the moment."""
-    convert.convert(demo_files["bf16"], tmp_path / "again.gguf")
+    conversion.convert(demo_files["bf16"], tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == demo_files["ours"].read_bytes()
 
 
 def test_random_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.gguf"
-    summary = convert.convert(tiny_checkpoint, out)
+    summary = conversion.convert(tiny_checkpoint, out)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
     assert summary.weights_by_type()["TP2_1"] == 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 192)
 
@@ -103,7 +115,7 @@ def test_logits_against_float64(tiny_checkpoint: Path, tmp_path: Path, kind: str
     of the rounding itself (what is left: float32 sums, and activations that fall on the other side of a tie).
     """
     path = tmp_path / "m.gguf"
-    convert.convert(tiny_checkpoint, path, Options(type=kind))
+    conversion.convert(tiny_checkpoint, path, Options(type=kind))
     tokens = tokens_of(path)[:20]
     reference = Reference(path)
     exact, rounded = reference.logits(tokens), reference.logits(tokens, "rounded")
@@ -189,7 +201,7 @@ def test_panels_rows_and_wide_panels_agree(demo_files: dict[str, Path], tmp_path
 def test_experts_agree_with_the_row_path(moe_checkpoint: Path, tmp_path: Path) -> None:
     """MUL_MAT_ID on panels: many tokens at once, and one by one, against the same file without panels."""
     ours, exact = tmp_path / "ours.gguf", tmp_path / "exact.gguf"
-    convert.convert(moe_checkpoint, ours, Options(keep_bf16=exact))
+    conversion.convert(moe_checkpoint, ours, Options(keep_bf16=exact))
     with Reader(ours) as r:
         assert sum(t.type == fmt.TP2_1.id and len(t.shape) == 3 for t in r.tensors) == 6
     quantizing = mean_kld(exact, ours, tmp_path)[0]
@@ -221,7 +233,7 @@ def test_llama_quantize_lists_the_types_and_makes_tp2_0(tiny_checkpoint: Path, t
     page = tool("llama-quantize", "--help")
     assert "TP2_0" in page.stdout + page.stderr and "TP2_1" in page.stdout + page.stderr
     bf16, out = tmp_path / "bf16.gguf", tmp_path / "q.gguf"
-    convert.convert(tiny_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=bf16))
+    conversion.convert(tiny_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=bf16))
     runtime.run_tool("llama-quantize", str(bf16), str(out), "TP2_0", "2")
     with Reader(out) as r, Reader(bf16) as source:
         t = r.by_name["blk.0.attn_q.weight"]
@@ -282,7 +294,7 @@ def refused(path: Path, *args: object) -> str:
 
 def test_loader_refuses_another_format_version(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    convert.convert(tiny_checkpoint, path)
+    conversion.convert(tiny_checkpoint, path)
     key = b"ptqtp.format_version" + (4).to_bytes(4, "little")
     bad = damaged(path, tmp_path / "bad.gguf", key + fmt.FORMAT_VERSION.to_bytes(4, "little"), key + b"\x63\0\0\0")
     text = refused(bad)
@@ -291,7 +303,7 @@ def test_loader_refuses_another_format_version(tiny_checkpoint: Path, tmp_path: 
 
 def test_check_tensors_finds_a_word_that_no_packer_writes(tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    convert.convert(tiny_checkpoint, path)
+    conversion.convert(tiny_checkpoint, path)
     good = tool("llama-completion", "-m", path, "-p", "x", "-n", "1", "--check-tensors", "-no-cnv")
     assert good.returncode == 0, good.stderr[-500:]
     with Reader(path) as r:
@@ -374,7 +386,7 @@ def test_unknown_architecture(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config["architectures"] = ["FrobnicatorForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="does not know the architecture FrobnicatorForCausalLM"):
-        convert.convert(folder, tmp_path / "out.gguf")
+        conversion.convert(folder, tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*"))
 
 
@@ -384,7 +396,7 @@ def test_checkpoint_without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> 
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match="converter failed") as e:
-        convert.convert(folder, tmp_path / "out.gguf")
+        conversion.convert(folder, tmp_path / "out.gguf")
     assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("*out*"))
 
@@ -405,7 +417,7 @@ def test_a_file_that_the_runtime_cannot_load(tiny_gguf: Path, cli) -> None:
 def test_keep_bf16_does_not_overwrite(demo_checkpoint: Path, demo_files: dict[str, Path], tmp_path: Path) -> None:
     before = demo_files["bf16"].stat()
     with pytest.raises(OutputError, match="exists already"):
-        convert.convert(demo_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=demo_files["bf16"]))
+        conversion.convert(demo_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=demo_files["bf16"]))
     assert demo_files["bf16"].stat() == before
     assert checkpoint.is_gguf(demo_files["bf16"])
 
@@ -422,5 +434,5 @@ def test_nan_in_a_checkpoint_is_named_by_its_folder(tiny_checkpoint: Path, tmp_p
     tensors[name][3, 4] = torch.nan
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"damaged: tensor blk\.\d\.ffn_down\.weight holds nan at row 3, column 4"):
-        convert.convert(folder, tmp_path / "out.gguf")
+        conversion.convert(folder, tmp_path / "out.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["damaged"]

@@ -1,0 +1,252 @@
+"""A file behind an OpenAI-compatible HTTP server: llama.cpp's llama-server as a child that does not outlive us."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import os
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from . import runtime
+from .errors import InputError, OutputError, ServerError
+from .plan import Progress, no_progress
+
+STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save
+PROMPT_CACHE = 1024  # MiB; llama-server's own default of 8 GiB is more than many machines have
+# ends the server when our end of the pipe closes without a word, however we died; needs a shell, so not on Windows
+GUARD = 'read -r word || kill -KILL "$1"'
+
+
+class Server:
+    """Serves a GGUF file. Use as a context manager, or start() and stop().
+
+        with Server(Path("model.gguf")) as server:
+            client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+
+    host          address to listen on; anything but a loopback address needs expose=True
+    port          0 = any free one; then see .port
+    ctx           tokens of context a request may use, prompt and answer; 0 = as trained, at most 4096
+    threads       0 = llama.cpp's default
+    parallel      requests answered at the same time, each with a context of its own
+    api_key_file  a key a line, one of which a client must then send; the environment's LLAMA_API_KEY does the same
+    alias         the model's name for clients, else the file's without .gguf
+    log           file to append the server's log to
+
+    The model's file is all that it reads, the network is not asked for anything, web pages of other origins than
+    localhost may not use it, and LLAMA_ARG_* of the environment do not count. Where there is a POSIX shell the server
+    ends even if this process is killed; on Windows only stop() ends it.
+    """
+
+    def __init__(
+        self, path: Path, *, host: str = "127.0.0.1", port: int = 0, ctx: int = 0, threads: int = 0, parallel: int = 1,
+        expose: bool = False, api_key_file: Path | None = None, alias: str | None = None, log: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.host, self.port = path, host, port
+        self.threads, self.parallel, self.api_key_file, self.log = threads, parallel, api_key_file, log
+        self.name = alias or path.name.removesuffix(".gguf")
+        if not (is_loopback(host) or expose):
+            raise ServerError(
+                f"--host {host} would let other machines use the server; if that is meant, give --expose and an "
+                "--api-key-file, else leave the host at 127.0.0.1"
+            )
+        self.ctx = runtime.context_for(path, ctx)
+        self.has_key = bool(_keys(api_key_file) or os.environ.get("LLAMA_API_KEY"))
+        self.process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
+        self._lines: deque[str] = deque(maxlen=40)
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it; clients of OpenAI's API want "/v1" behind it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Of llama-server, while it runs."""
+        return self.process.pid if self.process else None
+
+    def start(self, progress: Progress = no_progress, timeout: float = 600.0) -> None:
+        """Start the server and wait until it has loaded the model; timeout in seconds.
+
+        Raises ServerError if the port cannot be had or the server dies, RuntimeMissing without the patched runtime.
+        """
+        program = runtime.tool("llama-server")
+        self.port = free_port(self.host, self.port)
+        command = [
+            str(program), "--model", str(self.path), "--host", self.host, "--port", str(self.port),
+            "--alias", self.name, "--ctx-size", str(self.ctx * self.parallel), "--parallel", str(self.parallel),
+            "--cache-ram", str(PROMPT_CACHE), "--cors-origins", "localhost", "--offline", "--no-ui", "--no-slots",
+            *(["--threads", str(self.threads)] if self.threads else []),
+            *(["--api-key-file", str(self.api_key_file)] if self.api_key_file else []),
+        ]  # fmt: skip
+        # what the caller said is what runs; a key that is set but empty would let everybody in who sends none
+        env = {
+            k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_") and (k, v) != ("LLAMA_API_KEY", "")
+        }
+        log = self._open_log()
+        try:
+            # a session of its own: Ctrl-C in the terminal is for us, and we end it in order
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as e:
+            if log:
+                log.close()
+            raise ServerError(f"{program}: cannot be started: {e.strerror}; build the runtime again") from None
+        try:
+            self._reader = threading.Thread(target=self._read, args=(self.process.stdout, log), daemon=True)
+            self._reader.start()
+            self._guard = _guard(self.process.pid)
+            self._until_ready(progress, timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self) -> None:
+        """Wait for as long as it serves. Raises ServerError when it has died."""
+        assert self.process is not None
+        self.process.wait()
+        raise self._died()
+
+    def stop(self) -> None:
+        """End it, and what belongs to it. Does nothing if it does not run."""
+        if (process := self.process) is None:
+            return
+        self.process = None
+        try:
+            process.terminate()
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also when a second Ctrl-C comes while it waits
+            process.kill()
+            process.wait()
+            if self._guard is not None and self._guard.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self._guard.stdin.write(b"done\n")
+                    self._guard.stdin.close()
+                self._guard.wait()
+            if self._reader is not None:
+                self._reader.join()
+
+    def __enter__(self) -> Server:
+        if self.process is None:
+            self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def _open_log(self) -> BinaryIO | None:
+        try:
+            return open(self.log, "ab") if self.log else None
+        except OSError as e:
+            raise OutputError(f"{self.log}: cannot write the log: {e.strerror}") from None
+
+    def _read(self, pipe: BinaryIO, log: BinaryIO | None) -> None:
+        with pipe, log or contextlib.nullcontext():
+            for raw in pipe:
+                if b"api_keys:" in raw:  # the end of a key
+                    continue
+                if log:
+                    log.write(raw)
+                    log.flush()
+                if text := raw.decode(errors="replace").strip():
+                    self._lines.append(text)
+
+    def _until_ready(self, progress: Progress, timeout: float) -> None:
+        assert self.process is not None
+        end = time.monotonic() + timeout
+        while not (self._healthy() and self.process.poll() is None):
+            if self.process.poll() is not None:
+                raise self._died()
+            if time.monotonic() > end:
+                raise ServerError(f"{self.path}: the server was not ready within {timeout:.0f} s; {self._last()}")
+            progress("loading", 0, 0, self.path.name)
+            time.sleep(0.05)
+
+    def _healthy(self) -> bool:
+        host = self.url.removeprefix("http://").rsplit(":", 1)[0].strip("[]")
+        connection = http.client.HTTPConnection(host, self.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _died(self) -> ServerError:
+        assert self.process is not None
+        if self._reader is not None:
+            self._reader.join(5)
+        code = self.process.returncode
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return ServerError(f"{self.path}: llama-server {how}: {self._last()}")
+
+    def _last(self) -> str:
+        """The line of the log that tells most."""
+        lines = list(self._lines)
+        errors = [x for x in lines if re.match(r"[\d.]+ E ", x)]
+        found = (errors or lines or ["it has printed nothing"])[-1]
+        return re.sub(r"^[\d.]+ [A-Z] ", "", found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there. Names but localhost count as not."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0, tried before a model is loaded. Raises ServerError if it cannot be had."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as s:
+            if os.name != "nt":  # there it would share the port
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+            return int(s.getsockname()[1])
+    except socket.gaierror:
+        raise ServerError(f"--host {host}: no such address; give an address of this machine") from None
+    except OSError as e:
+        reason = (e.strerror or str(e)).lower()
+        raise ServerError(f"{host} port {port}: {reason}; give another --port, or 0 for any free one") from None
+
+
+def _keys(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot read API keys: {getattr(e, 'strerror', None) or 'not text'}") from None
+    keys = [line for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise InputError(f"{path}: holds no API key; write one a line")
+    return keys
+
+
+def _guard(pid: int) -> subprocess.Popen[bytes] | None:
+    if os.name == "nt":
+        return None
+    command = ["/bin/sh", "-c", GUARD, "sh", str(pid)]
+    nowhere = subprocess.DEVNULL
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    except FileNotFoundError:  # no shell, no guard
+        return None
