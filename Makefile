@@ -36,7 +36,7 @@ $(DEPS): constraints.txt pyproject.toml
 	$(PIP) install -c constraints.txt scikit-build-core cmake ninja
 	$(PIP) install -c constraints.txt numpy gguf typer rich diskcache jinja2 typing-extensions \
 	  torch transformers huggingface_hub accelerate safetensors sentencepiece protobuf \
-	  pytest pytest-xdist hypothesis matplotlib ruff mypy clang-format
+	  pytest pytest-xdist hypothesis matplotlib openai playwright ruff mypy clang-format
 	@touch $@
 
 # The tool knows itself what changed: it is asked each time the inputs are newer, and compiles what it must.

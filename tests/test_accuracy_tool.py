@@ -17,7 +17,7 @@ import pytest
 from helpers import REPO
 
 from ptqtp_gguf import runtime
-from ptqtp_gguf.convert import convert
+from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.options import Options
 
 sys.path.insert(0, str(REPO / "tools"))
@@ -189,19 +189,6 @@ def test_what_llama_perplexity_prints(run: Run, tmp_path: Path) -> None:
 
 
 # ---- without a runtime ----
-
-
-def test_calibration_is_not_the_scored_text(tmp_path: Path) -> None:
-    lines = [f"Line {i} of a text that is long enough to be told from every other line there is." for i in range(200)]
-    text, calib = tmp_path / "text.txt", tmp_path / "calib.txt"
-    text.write_text("\n".join(lines[:100]))
-    calib.write_text("\n".join(lines[100:]))
-    base.check_apart(calib, [text])
-    for overlap, message in ((98, r"2\.0 % of its long lines stand in the scored text text.txt"), (0, "is the scored")):
-        calib.write_text("\n".join(lines[overlap : overlap + 100]))
-        base.sha256.cache_clear()
-        with pytest.raises(base.Stop, match=message):
-            base.check_apart(calib, [text])
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,24 @@ ORDER = [
     "quantize", "quantize.nvidia", "quantize.cuda", "quantize.plane_ops", "quantize.calibrated", "reading", "gguf_io",
     "output", "runtime", "ggml", "imatrix", "pickles", "checkpoint", "hub", "_converter_child", "stream", "recipe",
     "budget", "card", "encode", "source", "mapping", "plan", "memory", "blocks", "sampling", "texts", "moments",
+    "distance",
     "calibration", "inorder", "sensitivity", "quantize.tune_settings", "quantize.student", "quantize.tuner",
     "quantize.tuned", "metadata", "journal", "parts", "stages", "resume", "planes", "transcode", "verify", "options",
-    "prepare", "results", "convert", "export", "inspect", "terminal", "cli", "__main__",
+    "prepare", "results", "conversion", "peers", "export", "inspect", "histograms", "difference",
+    "scoring", "records", "evaltext", "evaluation", "generation",
+    "energy", "_load_child", "machine", "roofline", "rounds", "pairing", "bench",
+    "document", "comparison", "findings", "plots", "report", "server", "chatting",
+    "terminal", "listing", "tables", "commands.common",
+    "commands.bench",
+    "commands.chat",
+    "commands.compare",
+    "commands.convert",
+    "commands.diff",
+    "commands.evaluate",
+    "commands.files",
+    "commands.generate",
+    "commands.serve",
+    "commands", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {  # _converter_child runs in the converter's process, with the converter's own gguf-py
     "gguf": {"gguf_io", "_converter_child"},
@@ -50,6 +65,9 @@ DOORS = {  # _converter_child runs in the converter's process, with the converte
     },
     "huggingface_hub": {"hub"},
     "cuda": {"quantize.nvidia"},
+    "matplotlib": {"plots"},
+    "jinja2": {"report", "runtime"},
+    "markupsafe": {"report"},
 }
 MAX_LINES = 500
 

@@ -13,7 +13,7 @@ from ptqtp_gguf import __version__
 def test_help_names_every_command_with_an_example(cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
-    for command in ("convert", "export-q4_0", "inspect", "run"):
+    for command in ("convert", "export-q4_0", "inspect", "run", "chat", "serve"):
         assert command in done.stdout
         page = cli(command, "--help")
         assert page.returncode == 0

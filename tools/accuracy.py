@@ -43,7 +43,6 @@ from accuracy_base import (
     Stop,
     Tools,
     block_of,
-    check_apart,
     commit,
     facts,
     is_whole,
@@ -54,6 +53,7 @@ from accuracy_base import (
 
 from ptqtp_gguf.errors import PtqtpError
 from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.peers import check_apart
 
 TYPES = "Q8_0 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS Q3_K_M Q3_K_S IQ3_M IQ3_S IQ3_XXS TQ1_0".split()
 ONLY_WITH_IMATRIX = {"IQ3_XXS"}  # llama-quantize would make it without, but nobody publishes such files
@@ -382,7 +382,9 @@ def work_through(args: argparse.Namespace, results: Results, argv: list[str]) ->
         if path and not path.is_file():
             raise Stop(f"{path}: no such file")
     if args.calib:
-        check_apart(args.calib, [t for t in (args.text, args.text2) if t])
+        for text in filter(None, (args.text, args.text2)):
+            learned, scored = (p.read_text(errors="replace") for p in (args.calib, text))
+            check_apart(learned, args.calib.name, scored, text.name)
     args.bin = args.bin or default_tools()
     args.bin_ours = args.bin_ours or (default_tools() if args.ours or args.make else args.bin)
     tools = Tools(args.minutes)

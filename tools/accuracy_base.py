@@ -14,17 +14,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from ptqtp_gguf.gguf_io import TYPE_IDS, Reader, TensorInfo, type_block
+from ptqtp_gguf.inspect import inspect
 
 REPO = Path(__file__).resolve().parent.parent
 NOMINAL = {"IQ3_M": "IQ3_S", "IQ2_M": "IQ2_S"}  # mixtures whose name is no type; Q4_K_M and the like lose their suffix
-SHARED_LINES = 0.01  # of the calibration text's long lines; licence headers are shared by chance, articles are not
-LONG_LINE = 60  # characters
 
 Row = dict[str, Any]
 
@@ -166,13 +164,11 @@ def facts(path: Path, block: int, weights: int | None = None) -> Row:
     block    weights a block of the type that was asked for: rows that are no multiple of it fall back to another
     weights  of the reference: then bits per weight count a head stored apart as what it costs
     """
+    report = inspect(path)
     with Reader(path) as r:
         matrices = [t for t in r.tensors if is_block_matrix(t)]
-        shares: Counter[str] = Counter()
-        for t in matrices:
-            shares[t.type_name] += t.n_weights
-        total = sum(shares.values())
-        weights = weights or sum(t.n_weights for t in r.tensors)
+        total = sum(t.n_weights for t in matrices)
+        weights = weights or report.weights
         digest = hashlib.sha256(repr([(t.name, t.shape, t.type) for t in r.tensors]).encode())
         for t in r.tensors:
             digest.update(r.bytes_of(t).data)
@@ -181,8 +177,8 @@ def facts(path: Path, block: int, weights: int | None = None) -> Row:
             "size": r.size,
             "weights": weights,
             "bpw": 8 * r.size / weights,
-            "bpw_blocks": 8 * sum(t.nbytes for t in matrices) / total,
-            "shares": {name: n / total for name, n in shares.most_common()},
+            "bpw_blocks": report.bpw_blocks,
+            "shares": report.types,
             "fell_back": sum(t.n_weights for t in matrices if t.shape[0] % block) / total,
             "embedding": kind.get("token_embd.weight", "none"),
             "head": kind.get("output.weight", "tied"),
@@ -196,24 +192,6 @@ def block_of(kind: str) -> int:
         if name in TYPE_IDS:
             return type_block(TYPE_IDS[name])
     raise Stop(f"--types: {kind} is no type of llama-quantize's known here")
-
-
-def long_lines(path: Path) -> set[str]:
-    return {line.strip() for line in path.read_text(errors="replace").splitlines() if len(line.strip()) >= LONG_LINE}
-
-
-def check_apart(calib: Path, texts: list[Path]) -> None:
-    """Refuse to calibrate on what is scored. Raises Stop."""
-    learned = long_lines(calib)
-    for text in texts:
-        if calib.samefile(text) or sha256(calib) == sha256(text):
-            raise Stop(f"--calib {calib.name} is the scored text {text.name}; calibrate on another one")
-        shared = len(learned & long_lines(text)) / max(1, len(learned))
-        if shared > SHARED_LINES:
-            raise Stop(
-                f"--calib {calib.name}: {100 * shared:.1f} % of its long lines stand in the scored text {text.name}, "
-                f"the limit is {100 * SHARED_LINES:.0f} %; calibrate on another text"
-            )
 
 
 class Results:

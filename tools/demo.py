@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import compare_q4
 import demo_model
 from rich.console import Console
 
@@ -48,8 +47,10 @@ def main(folder: Path) -> int:
     code += "temperature=0)['choices'][0]['text'])"
     step("5. The same from plain llama-cpp-python", "python", "-c", code)
     step("6. The lossless Q4_0 twin, for runtimes that are not patched", "ptqtp-gguf", "export-q4_0", ours, twin, "-f")
-    step("7. Compare with Q4_0, on this machine (perplexity on a short text: for comparison only)")
-    return compare_q4.main(["--reference", bf16, f"TP2_1={ours}", f"its Q4_0 twin={twin}", "Q4_0", "Q8_0"])
+    words = f"compare {bf16} --ours TP2_1={ours} --against Q4_0,Q8_0 --windows 6 --no-generation --rounds 3"
+    words += f" --prompt 128 --generate 32 --cache {folder / 'cache'} --output {folder / 'report'} --force"
+    step("7. Compare with Q4_0, on this machine (on a short text: for comparison only)", "ptqtp-gguf", *words.split())
+    return 0
 
 
 if __name__ == "__main__":

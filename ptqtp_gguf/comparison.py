@@ -1,0 +1,288 @@
+"""Is it better than my Q4? Files of one model, ours and stock, made and measured on this machine, in one document.
+
+Steps: the files (peers.py), perplexity and divergence, generation, errors of tensors, speed. Each keeps what it has
+finished: files and windows in the cache, rounds of the benchmark beside the report; a comparison that was stopped goes
+on when it is begun again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import __version__, machine, runtime
+from .bench import bench
+from .conversion import local
+from .difference import tensor_errors
+from .document import SCHEMA
+from .errors import CalibrationError, InputError, Interrupted, OutputError
+from .evaltext import load_text, open_files
+from .evaluation import evaluate
+from .format import BY_NAME
+from .generation import generate
+from .histograms import plane_statistics
+from .inspect import inspect
+from .options import Options
+from .output import cache_folder, write_text
+from .peers import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
+from .plan import Progress, no_progress
+from .reading import file_sha256
+from .rounds import Round
+from .texts import load as load_calibration
+
+PEERS = ("Q4_0", "Q4_K_M", "IQ4_XS", "Q3_K_M")
+WINDOWS = 32
+ROUNDS_FILE = ".rounds.json"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare, and how.
+
+    against     types of llama-quantize, and files: FILE or LABEL=FILE
+    ours        TP types to be made of the source, and files
+    text        to score, None = the small built-in one; ctx: tokens a window; windows: at most, 0 = all
+    generation  also greedy agreement and cloze questions
+    prompt, generate, threads, rounds   of the benchmark, see bench.bench; rounds 0 = none; threads () = all cores
+    imatrix     importance matrix for all that is made; else it is made of the options' calibration text
+    cache       folder of files and records, None = cache_folder("compare"); fresh: make and measure all anew
+    """
+
+    against: tuple[str, ...] = PEERS
+    ours: tuple[str, ...] = ("TP2_1",)
+    text: Path | None = None
+    ctx: int = 512
+    windows: int = WINDOWS
+    generation: bool = True
+    prompt: tuple[int, ...] = (128, 512)
+    generate: tuple[int, ...] = (64,)
+    threads: tuple[int, ...] = ()
+    rounds: int = 5
+    imatrix: Path | None = None
+    cache: Path | None = None
+    fresh: bool = False
+    command: str = ""
+
+
+class Stopped(Interrupted):
+    """Ctrl-C. document: what was finished until then."""
+
+    def __init__(self, text: str, document: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.document = document
+
+
+@dataclass
+class Comparison:
+    """A comparison under way. document: what is measured so far, as report.json has it (document.py)."""
+
+    source: Path
+    output: Path
+    settings: Settings
+    options: Options
+    progress: Progress
+    document: dict[str, Any] = field(default_factory=dict)
+    reference: Path = Path()
+    made: list[Made] = field(default_factory=list)
+
+    @property
+    def cache(self) -> Path:
+        return self.settings.cache or cache_folder("compare")
+
+    @property
+    def records(self) -> Path | None:
+        """Where evaluations are kept."""
+        return None if self.settings.fresh else self.cache / "eval"
+
+    def row(self, label: str) -> Row:
+        return next(r for r in self.document["rows"] if r["label"] == label)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [m.path for m in self.made]
+
+
+def compare(
+    source: Path, output: Path, settings: Settings | None = None, options: Options | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Make what is to be compared, measure it on this machine, and return the document that a report is made of.
+
+    source   checkpoint folder, hub id, or a GGUF in 16 or 32 bits
+    output   folder of the report; kept in it meanwhile: what would be lost if the comparison were stopped
+    options  of our own conversions
+    Raises Stopped for Ctrl-C, which has the document of what was finished; subclasses of PtqtpError.
+    """
+    settings, options = settings or Settings(), options or Options()
+    run = Comparison(source, output, settings, options, progress)
+    items = _check(run)
+    run.source = local(source, progress)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OutputError(f"{output}: cannot be made: {e.strerror}; choose another --output") from None
+    try:
+        _files(run, items)
+        _quality(run)
+        if settings.generation:
+            _generation(run)
+        _tensors(run)
+        _speed(run)
+    except KeyboardInterrupt:
+        kept = "what is finished is kept; run the same command again to go on"
+        raise Stopped(f"interrupted; {kept}", run.document) from None
+    return run.document
+
+
+def _check(run: Comparison) -> list[Item]:
+    """All that can be wrong before the long work."""
+    s = run.settings
+    runtime.version()
+    items = parse_items([*s.ours, *s.against])
+    if not items:
+        raise InputError("nothing to compare; name types or files by --ours and --against")
+    texts = run.options.calibration.texts
+    require_imatrix(items, bool(s.imatrix or texts))
+    if any(i.type in BY_NAME and i.type != "TP2_1" for i in items) and texts:
+        raise CalibrationError("--calib makes TP2_1 only; leave --calib out, or the other types of --ours")
+    scored = load_text(s.text)
+    for spec in texts:
+        learned = load_calibration(spec)
+        if learned.text is not None:
+            check_apart(learned.text, spec, scored.text, scored.name)
+    return items
+
+
+# ---- the steps ----
+
+
+def _files(run: Comparison, items: Sequence[Item]) -> None:
+    s, options = run.settings, run.options
+    store = Store(run.cache / "files", s.fresh)
+    run.reference, sha = reference_of(run.source, store, run.progress)
+    given = [i.path for i in items if i.path]
+    open_files([run.reference, *given], run.progress)
+    imatrix, imatrix_sha = s.imatrix, ""
+    if imatrix:
+        imatrix_sha = file_sha256(imatrix)
+    elif options.calibration.texts:
+        threads = options.threads
+        imatrix, imatrix_sha = imatrix_of(options.calibration.texts, run.reference, sha, store, threads, run.progress)
+    if not run.source.is_dir():  # a GGUF is not calibrated with: its importance matrix has to do
+        options = replace(options, calibration=replace(options.calibration, texts=(), tune=False))
+    shop = Workshop(run.source, run.reference, sha, store, options, imatrix, imatrix_sha, run.progress)
+    report = inspect(run.reference)
+    tokens = report.metadata.get("tokenizer.ggml.tokens")
+    run.document |= {
+        "schema": SCHEMA,
+        "model": {
+            "name": str(report.metadata.get("general.name") or shop.name),
+            "source": run.source.name,
+            "weights": report.weights,
+            "vocab": len(tokens) if isinstance(tokens, list) else None,
+            "architecture": str(report.metadata.get("general.architecture")),
+        },
+        "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": s.command,
+        "versions": {"ptqtp_gguf": __version__, "runtime": runtime.version()},
+        "machine": machine.describe().as_dict(),
+        "text": None,
+        "bench": None,
+        "warnings": [],
+        "rows": [_facts(Made("reference", "reference", run.reference, sha), report.weights)],
+    }
+    for item in items:
+        run.made.append(shop.make(item))
+        run.document["rows"].append(_facts(run.made[-1], report.weights))
+
+
+def _facts(made: Made, weights: int) -> Row:
+    """A row before anything is measured. weights: of the reference; a head stored apart counts as what it costs."""
+    report = inspect(made.path)
+    return {
+        "label": made.label, "kind": made.kind, "file": made.path.name, "sha256": made.sha256, "made": made.made,
+        "size": report.size, "bpw": 8 * report.size / weights,
+        "bpw_blocks": report.bpw_blocks, "types": report.types,
+        "quality": None, "generation": None, "speed": [], "ratios": {}, "load_s": None, "ttft_s": None,
+        "peak_memory": None, "energy": None, "token_bytes": None, "tensors": [], "digits": None, "scales": None,
+    }  # fmt: skip
+
+
+def _quality(run: Comparison) -> None:
+    s = run.settings
+    done = evaluate(
+        run.reference, run.paths, text=s.text, ctx=s.ctx, windows=s.windows, threads=run.options.threads,
+        state=run.records, progress=run.progress,
+    )  # fmt: skip
+    run.document["text"] = done.text.as_dict()
+    run.document["warnings"] += done.warnings
+    if done.reference:
+        run.row("reference")["quality"] = done.reference.as_dict()
+    for made, quality in zip(run.made, done.quality, strict=True):
+        run.row(made.label)["quality"] = quality.as_dict()
+
+
+def _generation(run: Comparison) -> None:
+    done = generate(run.reference, run.paths, threads=run.options.threads, state=run.records, progress=run.progress)
+    for made, found in zip(run.made, done, strict=True):
+        run.row(made.label)["generation"] = found.as_dict()
+
+
+def _tensors(run: Comparison) -> None:
+    for made in run.made:
+        row = run.row(made.label)
+        row["tensors"] = tensor_errors(made.path, run.reference, run.progress, run.options.threads)
+        total = plane_statistics(made.path, run.progress).total
+        if total:
+            row |= total.as_dict()
+
+
+def _speed(run: Comparison) -> None:
+    s = run.settings
+    if not s.rounds:
+        return
+    rounds = _Rounds(run.output / ROUNDS_FILE, [m.sha256 for m in run.made], s)
+
+    def measured(count: int, progress: Progress) -> None:
+        done = bench(
+            run.paths, labels=[m.label for m in run.made], prompt=s.prompt, generate=s.generate,
+            threads=s.threads or None, rounds=count, done=list(rounds.done), keep=rounds.keep, progress=progress,
+        ).as_dict()  # fmt: skip
+        run.document |= {"machine": done["machine"], "bench": done["bench"]}
+        run.document["warnings"] += done["warnings"]
+        for row in done["rows"]:
+            run.row(row["label"]).update(row)
+
+    try:
+        measured(s.rounds, run.progress)
+    except KeyboardInterrupt:
+        if rounds.done:
+            measured(len(rounds.done), no_progress)
+        raise
+    rounds.path.unlink(missing_ok=True)
+
+
+class _Rounds:
+    """Rounds of the benchmark that a stopped comparison has measured, for the next one of the same files."""
+
+    def __init__(self, path: Path, files: Iterable[str], s: Settings) -> None:
+        of = [sorted(files), s.prompt, s.generate, s.threads]
+        self.path, self.key = path, hashlib.sha256(json.dumps(of).encode()).hexdigest()
+        self.done: list[Round] = []
+        try:
+            held = json.loads(path.read_text())
+            if held["key"] == self.key and not s.fresh:
+                self.done = list(held["rounds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+
+    def keep(self, found: Round) -> None:
+        self.done.append(found)
+        write_text(self.path, json.dumps({"key": self.key, "rounds": self.done}))
