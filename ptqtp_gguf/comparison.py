@@ -175,7 +175,11 @@ def _files(run: Comparison, items: Sequence[Item]) -> None:
     elif options.calibration.texts:
         threads = options.threads
         imatrix, imatrix_sha = imatrix_of(options.calibration.texts, run.reference, sha, store, threads, run.progress)
-    if not run.source.is_dir():  # a GGUF is not calibrated with: its importance matrix has to do
+    warnings = []
+    if options.calibration.texts and not run.source.is_dir():
+        warnings.append(
+            "the source is a GGUF: of --calib only an importance matrix was made; give the checkpoint for more"
+        )
         options = replace(options, calibration=replace(options.calibration, texts=(), tune=False))
     shop = Workshop(run.source, run.reference, sha, store, options, imatrix, imatrix_sha, run.progress)
     report = inspect(run.reference)
@@ -195,7 +199,7 @@ def _files(run: Comparison, items: Sequence[Item]) -> None:
         "machine": machine.describe().as_dict(),
         "text": None,
         "bench": None,
-        "warnings": [],
+        "warnings": warnings,
         "rows": [_facts(Made("reference", "reference", run.reference, sha), report.weights)],
     }
     for item in items:

@@ -160,15 +160,13 @@ class Workshop:
         return self.source.name if self.source.is_dir() else self.source.stem
 
     def make(self, item: Item) -> Made:
-        """Raises what convert raises; RuntimeMissing where llama-quantize fails."""
+        """Raises what conversion.convert raises; RuntimeMissing where llama-quantize fails."""
         if item.path is not None:
             return Made(item.label, item.kind, item.path, file_sha256(item.path))
         return self._ours(item) if item.kind == "ours" else self._stock(item)
 
     def _ours(self, item: Item) -> Made:
         how = replace(self.options, type=item.type)
-        if how.calibration.wanted and item.type != "TP2_1":
-            raise CalibrationError(f"{item.type}: --calib makes TP2_1 only; leave {item.type} or --calib out")
         weighed = None if how.calibration.wanted else self.imatrix
         how = replace(how, imatrix=weighed)
         source = self.source if how.calibration.wanted else self.reference

@@ -130,12 +130,27 @@ def test_calibrated_text_is_for_all(reference: Path, settings: Settings, tmp_pat
         assert "--imatrix imatrix.gguf" in with_text["made"] and "imatrix" not in without["made"]
         assert with_text["sha256"] != without["sha256"]
     assert found["bench"] is None and found["rows"][1]["speed"] == []
+    assert any("only an importance matrix was made" in w for w in found["warnings"])
     scored = replace(settings, text=text, ours=("TP2_1",))
     with pytest.raises(CalibrationError, match=r"is the scored text calib\.txt"):
         compare(reference, tmp_path / "c", scored, options)
     with pytest.raises(CalibrationError, match="--calib makes TP2_1 only"):
         compare(reference, tmp_path / "c", settings, options)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.hf
+def test_ours_of_a_checkpoint_is_calibrated(tiny_checkpoint: Path, settings: Settings, tmp_path: Path) -> None:
+    text = tmp_path / "calib.txt"
+    text.write_text("\n".join(f"Line {i} tells of {i * 7 % 11} things that nobody else has seen." for i in range(900)))
+    options = Options(calibration=Calibration(texts=(str(text),), tokens=512, window=64), device="cpu")
+    settings = replace(settings, ours=("TP2_1",), rounds=0)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(peers, "IMATRIX_CHUNKS", 2)
+        ours, stock = compare(tiny_checkpoint, tmp_path / "out", settings, options)["rows"][1:]
+    assert ours["made"].endswith("--calib calib.txt") and "--imatrix imatrix.gguf" in stock["made"]
+    plain = compare(tiny_checkpoint, tmp_path / "out", settings)["rows"][1]
+    assert plain["sha256"] != ours["sha256"] and plain["made"].endswith("TP2_1.gguf")
 
 
 def test_what_is_refused(

@@ -47,7 +47,7 @@ def main(folder: Path) -> int:
     code += "temperature=0)['choices'][0]['text'])"
     step("5. The same from plain llama-cpp-python", "python", "-c", code)
     step("6. The lossless Q4_0 twin, for runtimes that are not patched", "ptqtp-gguf", "export-q4_0", ours, twin, "-f")
-    words = f"compare {bf16} --ours TP2_1={ours} --against Q4_0,Q8_0 --windows 6 --no-generation --rounds 3"
+    words = f"compare {bf16} --ours TP2_1={ours} --against Q4_0,Q8_0 --windows 6 --no-generation --rounds 5"
     words += f" --prompt 128 --generate 32 --cache {folder / 'cache'} --output {folder / 'report'} --force"
     step("7. Compare with Q4_0, on this machine (on a short text: for comparison only)", "ptqtp-gguf", *words.split())
     return 0
