@@ -188,9 +188,8 @@ def load(path: Path, *, n_ctx: int = 2048, threads: int | None = None, verbose: 
 
     Raises RuntimeMissing without the patched runtime, InputError if it cannot load the file.
     """
-    version()
+    llama_cpp = _llama()
     import jinja2  # llama_cpp compiles the file's chat template with it
-    import llama_cpp
 
     try:
         return llama_cpp.Llama(str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=verbose)
