@@ -24,6 +24,7 @@ class Calibration:
 
     texts        what --calib names: files, builtin, self, data sets of the hub
     tokens       for calibration, 0 = TOKENS_GPU or TOKENS_CPU; tune_tokens: for tuning, at most
+    tune_texts   what to tune on, () = texts; tune_planes: train the levels too, not only their scales
     window       tokens a window
     hessians     folder of second moments, made or taken; None = in order, nothing kept
     fisher       weigh tokens by how much an error in them matters (sensitivity.py); in order only
@@ -37,6 +38,8 @@ class Calibration:
     tune: bool = False
     tune_tokens: int = 1 << 22
     tune_steps: int = 600
+    tune_texts: tuple[str, ...] = ()
+    tune_planes: bool = False
     settings: Settings = field(default_factory=Settings)
 
     @property
@@ -45,7 +48,7 @@ class Calibration:
 
     @property
     def tuning(self) -> TuneSettings:
-        return TuneSettings(steps=self.tune_steps)
+        return TuneSettings(steps=self.tune_steps, train_planes=self.tune_planes, every=max(50, self.tune_steps // 20))
 
     def decisive(self) -> dict[str, object]:
         """What decides the planes, by the name that the command line has for it; a file by its checksum."""
@@ -55,18 +58,27 @@ class Calibration:
             "--calib": [_identity(t) for t in self.texts], "--calib-tokens": self.tokens, "--calib-window": self.window,
             "--hessians": str(self.hessians) if self.hessians else "none", "--fisher": self.fisher, "--tune": self.tune,
         }  # fmt: skip
-        tuned = {"--tune-tokens": self.tune_tokens, "--tune-steps": self.tune_steps} if self.tune else {}
-        return found | tuned
+        tuned = {
+            "--tune-tokens": self.tune_tokens, "--tune-steps": self.tune_steps, "--tune-planes": self.tune_planes,
+            "--tune-text": [_identity(t) for t in self.tune_texts],
+        }  # fmt: skip
+        return found | (tuned if self.tune else {})
 
     def described(self) -> str:
         """One line for the file's metadata."""
         if not self.texts:
             return "second moments of an earlier calibration"
-        names = ", ".join(Path(t).name if Path(t).is_file() else t for t in self.texts)
+        names = _shown(self.texts)
         how = "second moments" if self.hessians else "in order, Fisher-weighted" if self.fisher else "in order"
-        tuned = f"; tuned on at most {self.tune_tokens} tokens, {self.tune_steps} steps" if self.tune else ""
+        of = f" of {_shown(self.tune_texts)}" if self.tune_texts else ""
+        what = ", levels too" if self.tune_planes else ""
+        tuned = f"; tuned{what} on at most {self.tune_tokens} tokens{of}, {self.tune_steps} steps" if self.tune else ""
         most = f"at most {self.tokens} tokens" if self.tokens else "tokens"
         return f"{names}: {most} in windows of {self.window}, {how}{tuned}"
+
+
+def _shown(texts: tuple[str, ...]) -> str:
+    return ", ".join(Path(t).name if Path(t).is_file() else t for t in texts)
 
 
 def _identity(text: str) -> str:
@@ -144,6 +156,8 @@ def resolved(options: Options) -> Options:
         methods.find(method)
         if how.wanted:
             raise QuantizeError(f"--method {method} takes no calibration; leave out --calib, or --method")
+    if (how.tune_texts or how.tune_planes) and not how.tune:
+        raise QuantizeError("--tune-text and --tune-planes say how to tune; give --tune too")
     if how.tune and not how.texts:
         raise QuantizeError("--tune learns from text; give --calib FILE, builtin or self")
     if how.wanted and block_type(options.type).name != "TP2_1":

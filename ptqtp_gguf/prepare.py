@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 MIN_TOKENS = 64  # an expert that saw fewer is quantized by search
 HELD_OUT = 16  # one window of so many is never tuned on, but measured
+MOST_HELD_OUT = 64  # windows; a measure of more would cost as much as the steps between
 
 
 @contextmanager
@@ -77,7 +78,8 @@ class _Work:
         self.device = _device(options.device)
         self.n_tokens = self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
         self.found = None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path)
-        self.texts = [texts.load(t, lambda line: progress("calibration text", 0, 0, line)) for t in self.how.texts]
+        self.texts = self._load(self.how.texts)
+        self.tune_texts = self._load(self.how.tune_texts) or self.texts
         arch, layers = source.get("general.architecture"), None
         if isinstance(arch, str):
             layers = source.get(f"{arch}.block_count")
@@ -85,6 +87,9 @@ class _Work:
             raise CalibrationError(f"{source.path}: the metadata do not tell architecture and number of blocks")
         self.arch, self.layers = arch, layers
         _use_threads(options.threads)
+
+    def _load(self, specs: tuple[str, ...]) -> list[texts.Text]:
+        return [texts.load(t, lambda line: self.progress("calibration text", 0, 0, line)) for t in specs]
 
     def _checkpoint(self, why: str) -> Checkpoint:
         if self.found is None:
@@ -94,22 +99,34 @@ class _Work:
             )
         return self.found
 
-    def _tokens(self, n: int) -> NDArray[np.int64]:
-        """Windows of at most n tokens in all; the same ones for calibration and tuning, which takes more."""
-        found = self._checkpoint("--calib")
-        path = self.store.folder / "tokens.npy"
-        if not self.store.marked("tokens"):
-            most = max(self.n_tokens, self.how.tune_tokens if self.how.tune else 0)
-            windows = texts.tokens(self.texts, found, self.how.window, most, device=self.device, progress=self.progress)
-            if self.how.tune and (n_windows := min(len(windows), self.how.tune_tokens // self.how.window)) < HELD_OUT:
-                raise CalibrationError(
-                    f"--tune: {n_windows} windows of {self.how.window} tokens; at least {HELD_OUT} are needed, give "
-                    "more text"
-                )
+    def _tokens(self) -> NDArray[np.int64]:
+        """Windows to calibrate on."""
+        if self.how.tune:
+            self._tune_tokens()  # too little of it should be told before anything long begins
+        most = max(self.n_tokens, self.how.tune_tokens if self.how.tune and not self.how.tune_texts else 0)
+        return self._windows("tokens", self.texts, most)[: max(1, self.n_tokens // self.how.window)]
+
+    def _tune_tokens(self) -> NDArray[np.int64]:
+        """Windows to tune on; where the text is that of the calibration, its windows are the first of these."""
+        n, own = self.how.tune_tokens, bool(self.how.tune_texts)
+        name, most = ("tune-tokens", n) if own else ("tokens", max(self.n_tokens, n))
+        windows = self._windows(name, self.tune_texts, most)[: n // self.how.window]
+        if len(windows) < HELD_OUT:
+            raise CalibrationError(
+                f"--tune: {len(windows)} windows of {self.how.window} tokens; at least {HELD_OUT} are needed, give "
+                "more text"
+            )
+        return windows
+
+    def _windows(self, name: str, of: list[texts.Text], n: int) -> NDArray[np.int64]:
+        path = self.store.folder / f"{name}.npy"
+        if not self.store.marked(name):
+            found = self._checkpoint("--calib")
+            windows = texts.tokens(of, found, self.how.window, n, device=self.device, progress=self.progress)
             np.save(path, windows)
-            self.store.mark("tokens")
+            self.store.mark(name)
         held: NDArray[np.int64] = np.load(path)
-        return held[: max(1, n // self.how.window)]
+        return held
 
     # ---- calibration ----
 
@@ -139,14 +156,14 @@ class _Work:
             yield from open_moments(folder)
             return
         found = self._checkpoint("--calib")
-        tokens = self._tokens(self.n_tokens)
+        tokens = self._tokens()
         wanted = list(self.tensors)
         for layer in walk(found, tokens, self.arch, wanted, device=self.device, folder=folder, progress=self.progress):
             yield layer.moments
 
     def _in_order(self) -> None:
         found = self._checkpoint("--calib")
-        tokens = self._tokens(self.n_tokens)
+        tokens = self._tokens()
         first = self.store.blocks
         if first and not has_streams(self.store.folder, first):
             raise CalibrationError(
@@ -262,9 +279,8 @@ class _Work:
         import transformers
 
         found = self._checkpoint("--tune")
-        windows = self._tokens(self.how.tune_tokens)
-        place = np.arange(len(windows))  # texts take turns: the held-out place moves, or it were always the same text
-        held = (place + place // HELD_OUT) % HELD_OUT == HELD_OUT - 1
+        windows = self._tune_tokens()
+        held = _held_out(len(windows))
         self.progress("tuning", 0, self.how.tune_steps, "finding the model's tensors")
         with quiet():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -307,6 +323,14 @@ class _Work:
             t, link = links[hf]
             self.store.put_vector(t, values.numpy()[_rows(link, t.shape[0])] + np.float32(link.offset))
         self.store.mark("tuned")
+
+
+def _held_out(n: int) -> NDArray[np.bool_]:
+    """Which of n windows are measured, not tuned on. Texts take turns, so the place moves: no text has them all."""
+    each = max(HELD_OUT, -(-n // MOST_HELD_OUT))
+    place = np.arange(n)
+    held: NDArray[np.bool_] = (place + place // each) % each == each - 1
+    return held
 
 
 def _by_input(moments: dict[str, Moment]) -> list[list[str]]:

@@ -62,6 +62,13 @@ def convert(
     tune: Annotated[bool, typer.Option("--tune", help="Tune scales and norms on the text, end to end.")] = False,
     tune_tokens: Annotated[int, typer.Option(min=2, help="Tokens to tune on, at most.")] = 1 << 22,
     tune_steps: Annotated[int, typer.Option(min=1, help="Steps of tuning, at most.")] = 600,
+    tune_text: Annotated[
+        list[str] | None,
+        typer.Option(help="Tune on this text, not on that of --calib. Repeatable."),
+    ] = None,
+    tune_planes: Annotated[
+        bool, typer.Option("--tune-planes", help="Tune the trits too, not only scales and norms.")
+    ] = False,
     split_max_size: Annotated[str | None, typer.Option(help="Split the output into files of at most this: 2G.")] = None,
     override_kv: Annotated[
         list[str] | None, typer.Option(help="KEY=TYPE:VALUE in the metadata (int, float, bool, str). Repeatable.")
@@ -107,7 +114,8 @@ def convert(
         method=method, type=type, recipe=recipe, tensor_types=tuple(tensor_type or ()), imatrix=imatrix,
         calibration=Calibration(
             texts=tuple(calib or ()), tokens=calib_tokens, window=calib_window, hessians=hessians, fisher=fisher,
-            tune=tune, tune_tokens=tune_tokens, tune_steps=tune_steps,
+            tune=tune, tune_tokens=tune_tokens, tune_steps=tune_steps, tune_texts=tuple(tune_text or ()),
+            tune_planes=tune_planes,
         ),
         target_bpw=target_bpw, overrides=tuple(override_kv or ()),
         split_max_size=parse_size(split_max_size) if split_max_size else 0,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .student import Student
 
 MEASURED_TOGETHER = 8  # windows
+SAVING = 20  # a save of the state may take one part of so many of the time
 
 
 class Batches:
@@ -83,7 +84,7 @@ class Run:
         self.step, self.history, self.notes = 0, list[Measure](), list(student.notes)
         self.sum, self.count, self.done = 0.0, 0, False
         self.path: Path | None = None
-        self.saved, self.whole = time.monotonic(), True
+        self.saved, self.took, self.whole = time.monotonic(), 0.0, True
         scales, vectors = student.scales.value, student.vector_values.value
         self.scale0, self.vector0 = scales.clone(), vectors.clone()
         self.unit = torch.cat([change_unit(v) for v in student.vector_values.views(self.vector0)] or [vectors])
@@ -118,7 +119,7 @@ class Run:
             else:
                 self.one_step()
             self.report()
-            if time.monotonic() - self.saved > s.save_seconds:
+            if time.monotonic() - self.saved > max(s.save_seconds, SAVING * self.took):
                 self.save()
         self.save()
 
@@ -257,6 +258,7 @@ class Run:
 
         if self.path is None or not self.best or not self.whole:
             return
+        begun = time.monotonic()
         note = {
             "job": self.job, "step": self.step, "history": self.history, "notes": self.notes, "sum": self.sum,
             "count": self.count, "done": self.done,
@@ -267,6 +269,7 @@ class Run:
             partial.sync()
             partial.publish()
         self.saved = time.monotonic()
+        self.took = self.saved - begun
 
     def load(self, path: Path) -> None:
         import torch
