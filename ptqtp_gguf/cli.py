@@ -82,7 +82,11 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as e:
+        fail(f"{e.filename or 'standard output, or a file'}: {e.strerror or e}", 1)
     except Exception as e:
+        if "can't start new thread" in str(e):
+            e = MemoryError()
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors
             fail(e.format_message(), e.exit_code)
         if isinstance(e, MemoryError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from . import checkpoint, hub, metadata
@@ -16,7 +16,7 @@ from .imatrix import Imatrix
 from .journal import Journal
 from .memory import memory_need, piece_for
 from .options import Options, decisive, described, method_name, recipe_of, resolved
-from .output import check_space, check_target, scratch_path
+from .output import check_space, check_target, scratch_path, system_errors
 from .parts import Part, discard, finish, lay_out, publish
 from .plan import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
 from .planes import PlaneStore, planes_folder, remove_planes
@@ -29,13 +29,18 @@ from .transcode import Job, take_record, transcode
 from .verify import intact_tensors, verify_written
 
 
-def convert(source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress) -> Summary:
+def convert(
+    source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress,
+    last: Callable[[Summary], None] = lambda _: None,
+) -> Summary:  # fmt: skip
     """Convert a Hugging Face folder, a hub id or a GGUF file to a trit-plane GGUF.
 
     source    folder with config.json and safetensors, a GGUF of any ggml type (or a part of a split one), or the id of
               a model on the Hugging Face hub
     out       the file to write; appears complete and verified, or not at all
     progress  called often, from two threads; see plan.Progress
+    last      called when the output lies there, before the conversion counts as done: what it raises can be mended, and
+              the same call goes on with it
 
     A conversion that was killed goes on with its last finished tensor when it is called again with the same source
     and options. Raises a subclass of PtqtpError for anything that the caller can mend, Interrupted for Ctrl-C.
@@ -43,8 +48,8 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
     options = resolved(options or Options())
     started = time.monotonic()
     recipe = recipe_of(options)
-    check_target(out, source, True)
-    with ExitStack() as stack:
+    with system_errors(out), ExitStack() as stack:
+        check_target(out, source, True)
         imatrix = _imatrix(options, out, stack)
         source = local(source, progress, options.revision)
         journal = stack.enter_context(Journal(out, options.restart))
@@ -53,9 +58,11 @@ def convert(source: Path, out: Path, options: Options | None = None, progress: P
         if journal.verified is None:
             check_target(out, source, options.force)
         stack.enter_context(_kept_on_failure(out, journal))
-        opened = stack.enter_context(_open(source, out, options, progress))
-        summary = _convert(opened, out, options, recipe, imatrix, journal, progress)
-    summary.seconds = time.monotonic() - started
+        with _open(source, out, options, progress) as opened:
+            summary = _convert(opened, out, options, recipe, imatrix, journal, progress)
+            summary.seconds = time.monotonic() - started
+            last(summary)
+        journal.remove()
     return summary
 
 
@@ -63,8 +70,8 @@ def dry_run(source: Path, out: Path, options: Options | None = None, progress: P
     """The plan of a conversion, without reading a weight (but for --target-bpw, which measures samples)."""
     options = resolved(options or Options())
     recipe = recipe_of(options)
-    check_target(out, source, True)
-    with ExitStack() as stack:
+    with system_errors(out), ExitStack() as stack:
+        check_target(out, source, True)
         imatrix = _imatrix(options, out, stack)
         opened = stack.enter_context(open_source(local(source, progress, options.revision), progress))
         rows = _plan(opened, options, recipe, imatrix, progress)
@@ -107,31 +114,44 @@ def _open(source: Path, out: Path, options: Options, progress: Progress) -> Iter
         raise OutputError(f"{out}: is also the name to keep the bf16 GGUF under; give it one of its own")
     found = checkpoint.check(source)
     with Journal(bf16) as note:
-        stamp = [list(s) for s in checkpoint.stamp(source)]
-        made = note.job is not None and note.job == {"bf16": stamp, "size": _size(bf16)}
-        if not made:
-            check_target(bf16, source, options.force)
-            make_bf16(found, bf16, progress)
+        files = [list(s) for s in checkpoint.stamp(source)]
+        if note.job is None or note.job != {"bf16": files, "made": _identity(bf16)}:
             note.clear()
-            note.append({"job": {"bf16": stamp, "size": _size(bf16)}})
+            check_target(bf16, source, options.force)
+            # noted before it gets its name: of one without a note nobody knows where it comes from
+            make_bf16(
+                found, bf16, progress, lambda work: note.append({"job": {"bf16": files, "made": _identity(work)}})
+            )
         with GgufSource(bf16, source) as opened:
             opened.stamp = checkpoint.stamp(source)
             yield opened
         note.clear()
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
+def _identity(path: Path) -> list[int]:
+    """What a file keeps when it gets another name: bytes, time of change in ns; nothing of one that is not there."""
+    with suppress(FileNotFoundError):
+        found = path.stat()
+        return [found.st_size, found.st_mtime_ns]
+    return []
 
 
-def make_bf16(found: checkpoint.Checkpoint, bf16: Path, progress: Progress = no_progress) -> None:
-    """llama.cpp's own bf16 GGUF of a checked folder, whole or not at all. Raises CheckpointError, OutputError."""
-    check_space(bf16.parent, found.nbytes + found.nbytes // 3)
-    progress("converter", 0, 0, found.architecture)
-    with scratch_path(bf16, ".work") as work:
-        for line in checkpoint.to_bf16_gguf(found, work):
-            progress("converter", 0, 0, line)
-        work.replace(bf16)
+def make_bf16(
+    found: checkpoint.Checkpoint, bf16: Path, progress: Progress = no_progress,
+    made: Callable[[Path], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """llama.cpp's own bf16 GGUF of a checked folder, whole or not at all. Raises CheckpointError, OutputError.
+
+    made: called with the whole file before it gets its name
+    """
+    with system_errors(bf16):
+        check_space(bf16.parent, found.nbytes + found.nbytes // 3)
+        progress("converter", 0, 0, found.architecture)
+        with scratch_path(bf16, ".work") as work:
+            for line in checkpoint.to_bf16_gguf(found, work):
+                progress("converter", 0, 0, line)
+            made(work)
+            work.replace(bf16)
 
 
 def open_source(source: Path, progress: Progress = no_progress, scratch: Path | None = None) -> Source:
@@ -156,28 +176,38 @@ def _kept_on_failure(out: Path, journal: Journal) -> Iterator[None]:
     except ResumeError:
         raise
     except (KeyboardInterrupt, OutputError, OSError, MemoryError) as e:
-        n = len(journal.rows)
-        begun = planes_folder(out).exists()
-        if n == 0 and not begun:
-            _forget(out, journal)
-        kept = "nothing was left behind"
-        if n or begun:
-            what = f"{n} finished tensors are" if n else "what calibration has finished is"
-            kept = f"{what} kept; run the same command again to go on"
+        kept = _kept(out, journal)
         if isinstance(e, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {kept}") from None
         if isinstance(e, OSError):
-            raise OutputError(f"{out}: writing failed: {e.strerror or e}; {kept}") from None
+            where = e.filename or f"{out}: writing failed"
+            raise OutputError(f"{where}: {e.strerror or e}; {kept}") from None
         raise
     except PtqtpError:
-        if journal.found == 0:  # what this run has begun is of no use; what it found is not for it to throw away
-            _forget(out, journal)
+        # what this run has begun is of no use; what it found, or has finished, is not for it to throw away
+        if journal.found == 0 and journal.verified is None:
+            with suppress(OSError):  # the first error is the one to tell
+                _forget(out, journal)
         raise
+
+
+def _kept(out: Path, journal: Journal) -> str:
+    """Removes what is not worth keeping; what is left, in words."""
+    try:
+        n = len(journal.rows)
+        if n == 0 and not planes_folder(out).exists():
+            _forget(out, journal)
+            return "nothing was left behind"
+        what = f"{n} finished tensors are" if n else "what calibration has finished is"
+        return f"{what} kept; run the same command again to go on"
+    except OSError:  # a disk that takes nothing any more
+        return "run the same command again"
 
 
 def _forget(out: Path, journal: Journal) -> None:
     discard(out)
     journal.clear()
+    journal.remove()
 
 
 def _plan(
@@ -222,7 +252,7 @@ def _convert(
         for part in parts:
             check_target(part.path, source.path, options.force)
     resumed = _take_up(parts, rows, journal)
-    check_space(out.parent, sum(p.size for p in parts) - sum(_size(p.work) for p in parts if p.work.exists()))
+    check_space(out.parent, sum(p.size for p in parts) - sum(p.work.stat().st_size for p in parts if p.work.exists()))
     if journal.job is None:
         discard(out)  # of a run whose journal is lost
         journal.append({"job": job})
@@ -241,7 +271,7 @@ def _convert(
             device = encoder.name
             require_planes(source, rows, options.type)
         whole = _finish(parts, journal, options, progress)
-    remove_planes(out)
+    remove_planes(out)  # while there is a journal: if this fails, the next run does it
     assert journal.verified is not None
     digests = {p.path.name: d for p, d in zip(parts, journal.verified, strict=True)}
     source_types = Counter(r.tensor.type_name for r in rows if r.role is Role.BLOCK)
@@ -264,7 +294,6 @@ def _finish(parts: list[Part], journal: Journal, options: Options, progress: Pro
         journal.append({"verified": verify_written(parts, hashes, progress, options.threads)})
         journal.sync()
     publish(parts)
-    journal.remove()
     return whole
 
 

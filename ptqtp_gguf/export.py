@@ -16,7 +16,7 @@ import numpy as np
 from . import format as fmt
 from .errors import InputError, OutputError
 from .gguf_io import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32
-from .output import check_target, write_verified
+from .output import check_target, system_errors, write_verified
 from .packing import LEVEL_OF_DIGIT, U8, scale_to_float, unpack_tp2_1
 from .plan import PlanRow as Row
 from .plan import Progress, no_progress
@@ -40,7 +40,7 @@ def to_q4_0(data: U8) -> U8:
 def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progress = no_progress) -> Summary:
     """Write the Q4_0 twin of a TP2_1 file. Raises InputError if the file has TP2_0 tensors, or no TP2_1 tensor."""
     started = time.monotonic()
-    with Reader(source) as reader:
+    with system_errors(out), Reader(source) as reader:
         check_target(out, source, force)
         free = next((t.name for t in reader.tensors if t.type == fmt.TP2_0.id), None)
         if free:
@@ -58,6 +58,7 @@ def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progr
             reader.header.alignment,
             blocks,
             lambda path: _verify(reader, path, out, tensors, progress),
+            force,
         )
     return Summary(out, size, time.monotonic() - started, rows, {"TP2_1": 1})
 

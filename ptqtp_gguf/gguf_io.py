@@ -8,7 +8,7 @@ kept as the raw bytes of the source, so a copy is exact.
 
 from __future__ import annotations
 
-import mmap
+import contextlib
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ from . import format as fmt
 from . import native
 from .errors import InputError
 from .packing import F32, U8
-from .reading import read_bytes
+from .reading import file_size, read_bytes
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -34,6 +34,7 @@ MAX_NAME = 63  # GGML_MAX_NAME - 1, bytes
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_NESTING = 4  # arrays of arrays
 MAX_WEIGHTS = 1 << 62
+HEAD, MAX_HEAD = 1 << 22, 1 << 28  # bytes of a file that are read for its header: first, and at most
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64 = 2, 4, 5, 6, 7, 8, 9, 10, 11
@@ -274,8 +275,27 @@ def align(n: int, alignment: int) -> int:
     return n + -n % alignment
 
 
+def read_header(file: BinaryIO, where: str) -> tuple[Header, U8]:
+    """The header of an open GGUF file, validated against the file's size, and the bytes that it was read from.
+
+    Read and not mapped: where the disk cannot give a page of a mapping, the system ends the process.
+    Raises InputError as parse_header, and where the file cannot be read.
+    """
+    if (size := file_size(file, where)) == 0:
+        raise InputError(f"{where}: the file is empty")
+    n = min(size, HEAD)
+    while True:
+        data = read_bytes(file, 0, n, f"{where}: the header")
+        try:
+            return parse_header(memoryview(data.data), where, size), data
+        except InputError:
+            if n >= min(size, MAX_HEAD) or data[:4].tobytes() != MAGIC:
+                raise
+        n = min(size, 8 * n)
+
+
 class Reader:
-    """A GGUF file, validated when opened, mapped into memory, read tensor by tensor. Use as a context manager.
+    """A GGUF file, validated when opened, read tensor by tensor. Use as a context manager.
 
     Raises InputError if the file is missing, empty, truncated or hostile, or of an unknown ptqtp.format_version.
     """
@@ -287,19 +307,11 @@ class Reader:
             self._file = open(path, "rb", buffering=0)
         except OSError as e:
             raise InputError(f"{path}: {e.strerror}") from None
-        self._map: mmap.mmap | None = None
         try:
-            if os.fstat(self._file.fileno()).st_size == 0:
-                raise InputError(f"{path}: the file is empty")
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-            with memoryview(self._map) as view:
-                self.header = parse_header(view, str(self.path))
+            self.header, _ = read_header(self._file, str(self.path))
             self.tensors = self.header.tensors
             self.by_name = {t.name: t for t in self.tensors}
             self._check_format_version()
-        except OSError as e:
-            self.close()
-            raise InputError(f"{path}: {e.strerror}") from None
         except BaseException:
             self.close()
             raise
@@ -324,11 +336,6 @@ class Reader:
 
     def close(self) -> None:
         self._file.close()
-        try:
-            if self._map is not None:
-                self._map.close()
-        except BufferError:  # an array still looks at it; the map goes with the last of them
-            pass
 
     def get(self, key: str) -> object:
         """Value of a metadata key, or None."""
@@ -345,8 +352,8 @@ class Reader:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
-        return os.fstat(self._file.fileno()).st_size
+        """Bytes of the file. Raises InputError where the disk does not tell."""
+        return file_size(self._file, str(self.path))
 
     def read(self, at: int, n: int, what: str) -> U8:
         """n bytes from byte `at` on, of `what`. Raises InputError where they are not there."""
@@ -355,13 +362,12 @@ class Reader:
     def drop_cache(self) -> None:
         """Ask the system to read the file from the disk again, not from its cache."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def bytes_of(self, t: TensorInfo) -> U8:
-        """The tensor's bytes, (rows, bytes a row), a view of the file."""
-        assert self._map is not None
-        flat = np.frombuffer(self._map, np.uint8, t.nbytes, t.offset)
-        return flat.reshape(-1, row_size(t.type, t.shape[0]))
+        """The tensor's bytes, (rows, bytes a row). Raises InputError as chunks."""
+        return self.read(t.offset, t.nbytes, f"tensor {t.name}").reshape(-1, row_size(t.type, t.shape[0]))
 
     def rows_f32(self, t: TensorInfo) -> F32:
         """The tensor dequantized: float32 (rows, weights a row), all outer dimensions joined."""

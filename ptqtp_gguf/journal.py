@@ -17,14 +17,10 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: no lock there
-    fcntl = None  # type: ignore[assignment]
+from .output import open_locked, write_all
 
 MAX_BYTES = 256 << 20
 
@@ -45,42 +41,29 @@ class Journal:
         self.job: dict[str, Any] | None = None
         self.rows: list[dict[str, Any]] = []
         self.verified: list[str] | None = None  # SHA-256 of each file
+        self._removed = False
+        busy = f"{out}: another conversion to this file is running; wait for it, or write to another name"
         try:
-            self._file = self._open()
+            self._file = open_locked(self.path, busy)
         except OSError as e:
             raise OutputError(f"{out}: cannot write in {out.parent}: {e.strerror}") from None
-        self._removed = False
-        self.found = 0  # tensors that were finished when it was opened
         try:
             if restart:
                 self._file.truncate(0)
             self._load()
-            self.found = len(self.rows)
+        except OSError as e:
+            self._file.close()
+            raise OutputError(f"{self.path}: {e.strerror}") from None
         except BaseException:
             self._file.close()
             raise
-
-    def _open(self) -> BinaryIO:
-        while True:
-            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-            try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # the one who held it may have finished and removed it in between
-                if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                    return file
-            except BlockingIOError:
-                file.close()
-                raise OutputError(
-                    f"{self.out}: another conversion to this file is running; wait for it, or write to another name"
-                ) from None
-            except FileNotFoundError:
-                pass
-            file.close()
+        self.found = len(self.rows)  # tensors that were finished when it was opened
 
     def _load(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        data = self._file.read(min(size, MAX_BYTES)) or b""
+        size = min(os.fstat(self._file.fileno()).st_size, MAX_BYTES)
+        data = b""
+        while len(data) < size and (more := self._file.read(size - len(data))):
+            data += more
         whole = data.rfind(b"\n") + 1
         try:
             for line in data[:whole].splitlines():
@@ -103,8 +86,8 @@ class Journal:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record: a job, a tensor, or the verdict."""
-        self._take(record)
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        write_all(self._file, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        self._take(record)  # what could not be written is not counted
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -117,7 +100,7 @@ class Journal:
         data = b"".join(json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in keep)
         self._file.seek(0)
         self._file.truncate(0)
-        self._file.write(data)
+        write_all(self._file, data)
 
     def clear(self) -> None:
         """Forget everything; the journal itself stays, and locked."""
@@ -135,6 +118,11 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        if self.job is None and not self._file.closed:
-            self.remove()
-        self._file.close()
+        try:
+            if self.job is None and not self._file.closed:
+                self.remove()
+        except OSError:
+            if kind is None:
+                raise
+        finally:
+            self._file.close()

@@ -8,11 +8,56 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
-from .errors import OutputError
+from .errors import OutputError, PtqtpError
 from .gguf_io import KV, OutTensor, total_size, write_stream
 from .packing import U8
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: no lock there
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def system_errors(path: Path, kind: type[PtqtpError] = OutputError) -> Iterator[None]:
+    """Turns the system's errors (disk full, no rights, a dying disk) into one of ours. path: where none is told."""
+    try:
+        yield
+    except OSError as e:
+        raise kind(f"{e.filename or path}: {e.strerror or e}") from None
+
+
+def open_locked(path: Path, busy: str) -> BinaryIO:
+    """Open a file to read and write, unbuffered, made where it is absent, for this process alone until it is closed.
+
+    The lock goes with the process, however that dies. Raises OutputError with `busy` if another holds it, OSError.
+    """
+    while True:
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b", buffering=0)
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the one who held it may have finished, and removed or renamed it, in between
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+            file.close()
+        except FileNotFoundError:
+            file.close()
+        except BlockingIOError:
+            file.close()
+            raise OutputError(busy) from None
+        except BaseException:
+            file.close()
+            raise
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write it all; a raw file may take less at a time. Raises OSError."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[file.write(view) :]
 
 
 def check_target(out: Path, source: Path, force: bool) -> None:
@@ -74,42 +119,52 @@ class Partial:
 
     def __init__(self, path: Path, file: BinaryIO, target: Path) -> None:
         self.path, self.file, self.target = path, file, target
+        self.published = False
 
     def sync(self) -> None:
-        """Push what is written to the disk, and close the file."""
+        """Push what is written to the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.file.close()
 
     def publish(self) -> None:
         """Give the finished, verified file its name."""
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(self.path, 0o666 & ~umask)
         os.replace(self.path, self.target)
+        self.published = True
         sync_folder(self.target.parent)
 
 
 @contextlib.contextmanager
 def partial_file(target: Path) -> Iterator[Partial]:
-    """A temporary file beside the target; gone, whatever happens, unless it was published.
+    """A temporary file beside the target, locked; gone, whatever happens, unless it was published.
 
-    Turns the system's errors on the way (disk full, no rights) into OutputError.
+    Its name is always the same, so what a killed process left is written over. Turns the system's errors on the way
+    (disk full, no rights) into OutputError, and raises one if another process is writing the same file.
     """
+    path = target.with_name(f".{target.name}.new")
     try:
-        fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        file = open_locked(path, f"{target}: another process is writing this file; wait for it, or use another name")
     except OSError as e:
         raise OutputError(f"{target}: cannot write in {target.parent}: {e.strerror}") from None
-    partial = Partial(Path(name), cast(BinaryIO, os.fdopen(fd, "wb")), target)
+    left = "nothing was left behind"
+    partial = Partial(path, file, target)
     try:
-        yield partial
+        try:
+            file.truncate(0)
+            buffered = open(os.dup(file.fileno()), "wb")
+            partial.file = buffered
+            yield partial
+        finally:
+            if not partial.published:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError:
+                    left = f"{path} is left"
+            with contextlib.suppress(OSError):
+                partial.file.close()
+            file.close()
     except OSError as e:
-        raise OutputError(f"{target}: writing failed: {e.strerror or e}; nothing was left behind") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.file.close()
-        with contextlib.suppress(FileNotFoundError):
-            partial.path.unlink()
+        where = e.filename if e.filename and str(e.filename) != str(path) else target
+        raise OutputError(f"{where}: writing failed: {e.strerror or e}; {left}") from None
 
 
 @contextlib.contextmanager
@@ -122,7 +177,7 @@ def scratch_path(target: Path, suffix: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             path.unlink()
 
 
@@ -134,8 +189,10 @@ def check_text_target(path: Path, force: bool) -> None:
         raise OutputError(f"{path}: the folder {path.parent} does not exist")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file, whole or not at all. Raises OutputError."""
+def write_text(path: Path, text: str, force: bool = True) -> None:
+    """Write a small text file, whole or not at all. Raises OutputError, without force where another text is there."""
+    if not force and path.exists() and path.read_bytes() != text.encode():
+        raise OutputError(f"{path}: exists already; use --force to replace it")
     with partial_file(path) as partial:
         partial.file.write(text.encode())
         partial.sync()
@@ -149,14 +206,18 @@ def write_verified(
     alignment: int,
     data: Iterator[U8],
     verify: Callable[[Path], None],
+    force: bool = False,
 ) -> int:
     """Write a whole GGUF beside `out`, check its size, let `verify` read it back, and only then give it its name.
 
-    Returns its bytes. verify raises OutputError where the file at the path it is given is not what it should be.
+    force: replace what has come to lie there. Returns its bytes. verify raises OutputError where the file at the path
+    it is given is not what it should be.
     """
     size = total_size(kvs, tensors, alignment)
     check_space(out.parent, size)
     with partial_file(out) as partial:
+        if not force and out.exists():
+            raise OutputError(f"{out}: exists already; use --force to replace it")
         for _ in write_stream(partial.file, kvs, tensors, alignment, data):
             pass
         partial.sync()

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +18,14 @@ import numpy as np
 
 from . import native
 from .encode import FLOOR, to_float
-from .errors import OutputError, PtqtpError, ResumeError
+from .errors import InputError, OutputError, PtqtpError, ResumeError
 from .format import LEVELS, TP2_1
 from .gguf_io import TensorInfo
 from .journal import Journal
 from .output import partial_file
 from .packing import F32, U8, digits_of_levels, scale_to_float
 from .quantize.cuda import Encoded
+from .reading import read_bytes
 from .resume import changed_option
 
 I8 = np.ndarray[Any, np.dtype[np.int8]]
@@ -47,8 +50,9 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def remove_planes(out: Path) -> None:
-    """The conversion is complete: nothing of this is needed any more."""
-    shutil.rmtree(planes_folder(out), ignore_errors=True)
+    """The conversion is complete: nothing of this is needed any more. Raises OSError where something is left."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(planes_folder(out))
 
 
 class PlaneStore:
@@ -147,13 +151,20 @@ class PlaneStore:
 
         first: as it was put first, before tuning; else as it was put last.
         """
-        path = self.folder / (self._first if first else self._of)[t.name]["file"]
-        rows = t.n_weights // t.shape[0]
+        return self._rows(t, (self._first if first else self._of)[t.name], 0, t.n_weights // t.shape[0])
+
+    def _rows(self, t: TensorInfo, record: dict[str, Any], start: int, n: int) -> U8:
+        path, rows = self.folder / record["file"], t.n_weights // t.shape[0]
         try:
-            data = np.memmap(path, np.uint8, "r")
-            return data.reshape(rows, -1)
-        except (OSError, ValueError) as e:
-            raise OutputError(f"{path}: {e}; begin anew with --restart") from None
+            with open(path, "rb", buffering=0) as f:
+                width, odd = divmod(os.fstat(f.fileno()).st_size, rows)
+                if odd or not width:
+                    raise OutputError(f"{path}: damaged; begin anew with --restart")
+                return read_bytes(f, start * width, n * width, str(path)).reshape(n, width)
+        except OSError as e:
+            raise OutputError(f"{path}: {e.strerror}; begin anew with --restart") from None
+        except InputError as e:
+            raise OutputError(f"{e}; begin anew with --restart") from None
 
     def planes(self, t: TensorInfo) -> tuple[I8, U8]:
         """Levels int8 (R, C) and codes uint8 (R, C/32) of a tensor, as it was put first."""
@@ -163,7 +174,7 @@ class PlaneStore:
         """A piece of a tensor: source uint8 (R, bytes a row) from weight `first` on -> the same rows of the planes, and
         what was seen of the weights."""
         at = first // t.shape[0]
-        data = np.array(self.raw(t)[at : at + len(source)])
+        data = self._rows(t, self._of[t.name], at, len(source))
         w = to_float(source, t.type, threads)
         scan = native.scan(w.reshape(-1), TP2_1.group, FLOOR, threads)
         if len(t.shape) == 1:

@@ -34,9 +34,17 @@ def read_bytes(file: BinaryIO, at: int, n: int, what: str) -> U8:
     return out
 
 
+def file_size(file: BinaryIO, what: str) -> int:
+    """Bytes of an open file. Raises InputError where the disk does not tell."""
+    try:
+        return os.fstat(file.fileno()).st_size
+    except OSError as e:
+        raise InputError(f"{what}: {e.strerror}") from None
+
+
 def sha256_of(file: BinaryIO, what: str) -> str:
     """SHA-256 of a whole open file, in hex. Raises InputError as read_bytes."""
-    size, sha = os.fstat(file.fileno()).st_size, hashlib.sha256()
+    size, sha = file_size(file, what), hashlib.sha256()
     for at in range(0, size, _CHUNK):
         sha.update(read_bytes(file, at, min(_CHUNK, size - at), what).data)
     return sha.hexdigest()

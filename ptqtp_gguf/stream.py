@@ -8,7 +8,6 @@ checkpoint.to_bf16_gguf writes, which stays the way out where the converter cann
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import queue
 import select
@@ -20,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -28,8 +27,9 @@ from . import _converter_child as child
 from . import runtime
 from .checkpoint import Checkpoint, converter_reason, to_bf16_gguf
 from .errors import CheckpointError
-from .gguf_io import Header, TensorInfo, parse_header
+from .gguf_io import Header, TensorInfo, parse_header, read_header
 from .packing import U8
+from .reading import file_size, read_bytes
 
 PIPE = 1 << 20  # bytes; what an ordinary user may ask for
 MAX_HEAD = 1 << 32  # bytes; far beyond any vocabulary
@@ -59,7 +59,7 @@ class ConverterStream:
         self._unlogged: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._left = 0  # bytes of the tensor last asked for that are not read yet
         self._turn = 0
-        self._file: IO[bytes] | None = None
+        self._file: BinaryIO | None = None
         self._scratch: Path | None = None
         script = runtime.converter()
         self._process = subprocess.Popen(
@@ -126,8 +126,7 @@ class ConverterStream:
             if self._file is None:
                 self._fill(chunk)
             else:
-                self._file.seek(t.offset + done)
-                self._file.readinto(chunk)  # type: ignore[attr-defined]
+                chunk = read_bytes(self._file, t.offset + done, chunk.size, f"{self._scratch}: tensor {t.name}")
             done += chunk.nbytes
             yield chunk
         self._flush_log()
@@ -175,9 +174,9 @@ class ConverterStream:
         for line in to_bf16_gguf(self._checkpoint, path):
             self._log(line)
         self._file = open(path, "rb", buffering=0)
-        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
-            self.size = len(view)
-            self.header_bytes = bytes(view[: parse_header(view, str(path)).data_offset])
+        self.size = file_size(self._file, str(path))
+        header, head = read_header(self._file, str(path))
+        self.header_bytes = head[: header.data_offset].tobytes()
 
     def _drain_log(self, pipe: IO[bytes]) -> None:
         for raw in pipe:

@@ -21,6 +21,7 @@ from .format import TP2_1
 from .gguf_io import F32_ID, TensorInfo
 from .imatrix import Imatrix, Importance
 from .journal import Journal
+from .output import write_all
 from .packing import U8
 from .parts import Part
 from .plan import Below, PlanRow, Progress, not_finite, rows_per_piece
@@ -128,13 +129,6 @@ def _rewind(file: BinaryIO, at: int) -> None:
 def _close_tensor(journal: Journal, file: BinaryIO, record: dict[str, Any], pad: bytes) -> None:
     write_all(file, pad)
     journal.append(record)
-
-
-def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write it all; a raw file may take less at a time. Raises OSError."""
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[file.write(view) :]
 
 
 def _pieces(job: Job, start: int, end: int) -> Generator[U8, None, None]:

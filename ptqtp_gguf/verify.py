@@ -23,6 +23,7 @@ from .distance import Meter
 from .encode import MASK, checksum
 from .errors import InputError, OutputError
 from .gguf_io import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
+from .output import system_errors
 from .packing import U8
 from .parts import Part
 from .plan import Progress, no_progress
@@ -233,7 +234,7 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
     What was kept must be equal; of a tuned file, norms and biases may differ.
     Raises InputError where a header is damaged or a part is missing; other findings are faults of the verdict.
     """
-    with GgufSource(path) as mine:
+    with system_errors(path, InputError), GgufSource(path) as mine:
         found = mine.get(fmt.Key.TENSOR_HASHES)
         names = [t.name for t in mine.tensors]
         planes = sum(t.type in fmt.TYPES for t in mine.tensors)

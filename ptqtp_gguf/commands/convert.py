@@ -12,6 +12,7 @@ from .. import conversion
 from ..card import card
 from ..errors import Interrupted
 from ..export import export_q4_0
+from ..journal import journal_path
 from ..options import METHOD_NAMES, Calibration, Options
 from ..output import check_text_target, write_text
 from ..plan import Progress
@@ -123,29 +124,31 @@ def convert(
         max_memory=parse_size(max_memory) if max_memory else 0, force=force, restart=restart,
     )  # fmt: skip
     with reporter(quiet, as_json) as progress:
-        if model_card:
+        if model_card and not journal_path(out).exists():  # a conversion that is taken up may have written it
             check_text_target(model_card, force)
         if dry_run:
             plan = conversion.dry_run(source, out, options, progress)
         else:
-            summary = _convert(source, out, options, progress)
+            summary = _convert(source, out, options, progress, model_card)
     if dry_run:
         if as_json:
             event("plan", **plan_dict(plan))
         elif not quiet:
             print_plan(plan, shutil.disk_usage(out.resolve().parent).free)
         return
-    if model_card:
-        write_text(model_card, card(card_facts(summary, source, options)))
     if as_json:
         event("done", **summary_dict(summary))
     elif not quiet:
         print_summary(summary)
 
 
-def _convert(source: Path, out: Path, options: Options, progress: Progress) -> Summary:
+def _convert(source: Path, out: Path, options: Options, progress: Progress, model_card: Path | None) -> Summary:
+    def write_card(summary: Summary) -> None:
+        if model_card:
+            write_text(model_card, card(card_facts(summary, source, options)), options.force)
+
     try:
-        return conversion.convert(source, out, options, progress)
+        return conversion.convert(source, out, options, progress, write_card)
     except Interrupted as e:  # typer would swallow its text
         fail(str(e), 130)
 
