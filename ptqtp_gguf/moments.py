@@ -111,7 +111,9 @@ class Store:
             version, key, layers = index["version"], dict(index["key"]), list(index["layers"])
             self.returns = int(index["returns"])
             assert all(isinstance(m["counts"], list) for layer in layers for m in layer.values())
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        except OSError as e:
+            raise CalibrationError(f"{self._index}: {e.strerror or e}") from None
+        except (ValueError, KeyError, TypeError, AssertionError):
             raise CalibrationError(f"{self._index}: damaged; remove the folder to gather the moments again") from None
         if version != VERSION:
             raise CalibrationError(f"{self._index}: version {version}; this program reads {VERSION}; name a new folder")

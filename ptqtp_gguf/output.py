@@ -145,7 +145,7 @@ def partial_file(target: Path) -> Iterator[Partial]:
         file = open_locked(path, f"{target}: another process is writing this file; wait for it, or use another name")
     except OSError as e:
         raise OutputError(f"{target}: cannot write in {target.parent}: {e.strerror}") from None
-    left = "nothing was left behind"
+    left = "nothing of it was left behind"
     partial = Partial(path, file, target)
     try:
         try:
