@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 an error, or a file that does not verify; 2 wrong usage; 1
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -61,6 +62,14 @@ def _stop(signum: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _drop_output() -> None:
+    """Forget what cannot be printed: the interpreter would try again at its end, and tell it in many lines."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> NoReturn:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _stop)
@@ -72,8 +81,10 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into an exit code of its own
             raise KeyboardInterrupt
+        sys.stdout.flush()
         sys.exit(code or 0)
     except PtqtpError as e:
+        _drop_output()
         fail(str(e), 1)
     except typer.Exit as e:
         sys.exit(e.exit_code)
@@ -83,6 +94,7 @@ def main() -> NoReturn:
         sys.stderr.close()
         sys.exit(1)
     except OSError as e:
+        _drop_output()
         fail(f"{e.filename or 'standard output, or a file'}: {e.strerror or e}", 1)
     except Exception as e:
         if "can't start new thread" in str(e):

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 from rich.text import Text
 
-from .errors import printable
+from .errors import OutputError, printable
 from .gguf_io import type_name
 from .memory import resident
 from .results import Plan, Summary
@@ -88,8 +88,11 @@ class JsonLines:
 
 
 def event(kind: str, **fields: object) -> None:
-    """Print one JSON line."""
-    print(json.dumps({"event": kind, **fields}, allow_nan=False, default=str), flush=True)
+    """Print one JSON line. Raises OutputError where nobody takes it: a full disk, a closed pipe."""
+    try:
+        print(json.dumps({"event": kind, **fields}, allow_nan=False, default=str), flush=True)
+    except OSError as e:
+        raise OutputError(f"standard output: {e.strerror or e}") from None
 
 
 def right(header: str) -> Column:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
+from ..errors import OutputError
 from ..terminal import Bar, JsonLines, err_console, event
 
 EXIT_CODES = "Exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted."
@@ -48,6 +50,7 @@ def reporter(quiet: bool, as_json: bool) -> Bar | JsonLines:
 def fail(message: str, code: int) -> NoReturn:
     """Print the one line of an error and end with the exit code."""
     if _json_lines:
-        event("error", message=message, exit_code=code)
+        with contextlib.suppress(OutputError):  # standard output may be what has failed
+            event("error", message=message, exit_code=code)
     err_console.print(f"Error: {message}", soft_wrap=True, markup=False, style="red")
     sys.exit(code)
