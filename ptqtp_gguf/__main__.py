@@ -5,24 +5,24 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+# what Python and the system say where memory ends while something is loaded, and mean nothing else by
+_MEMORY = "failed to map segment", "can't start new thread", "error return without exception set"
+
 
 def main() -> NoReturn:
     """Entry point of the console script."""
     try:
         from .cli import main as run
-    except MemoryError:
-        sys.exit(_NO_MEMORY)
-    except ImportError as e:
-        if "failed to map segment" not in str(e):
-            raise
-        sys.exit(_NO_MEMORY)
+
+        run()
     except KeyboardInterrupt:  # OpenBLAS sends it too where it can start no thread
         print("Error: interrupted", file=sys.stderr)
         sys.exit(130)
-    run()
+    except (MemoryError, ImportError, SystemError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not any(sign in str(e) for sign in _MEMORY):
+            raise
+        sys.exit("Error: out of memory; close other programs, or give --max-memory")
 
-
-_NO_MEMORY = "Error: out of memory; close other programs"
 
 if __name__ == "__main__":
     main()

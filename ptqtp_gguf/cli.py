@@ -97,8 +97,6 @@ def main() -> NoReturn:
         _drop_output()
         fail(f"{e.filename or 'standard output, or a file'}: {e.strerror or e}", 1)
     except Exception as e:
-        if "can't start new thread" in str(e):
-            e = MemoryError()
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors
             fail(e.format_message(), e.exit_code)
         if isinstance(e, MemoryError):

@@ -200,7 +200,7 @@ class _Forked:
 
 def _main(args: list[str]) -> int:
     """What the console script does, and what the interpreter does behind it."""
-    from ptqtp_gguf.cli import main
+    from ptqtp_gguf.__main__ import main
 
     ctypes.CDLL(None).faults_arm()
     sys.argv = ["ptqtp-gguf", *args]
