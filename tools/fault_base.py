@@ -57,6 +57,11 @@ def action_name(action: int) -> str:
     return next((n for n, a in _OWN.items() if a == action), errno.errorcode.get(action, str(action)))
 
 
+def action_of(name: str) -> int:
+    """The opposite. Raises AttributeError."""
+    return _OWN.get(name) or int(getattr(errno, name))
+
+
 @dataclass(frozen=True)
 class Fault:
     """What fails: the k-th call of `op`; `lasting`: calls of these ops after it too; with p, any of them so often."""
@@ -241,9 +246,7 @@ def under_layer() -> None:
     compiler = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([*compiler, "-o", str(library), str(HERE / "faults.c"), "-ldl"], check=True)
     env = {**os.environ, "LD_PRELOAD": str(library), "FAULTS_WORK": str(work), "HF_HUB_OFFLINE": "1"}
-    code = subprocess.run([sys.executable, *sys.argv], env=env, check=False).returncode
-    shutil.rmtree(work, ignore_errors=True)
-    sys.exit(code)
+    os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
 def digests(folder: Path) -> dict[str, str]:

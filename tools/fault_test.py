@@ -132,22 +132,24 @@ class Bench:
         self.failures.append(text)
         print(f"FAILED {text}", flush=True)
 
-    def choose(self, case: Case, rng: random.Random) -> Fault:
-        """A point among the calls of the undisturbed run."""
+    def choose(self, case: Case, rng: random.Random, only: set[int]) -> Fault:
+        """A point among the calls of the undisturbed run. only: actions, empty = all."""
         numbered, seen = [], Counter[str]()
         for op, path in case.calls:
             seen[op] += 1
-            numbered.append((op, seen[op], re.sub(r"[0-9a-z_]{8}(?=\.partial)|\d+", "#", path)))
-        if rng.random() < 0.06:
-            ops = ("read", "write")
-            return Fault(action=rng.choice([SHORT, errno.EINTR]), lasting=ops, p=0.3, seed=rng.randrange(1 << 30))
+            if not only or only & {CLOCK, *ACTIONS[op]}:
+                numbered.append((op, seen[op], re.sub(r"\d+", "#", path)))
+        often = [a for a in (SHORT, errno.EINTR) if not only or a in only]
+        if often and rng.random() < 0.06:
+            return Fault(action=rng.choice(often), lasting=("read", "write"), p=0.3, seed=rng.randrange(1 << 30))
         if rng.random() < 0.5:
             kind = rng.choice(sorted({(op, path) for op, _, path in numbered}))
             numbered = [n for n in numbered if (n[0], n[2]) == kind]
         op, k, _ = rng.choice(numbered)
-        if rng.random() < 0.04:
+        actions = [a for a in ACTIONS[op] if not only or a in only]
+        if CLOCK in only or (not only and rng.random() < 0.04):
             return Fault(op, k, CLOCK, jump=rng.choice(JUMPS))
-        action = rng.choice(ACTIONS[op])
+        action = rng.choice(actions)
         if action == BUS and case.name.startswith(("calib", "hessians")):
             action = errno.ENOMEM  # torch and safetensors map the shards in this process; nobody can catch that
         lasting = tuple(LASTING[action]) if action in LASTING and rng.random() < 0.35 else ()
@@ -211,21 +213,33 @@ def checkpoint(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(folder)], env=env, check=True, capture_output=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=200, help="calls that fail, over all cases")
     parser.add_argument("--limits", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cases", default=",".join(SMALL), help=f"of {', '.join(SMALL + LARGE)}; or all")
+    parser.add_argument(
+        "--actions", default="", help="only these: KILL,TORN (in mid-call) or ENOSPC, EIO, SHORT, CLOCK ..."
+    )
     parser.add_argument("--seconds", type=float, default=0, help="stop then, however many points are left")
     parser.add_argument("--only", action="append", default=[], help="a point as a failure prints it; repeatable")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     base.under_layer()
     names = SMALL + LARGE if args.cases == "all" else args.cases.split(",")
     if args.only:
         names = sorted({text.split()[0] for text in args.only})
-    bench = Bench(Path(os.environ["FAULTS_WORK"]), names)
+    work = Path(os.environ["FAULTS_WORK"])
+    try:
+        return run(args, Bench(work, names))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def run(args: argparse.Namespace, bench: Bench) -> int:
+    """All that was asked for; the exit code."""
+    only = {base.action_of(name) for name in args.actions.split(",") if name}
     for case in bench.cases:
         print(f"{case.name}: {len(case.calls)} calls, {len(case.new)} files", flush=True)
     for text in args.only:
@@ -242,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
                 break
             case = bench.cases[i % len(bench.cases)]
             if kind == "point":
-                bench.point(case, bench.choose(case, rng))
+                bench.point(case, bench.choose(case, rng, only))
             elif kind == "limit":
                 bench.limit(case, rng)
             elif case.new and case.name not in ("force", "card"):
