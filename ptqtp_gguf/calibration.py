@@ -26,6 +26,7 @@ from .errors import CalibrationError, OutputError
 from .mapping import names
 from .moments import Moment, Store, fingerprint
 from .plan import Progress, no_progress
+from .reading import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -279,9 +280,10 @@ class Batches:
         dtype, device = self.blocks.dtype, self.blocks.device
         each = path.stat().st_size // n
         for rows in self._slices():
-            raw = torch.from_numpy(
-                np.fromfile(path, np.uint8, each * (rows.stop - rows.start), offset=each * rows.start)
-            )
+            with open(path, "rb", buffering=0) as file:  # opened each time: it is removed when the last is read
+                raw = torch.from_numpy(
+                    read_bytes(file, each * rows.start, each * (rows.stop - rows.start), f"{path}: the states")
+                )
             states = raw.view(dtype).reshape(-1, window, each // (window * dtype.itemsize))
             yield rows, states.to(device, torch.float32 if device.type == "cpu" else dtype)
 

@@ -58,7 +58,7 @@ def convert(
         if journal.verified is None:
             check_target(out, source, options.force)
         stack.enter_context(_kept_on_failure(out, journal))
-        with _open(source, out, options, progress) as opened:
+        with _open(source, out, options, progress, journal.verified is not None) as opened:
             summary = _convert(opened, out, options, recipe, imatrix, journal, progress)
             summary.seconds = time.monotonic() - started
             last(summary)
@@ -101,8 +101,11 @@ def local(source: Path, progress: Progress = no_progress, revision: str | None =
 
 
 @contextmanager
-def _open(source: Path, out: Path, options: Options, progress: Progress) -> Iterator[Source]:
-    """The source, ready to be read; with keep_bf16 its intermediate GGUF is made first, unless it was before."""
+def _open(source: Path, out: Path, options: Options, progress: Progress, finished: bool) -> Iterator[Source]:
+    """The source, ready to be read; with keep_bf16 its intermediate GGUF is made first, unless it was before.
+
+    finished: the conversion was killed when only names were missing, so the GGUF's note may be gone already
+    """
     bf16 = options.keep_bf16
     if bf16 is None:
         with open_source(source, progress, out.with_name(f".{out.name}.bf16.gguf")) as opened:
@@ -115,9 +118,10 @@ def _open(source: Path, out: Path, options: Options, progress: Progress) -> Iter
     found = checkpoint.check(source)
     with Journal(bf16) as note:
         files = [list(s) for s in checkpoint.stamp(source)]
-        if note.job is None or note.job != {"bf16": files, "made": _identity(bf16)}:
-            note.clear()
+        mine = note.job == {"bf16": files, "made": _identity(bf16)}
+        if not (mine or (finished and bf16.exists())):
             check_target(bf16, source, options.force)
+            note.clear()
             # noted before it gets its name: of one without a note nobody knows where it comes from
             make_bf16(
                 found, bf16, progress, lambda work: note.append({"job": {"bf16": files, "made": _identity(work)}})

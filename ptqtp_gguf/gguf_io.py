@@ -291,7 +291,7 @@ def read_header(file: BinaryIO, where: str) -> tuple[Header, U8]:
         except InputError:
             if n >= min(size, MAX_HEAD) or data[:4].tobytes() != MAGIC:
                 raise
-        n = min(size, 8 * n)
+        n = min(size, 4 * n)
 
 
 class Reader:

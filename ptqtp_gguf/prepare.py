@@ -7,6 +7,7 @@ folder of second moments (`--hessians`) they are gathered first, or found there,
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from .gguf_io import F32_ID, TensorInfo
 from .inorder import Stage, has_streams, in_order
 from .moments import Moment, open_moments
 from .options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
+from .output import partial_file
 from .packing import F32
 from .plan import Below, PlanRow, Progress
 from .planes import PlaneStore, unpacked
@@ -123,7 +125,11 @@ class _Work:
         if not self.store.marked(name):
             found = self._checkpoint("--calib")
             windows = texts.tokens(of, found, self.how.window, n, device=self.device, progress=self.progress)
-            np.save(path, windows)
+            with partial_file(path) as partial:
+                np.save(buffer := io.BytesIO(), windows)  # to a file, numpy does not tell why it could not write
+                partial.file.write(buffer.getbuffer())
+                partial.sync()
+                partial.publish()
             self.store.mark(name)
         held: NDArray[np.int64] = np.load(path)
         return held

@@ -232,10 +232,22 @@ def test_killed_while_the_bf16_gets_its_name(source: Path, out: Path, monkeypatc
         assert bf16.exists() == renamed
         conversion.convert(folder, out, options)
         assert bf16.read_bytes() == source.read_bytes() and names(out) == ["b.gguf", "bf16.gguf"]
+        out.unlink()
         with pytest.raises(OutputError, match=r"bf16\.gguf: exists already"):  # whose is it?
-            out.unlink()
             conversion.convert(folder, out, options)
         bf16.unlink()
+
+    # killed at the very end, between its note and the journal
+    with monkeypatch.context() as m, pytest.raises(conversion.Interrupted):
+        m.setattr(conversion.Journal, "remove", lambda j: _stop() if j.out == out else journal_path(j.out).unlink())
+        conversion.convert(folder, out, options)
+    assert names(out) == [".b.gguf.journal", "b.gguf", "bf16.gguf"]
+    conversion.convert(folder, out, options)
+    assert names(out) == ["b.gguf", "bf16.gguf"]
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt
 
 
 # ---- what is read ----
