@@ -22,12 +22,23 @@ bool ptqtp_cpu_avx(void) {
     return __builtin_cpu_supports("avx");
 }
 
+/* clang before 16 does not know "f16c" and "avxvnni" by name; whether the system keeps YMM, "avx2" says */
+static bool has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+static bool has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 bool ptqtp_cpu_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 bool ptqtp_cpu_avxvnni(void) {
-    return ptqtp_cpu_avx2() && __builtin_cpu_supports("avxvnni");
+    return ptqtp_cpu_avx2() && has_avxvnni();
 }
 
 bool ptqtp_cpu_avx512bw(void) {

@@ -8,8 +8,13 @@
 static const uint8_t quad_order[PTQTP_UNIT] = { PTQTP_QUAD_ORDER };
 
 size_t ptqtp_panels_size(int form, int64_t nrows, int64_t n) {
-    const int64_t npanels = (nrows + PTQTP_PANEL_ROWS - 1) / PTQTP_PANEL_ROWS;
-    return (size_t) npanels * (size_t) (n / PTQTP_UNIT) * (size_t) ptqtp_tile_size(form);
+    const int64_t npanels = nrows / PTQTP_PANEL_ROWS + (nrows % PTQTP_PANEL_ROWS != 0);
+    size_t tiles, size;
+    if (nrows < 0 || n < 0 || __builtin_mul_overflow((size_t) npanels, (size_t) (n / PTQTP_UNIT), &tiles) ||
+        __builtin_mul_overflow(tiles, (size_t) ptqtp_tile_size(form), &size)) {
+        return SIZE_MAX; /* no allocator has that */
+    }
+    return size;
 }
 
 static void tile_put(uint8_t * tile, int row, const ptqtp_unit * u) {

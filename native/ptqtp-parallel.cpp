@@ -30,6 +30,10 @@ extern "C" int ptqtp_quantize_stats(int type, int method, const float * x, const
     if (qk == 0) {
         return PTQTP_BAD_TYPE;
     }
+    int64_t all = 0;
+    if (nrows < 0 || __builtin_mul_overflow(nrows, n_per_row, &all)) {
+        return PTQTP_BAD_SIZE;
+    }
     const int64_t chunk = std::max<int64_t>(1, ptqtp::kChunk / std::max<int64_t>(n_per_row, 1));
     const auto over_rows = [&](const auto & work) { return ptqtp::over_chunks(nrows, chunk, nthreads, work); };
     int status = ptqtp_quantize_check(type, method, x, importance, 0, n_per_row);

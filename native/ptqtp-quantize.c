@@ -443,12 +443,13 @@ int ptqtp_quantize_check(int type, int method, const float * x, const float * im
         (method == PTQTP_PAPER && (type != PTQTP_TP2_0 || importance))) {
         return PTQTP_BAD_METHOD;
     }
-    if (nrows < 0 || n_per_row < 0 || n_per_row % qk) {
+    int64_t n;
+    if (nrows < 0 || n_per_row < 0 || n_per_row % qk || __builtin_mul_overflow(nrows, n_per_row, &n)) {
         return PTQTP_BAD_SIZE;
     }
     const float limit = reach(type);
     bool finite = true, in_reach = true;
-    for (int64_t i = 0; i < nrows * n_per_row; i++) {
+    for (int64_t i = 0; i < n; i++) {
         finite &= fabsf(x[i]) <= FLT_MAX;
         in_reach &= !(fabsf(x[i]) > limit);
     }

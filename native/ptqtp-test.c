@@ -223,6 +223,12 @@ static void test_quantizers(void) {
     CHECK(ptqtp_quantize_rows(PTQTP_TP2_1, PTQTP_PAPER, x, NULL, one, 1, 32) == PTQTP_BAD_METHOD, "paper TP2_1");
     CHECK(ptqtp_quantize_rows(PTQTP_TP2_1, PTQTP_SEARCH, x, NULL, one, 1, 40) == PTQTP_BAD_SIZE, "row of 40");
     CHECK(ptqtp_quantize_rows(8, PTQTP_SEARCH, x, NULL, one, 1, 32) == PTQTP_BAD_TYPE, "type 8");
+    const int64_t many_rows = (int64_t) 1 << 58; /* times 64: no product of sizes may overflow unseen */
+    CHECK(ptqtp_quantize_rows(PTQTP_TP2_1, PTQTP_SEARCH, x, NULL, one, many_rows, 64) == PTQTP_BAD_SIZE,
+          "2^64 weights");
+    CHECK(ptqtp_quantize_parallel(PTQTP_TP2_1, PTQTP_SEARCH, x, NULL, one, many_rows, 64, 2) == PTQTP_BAD_SIZE, "2^64");
+    CHECK(ptqtp_panels_size(PTQTP_PACKED, 1, (int64_t) 1 << 62) == SIZE_MAX, "panels of 2^64 bytes");
+    CHECK(ptqtp_panels_size(PTQTP_WIDE, -1, 32) == SIZE_MAX, "-1 rows");
 }
 
 /* ---- kernels ---- */
