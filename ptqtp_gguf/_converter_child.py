@@ -30,6 +30,8 @@ from typing import Any
 
 MAGIC, REFUSAL = b"PTQTPbf\x01", b"PTQTPno\x01"
 PIECE = 1 << 19  # weights made at a time
+TRUST = "PTQTP_TRUST_CODE"
+UNTRUSTED = f"the checkpoint brings Python code of its own, which is not run; if you trust it, set {TRUST}=1"
 
 _WRITER = "open_output_file write_header_to_file write_kv_data_to_file write_ti_data_to_file write_tensors_to_file"
 NEEDED = {
@@ -59,9 +61,38 @@ def main(script: Path, folder: str) -> None:
     if absent := missing(gguf):
         send(out, struct.pack("<8sQQ", REFUSAL, len(absent.encode()), 0) + absent.encode())
         return
+    distrust()
     Server(gguf, out, wanted).install()
     sys.argv = [str(script), folder, "--outtype", "bf16", "--outfile", os.devnull]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def distrust() -> None:
+    """Keep Python code that lies in the checkpoint's folder from being run, though the converter asks for it.
+
+    What transformers knows by itself is used instead; else the converter ends with UNTRUSTED. $PTQTP_TRUST_CODE=1
+    leaves things as llama.cpp has them.
+    """
+    if os.environ.get(TRUST) == "1":
+        return
+    import transformers
+    from transformers import dynamic_module_utils
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError(UNTRUSTED)
+
+    dynamic_module_utils.get_class_in_module = refuse  # the one place where such code is loaded
+    for name in ("AutoConfig", "AutoTokenizer", "AutoProcessor"):
+        _without_trust(getattr(transformers, name))
+
+
+def _without_trust(auto: Any) -> None:
+    plain = auto.from_pretrained
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **{**kwargs, "trust_remote_code": False})
+
+    auto.from_pretrained = from_pretrained
 
 
 def _listen(wanted: queue.SimpleQueue[int]) -> None:

@@ -59,7 +59,9 @@ class Blocks:
         self.folder, self.device = found.folder, torch.device(device)
         self._shards = found.shards
         with quiet(), self._explained("transformers cannot build it"):
-            self.config = transformers.AutoConfig.from_pretrained(found.folder, local_files_only=True)
+            self.config = transformers.AutoConfig.from_pretrained(
+                found.folder, local_files_only=True, trust_remote_code=False
+            )
             if getattr(self.config, "quantization_config", None):
                 raise CalibrationError(
                     f"{found.folder}: its weights are quantized already; calibrate from the original"

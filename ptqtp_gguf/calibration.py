@@ -107,7 +107,9 @@ def walk(
     key = fingerprint(found, tokens, sequential, None if wanted is None else list(wanted))
     with contextlib.ExitStack() as stack:
         with _config_errors(found):
-            config = transformers.AutoConfig.from_pretrained(found.folder, local_files_only=True).get_text_config()
+            config = transformers.AutoConfig.from_pretrained(
+                found.folder, local_files_only=True, trust_remote_code=False
+            ).get_text_config()
         n_layers = int(config.num_hidden_layers)
         if tokens.ndim != 2 or not tokens.size or not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
             top = int(tokens.max()) if tokens.size else 0

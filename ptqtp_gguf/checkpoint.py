@@ -7,7 +7,7 @@ own converter makes a bf16 GGUF in a process of its own; architectures, tensor n
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import signal
 import stat
@@ -18,15 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import _converter_child as child
 from . import runtime
 from .errors import CheckpointError, InputError
 from .pickles import bin_tensors
+from .reading import open_regular, parse_json, read_whole
 
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 MAX_JSON = 256 << 20
 MAX_DIMS = 16  # of a tensor in a shard; GGUF holds 4, but the converter may reshape
+MAX_SIZE = 1 << 62  # of a dimension, and of an offset
 
 # What the converter or the tokenizer reads, and so decides the result. A GGUF in the folder may be our own output.
 _DECIDES = frozenset(".json .jsonl .jinja .model .txt .tiktoken .vocab .md .py .safetensors .bin".split())
@@ -175,8 +178,8 @@ def _regular(path: Path) -> int:
 def shard_tensors(path: Path) -> dict[str, int]:
     """Names and byte sizes of the tensors of a safetensors file, its header validated against the file's size."""
     try:
-        size = _regular(path)
-        with open(path, "rb") as f:
+        with open_regular(path, CheckpointError) as f:
+            size = os.fstat(f.fileno()).st_size
             head = f.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(MAX_HEADER, size - 8):
@@ -189,8 +192,8 @@ def shard_tensors(path: Path) -> dict[str, int]:
     if not raw.startswith(b"{"):  # before JSON of any other kind takes memory
         raise CheckpointError(f"{path}: damaged: the header is no JSON object")
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as e:
+        header = parse_json(raw, _no_duplicates)
+    except ValueError as e:
         raise CheckpointError(f"{path}: damaged: the header is not valid JSON ({e})") from None
     tensors: dict[str, int] = {}
     spans: list[tuple[int, int, str]] = []
@@ -217,21 +220,23 @@ def _check_entry(path: Path, name: str, entry: object, room: int) -> tuple[int, 
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"{where}: dtype {show(repr(dtype))}, which llama.cpp's converter does not read")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(d) is int and d >= 0 for d in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_size, shape)):
         raise CheckpointError(f"{where}: damaged shape {show(repr(shape))}")
     if 0 in shape:
         raise CheckpointError(f"{where}: shape {shape}, which holds nothing; a GGUF cannot store it")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int for o in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise CheckpointError(f"{where}: damaged offsets {show(repr(offsets))}")
     begin, end = offsets
-    n = _DTYPES[dtype]
-    for d in shape:
-        n *= d
-    if not 0 <= begin <= end <= room:
+    n = math.prod(shape, start=_DTYPES[dtype])
+    if not begin <= end <= room:
         raise CheckpointError(f"{where}: truncated: data at {begin}..{end}, the file holds {room} bytes of data")
     if end - begin != n:
         raise CheckpointError(f"{where}: {end - begin} bytes for shape {shape} of {dtype}, which takes {n}")
     return begin, end
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE  # numbers of thousands of digits cannot even be printed
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -245,14 +250,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _load_json(path: Path, hint: str) -> dict[str, Any]:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path}: no regular file")
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes; the limit is {MAX_JSON}")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise CheckpointError(f"{path}: {e.strerror}" + (f"; {hint}" if hint else "")) from None
-    except (ValueError, RecursionError) as e:
+        data = parse_json(read_whole(path, MAX_JSON, CheckpointError))
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}; {hint}" if hint and not path.is_file() else str(e)) from None
+    except ValueError as e:
         raise CheckpointError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: no JSON object")
@@ -266,7 +267,7 @@ def to_bf16_gguf(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
     """
     script = runtime.converter()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-u", "-c", _LAUNCH, str(script), str(checkpoint.folder)]
+    command = [sys.executable, "-I", "-u", "-c", _LAUNCH, child.__file__, str(script), str(checkpoint.folder)]
     command += ["--outtype", "bf16", "--outfile", str(out)]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -294,10 +295,11 @@ _LAUNCH = """
 import ctypes, runpy, signal, sys
 if sys.platform == 'linux':
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
-script = sys.argv[1]
+guard, script = sys.argv[1:3]
 folder = script.rsplit('/', 1)[0] if '/' in script else script.rsplit(chr(92), 1)[0]
 sys.path[:0] = [folder + '/gguf-py', folder]
-sys.argv = sys.argv[1:]
+sys.argv = sys.argv[2:]
+runpy.run_path(guard)['distrust']()
 runpy.run_path(script, run_name='__main__')
 """
 
@@ -306,6 +308,8 @@ def converter_reason(checkpoint: Checkpoint, lines: list[str], code: int) -> str
     """The converter's last word, in one line."""
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")[:300]
     for line in reversed(lines):
+        if any(word in line for word in (child.UNTRUSTED, "Please pass the argument `trust_remote_code=True`")):
+            return child.UNTRUSTED
         if "is not supported" in line:
             return f"llama.cpp's converter does not know the architecture {checkpoint.architecture}"
         if line.startswith("ModuleNotFoundError"):

@@ -23,8 +23,18 @@ import numpy as np
 from . import format as fmt
 from . import native
 from .errors import InputError
+from .gguf_values import ARRAY as ARRAY
+from .gguf_values import BOOL as BOOL
+from .gguf_values import FLOAT32 as FLOAT32
+from .gguf_values import INT32 as INT32
+from .gguf_values import INT64 as INT64
+from .gguf_values import SCALARS, Cursor, Truncated
+from .gguf_values import STRING as STRING
+from .gguf_values import UINT16 as UINT16
+from .gguf_values import UINT32 as UINT32
+from .gguf_values import UINT64 as UINT64
 from .packing import F32, U8
-from .reading import file_size, read_bytes
+from .reading import file_size, open_regular, read_bytes
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -32,12 +42,12 @@ DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 MAX_NAME = 63  # GGML_MAX_NAME - 1, bytes
 MAX_DIMS = 4  # GGML_MAX_DIMS
-MAX_NESTING = 4  # arrays of arrays
 MAX_WEIGHTS = 1 << 62
+MAX_ROW = 1 << 26  # weights; what is read at once are whole rows
+MAX_KEY = 65535  # bytes, as in the specification
+MAX_KVS, MAX_TENSORS = 1 << 16, 1 << 18
+MAX_METADATA = 1 << 27  # bytes; the largest vocabularies take a tenth
 HEAD, MAX_HEAD = 1 << 22, 1 << 28  # bytes of a file that are read for its header: first, and at most
-
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64 = 2, 4, 5, 6, 7, 8, 9, 10, 11
 
 # type id -> (name, weights a block, bytes a block)
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -68,15 +78,17 @@ def row_size(type_id: int, n: int) -> int:
 
 @dataclass(frozen=True)
 class KV:
-    """One metadata entry: its value as raw bytes without the type, and the type."""
+    """One metadata entry: its value as raw bytes without the type, the type, and what errors call the file."""
 
     key: str
     type: int
     raw: bytes
+    where: str = field(default="", compare=False, repr=False)
 
     def value(self) -> object:
-        """The value in Python: int, float, bool, str, or a list of them."""
-        return _Cursor(memoryview(self.raw), f"metadata {self.key}").value(self.type)
+        """The value in Python: int, float, bool, str, or a list of them. Raises InputError: text that is not UTF-8."""
+        where = f"{self.where}: " if self.where else ""
+        return Cursor(memoryview(self.raw), f"{where}metadata {self.key}").value(self.type)
 
 
 @dataclass(frozen=True)
@@ -98,85 +110,6 @@ class TensorInfo:
         return type_name(self.type)
 
 
-class _Cursor:
-    """Reads little-endian values from a buffer and never past its end."""
-
-    def __init__(self, data: memoryview, where: str) -> None:
-        self.data, self.where, self.pos = data, where, 0
-
-    def fail(self, text: str) -> InputError:
-        return InputError(f"{self.where}: {text} (at byte {self.pos})")
-
-    def take(self, n: int, what: str) -> memoryview:
-        if n > len(self.data) - self.pos:
-            raise self.fail(f"truncated: {what} needs {n} bytes, {len(self.data) - self.pos} are left")
-        self.pos += n
-        return self.data[self.pos - n : self.pos]
-
-    def number(self, code: str, what: str) -> int:
-        return int(struct.unpack(code, self.take(struct.calcsize(code), what))[0])
-
-    def text(self, what: str) -> str:
-        raw = self.take(self.number("<Q", f"length of {what}"), what)
-        try:
-            return str(raw, "utf-8")
-        except UnicodeDecodeError:
-            raise self.fail(f"{what} is not UTF-8") from None
-
-    def array_head(self, depth: int) -> tuple[int, int]:
-        kind, n = self.number("<I", "array type"), self.number("<Q", "array length")
-        if kind not in _SCALARS and kind not in (STRING, ARRAY):
-            raise self.fail(f"unknown array type {kind}")
-        if depth >= MAX_NESTING:
-            raise self.fail(f"arrays nested deeper than {MAX_NESTING}")
-        smallest = struct.calcsize(_SCALARS[kind]) if kind in _SCALARS else 8 if kind == STRING else 12
-        if n > (len(self.data) - self.pos) // smallest:
-            raise self.fail(f"array of {n} entries does not fit into the file")
-        return kind, n
-
-    def skip(self, kind: int, depth: int = 0) -> None:
-        if kind in _SCALARS:
-            self.take(struct.calcsize(_SCALARS[kind]), "a value")
-        elif kind == STRING:
-            self.take(self.number("<Q", "length of a string"), "a string")
-        elif kind == ARRAY:
-            inner, n = self.array_head(depth)
-            if inner in _SCALARS:
-                self.take(n * struct.calcsize(_SCALARS[inner]), "an array")
-            elif inner == STRING:
-                self.skip_strings(n)
-            else:
-                for _ in range(n):
-                    self.skip(inner, depth + 1)
-        else:
-            raise self.fail(f"unknown value type {kind}")
-
-    def skip_strings(self, n: int) -> None:
-        """A vocabulary has hundreds of thousands; so this loop is a bare one."""
-        data, pos, end, length = self.data, self.pos, len(self.data), struct.Struct("<Q").unpack_from
-        for _ in range(n):
-            after = pos + 8 + length(data, pos)[0] if end - pos >= 8 else end + 1
-            if after > end:
-                self.pos = pos
-                self.skip(STRING)  # raises, and says why
-            pos = after
-        self.pos = pos
-
-    def value(self, kind: int, depth: int = 0) -> object:
-        if kind in _SCALARS:
-            code = _SCALARS[kind]
-            return struct.unpack(code, self.take(struct.calcsize(code), "a value"))[0]
-        if kind == STRING:
-            return self.text("a string")
-        if kind != ARRAY:
-            raise self.fail(f"unknown value type {kind}")
-        inner, n = self.array_head(depth)
-        if inner in _SCALARS:
-            code = f"<{n}{_SCALARS[inner][1]}"
-            return list(struct.unpack(code, self.take(struct.calcsize(code), "an array")))
-        return [self.value(inner, depth + 1) for _ in range(n)]
-
-
 @dataclass
 class Header:
     """What stands before the tensor data."""
@@ -193,7 +126,7 @@ def parse_header(data: memoryview, where: str, size: int | None = None) -> Heade
     data  the whole file, or at least its header; then size = the bytes of the whole file
     """
     size = len(data) if size is None else size
-    c = _Cursor(data, where)
+    c = Cursor(data, where)
     if bytes(c.take(4, "magic")) != MAGIC:
         c.pos = 0
         raise c.fail("not a GGUF file")
@@ -205,16 +138,20 @@ def parse_header(data: memoryview, where: str, size: int | None = None) -> Heade
     n_tensors, n_kv = c.number("<Q", "tensor count"), c.number("<Q", "metadata count")
     if n_kv > size // 13 or n_tensors > size // 32:
         raise c.fail(f"{n_tensors} tensors and {n_kv} metadata entries do not fit into {size} bytes")
+    if n_kv > MAX_KVS or n_tensors > MAX_TENSORS:
+        raise c.fail(f"{n_tensors} tensors, {n_kv} metadata entries; the limits are {MAX_TENSORS} and {MAX_KVS}")
 
     h = Header()
     for _ in range(n_kv):
-        key = c.text("a metadata key")
+        key = _name(c, "a metadata key", MAX_KEY)
         kind = c.number("<I", f"type of {key}")
         start = c.pos
         c.skip(kind)
         if key in h.kvs:
             raise c.fail(f"metadata key {key} stands twice")
-        h.kvs[key] = KV(key, kind, bytes(data[start : c.pos]))
+        if c.pos > MAX_METADATA:
+            raise c.fail(f"metadata larger than the limit of {MAX_METADATA} bytes")
+        h.kvs[key] = KV(key, kind, bytes(data[start : c.pos]), where)
     if (kv := h.kvs.get("general.alignment")) is not None:
         value = kv.value()
         if kv.type != UINT32 or not isinstance(value, int) or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
@@ -245,11 +182,22 @@ def parse_header(data: memoryview, where: str, size: int | None = None) -> Heade
     return h
 
 
-def _tensor_info(c: _Cursor, alignment: int) -> TensorInfo:
+def _name(c: Cursor, what: str, most: int) -> str:
+    """A name that can be printed, of 1 to `most` bytes. llama.cpp ends at a zero byte, or aborts at an empty key."""
+    start = c.pos
+    n = c.number("<Q", f"length of {what}")
+    c.pos = start
+    if not 1 <= n <= most and n <= len(c.data) - start - 8:
+        raise c.fail(f"{what} of {n} bytes; the limit is 1 to {most}")
+    name = c.text(what)
+    if not name.isprintable():
+        raise c.fail(f"{what} holds control characters: {name!r}")
+    return name
+
+
+def _tensor_info(c: Cursor, alignment: int) -> TensorInfo:
     """Name, dimensions, type, and offset relative to the data section."""
-    name = c.text("a tensor name")
-    if not name or len(name.encode()) > MAX_NAME:
-        raise c.fail(f"tensor name of {len(name.encode())} bytes; the limit is 1 to {MAX_NAME}")
+    name = _name(c, "a tensor name", MAX_NAME)
     n_dims = c.number("<I", f"dimensions of {name}")
     if not 1 <= n_dims <= MAX_DIMS:
         raise c.fail(f"tensor {name} has {n_dims} dimensions; the limit is 1 to {MAX_DIMS}")
@@ -263,6 +211,8 @@ def _tensor_info(c: _Cursor, alignment: int) -> TensorInfo:
     if kind not in TYPES:
         raise c.fail(f"tensor {name} has the unknown type id {kind}")
     type_name_, block, size = TYPES[kind]
+    if shape[0] > MAX_ROW:
+        raise c.fail(f"tensor {name}: rows of {shape[0]} weights; the limit is {MAX_ROW}")
     if shape[0] % block:
         raise c.fail(f"tensor {name}: rows of {shape[0]} weights; {type_name_} needs a multiple of {block}")
     if offset % alignment:
@@ -288,8 +238,8 @@ def read_header(file: BinaryIO, where: str) -> tuple[Header, U8]:
         data = read_bytes(file, 0, n, f"{where}: the header")
         try:
             return parse_header(memoryview(data.data), where, size), data
-        except InputError:
-            if n >= min(size, MAX_HEAD) or data[:4].tobytes() != MAGIC:
+        except Truncated:  # perhaps only where we have stopped to read
+            if n >= min(size, MAX_HEAD):
                 raise
         n = min(size, 4 * n)
 
@@ -303,10 +253,7 @@ class Reader:
     def __init__(self, path: Path, name: Path | None = None) -> None:
         """name: what errors call the file, where it is only our intermediate of something that the user knows."""
         self.path = name or path
-        try:
-            self._file = open(path, "rb", buffering=0)
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from None
+        self._file = open_regular(path)
         try:
             self.header, _ = read_header(self._file, str(self.path))
             self.tensors = self.header.tensors
@@ -415,7 +362,7 @@ def kv_string(key: str, value: str) -> KV:
 
 def kv_scalar(key: str, kind: int, value: int | float | bool) -> KV:
     """A number or truth value of a GGUF type. Raises struct.error where the type cannot hold it."""
-    return KV(key, kind, struct.pack(_SCALARS[kind], value))
+    return KV(key, kind, struct.pack(SCALARS[kind], value))
 
 
 def kv_u32(key: str, value: int) -> KV:
@@ -423,7 +370,7 @@ def kv_u32(key: str, value: int) -> KV:
 
 
 def kv_list(key: str, kind: int, values: list[int]) -> KV:
-    code = _SCALARS[kind][1]
+    code = SCALARS[kind][1]
     return KV(key, ARRAY, struct.pack(f"<IQ{len(values)}{code}", kind, len(values), *values))
 
 

@@ -27,11 +27,15 @@ from . import ggml
 from .errors import InputError
 from .gguf_io import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo
 from .packing import F32, U8
-from .reading import read_bytes, sha256_of
+from .reading import open_regular, read_bytes, sha256_of
 
 SUMS, COUNTS = ".in_sum2", ".counts"  # suffixes of a tensor's name
 MAX_TEXT = 127  # characters of a file's or a data set's name that go into metadata, as in llama-quantize
+MAX_PATH = 1 << 16  # bytes of a data set's path in the file
 MAX_NAMED = 5  # data sets, tensors or experts that a line names
+MAX_ENTRIES = 1 << 18
+MAX_VALUES = 1 << 28  # of one tensor, all experts; what is read at once
+MAX_CHUNKS = 2**31 - 1
 _SMALLEST_ENTRY = 17  # bytes of a .dat entry: three lengths, a name of one letter, one value
 
 
@@ -98,10 +102,7 @@ class Imatrix:
         """Reads the whole file once. Raises InputError for one that is damaged, hostile or of another kind."""
         self.path = path
         self.name = _line(path.name)
-        try:
-            self._file = open(path, "rb", buffering=0)
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from None
+        self._file = open_regular(path)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             if self.size == 0:
@@ -256,6 +257,8 @@ def _index_gguf(f: Imatrix) -> tuple[dict[str, _Entry], int, list[str]]:
         if t.name.endswith(SUMS):
             name = t.name.removesuffix(SUMS)
             raw = by_name[name + COUNTS]
+            if max(t.n_weights, raw.n_weights) > MAX_VALUES:
+                raise InputError(f"{f.path}: {t.name} has {t.n_weights} values, the limit is {MAX_VALUES}")
             counts = f._bytes(raw.offset, raw.nbytes, raw.name).view("<f4").astype(np.float32, copy=False)
             with np.errstate(invalid="ignore"):  # what is no number is told by validate
                 entries[name] = _Entry(t.offset, t.n_weights, np.floor(counts + np.float32(0.5)))
@@ -263,6 +266,8 @@ def _index_gguf(f: Imatrix) -> tuple[dict[str, _Entry], int, list[str]]:
         raise InputError(f"{f.path}: an imatrix without a tensor; make it again, with more text")
     chunks, datasets = get("imatrix.chunk_count"), get("imatrix.datasets")
     names = [x for x in datasets if isinstance(x, str)] if isinstance(datasets, list) else []
+    if isinstance(chunks, int) and chunks > MAX_CHUNKS:
+        raise InputError(f"{f.path}: made from {chunks} chunks, the limit is {MAX_CHUNKS}; the imatrix is damaged")
     return entries, chunks if isinstance(chunks, int) and chunks > 0 else 0, names
 
 
@@ -287,7 +292,7 @@ def _index_dat(f: Imatrix) -> tuple[dict[str, _Entry], int, list[str]]:
         return value
 
     entries: dict[str, _Entry] = {}
-    for i in range(number("number of entries", 1, f.size // _SMALLEST_ENTRY)):
+    for i in range(number("number of entries", 1, min(MAX_ENTRIES, f.size // _SMALLEST_ENTRY))):
         try:
             name = take(number(f"length of name {i}", 1, MAX_NAME), f"name {i}").decode()
         except UnicodeDecodeError:
@@ -295,13 +300,13 @@ def _index_dat(f: Imatrix) -> tuple[dict[str, _Entry], int, list[str]]:
         if name in entries:
             raise InputError(f"{f.path}: {name} stands twice; the imatrix is damaged")
         calls = number(f"calls of {name}", 0, 2**31 - 1)
-        n = number(f"values of {name}", 1, (f.size - at - 4) // 4)
+        n = number(f"values of {name}", 1, min(MAX_VALUES, (f.size - at - 4) // 4))
         entries[name] = _Entry(at, n, np.array([calls], np.float32))
         at += 4 * n
     if at == f.size:  # files of the first versions end here
         return entries, 0, []
-    chunks = number("number of chunks", 0, 2**31 - 1)
-    text = take(number("length of the data set's name", 0, f.size - at - 4), "the data set's name")
+    chunks = number("number of chunks", 0, MAX_CHUNKS)
+    text = take(number("length of the data set's name", 0, min(MAX_PATH, f.size - at - 4)), "the data set's name")
     if at != f.size:
         raise InputError(f"{f.path}: no imatrix, or damaged: {f.size - at} bytes follow its end")
     return entries, chunks, [text.decode(errors="replace")] if text else []

@@ -99,7 +99,7 @@ def _candidates(source: Source, name: str) -> Iterator[str]:
     """Names that the parameter behind a GGUF tensor may have."""
     arch = source.get("general.architecture")
     layers = source.get(f"{arch}.block_count")
-    if not isinstance(arch, str) or not isinstance(layers, int):
+    if not isinstance(arch, str) or not isinstance(layers, int) or not 0 < layers <= len(source.tensors):
         raise InputError(f"{source.path}: the metadata do not tell architecture and number of blocks")
     suffix = next((s for s in SUFFIXES if name.endswith(s)), "")
     stem = name.removesuffix(suffix)

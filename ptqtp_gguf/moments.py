@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from .checkpoint import Checkpoint
 from .errors import CalibrationError, OutputError
 from .output import check_space, sync_folder, write_text
+from .reading import parse_json, read_whole
 
 if TYPE_CHECKING:
     import torch
 
 VERSION = 1
+MAX_INDEX = 1 << 28  # bytes
 SAMPLE = 1 << 16  # bytes of each shard's head and tail that stand for it
 SYMMETRIC = 1e-3  # of the largest value on the diagonal
 _MEANING = {  # of the fingerprint's entries, for messages
@@ -107,13 +109,12 @@ class Store:
 
     def _read(self) -> None:
         try:
-            index = json.loads(self._index.read_text())
+            index = parse_json(read_whole(self._index, MAX_INDEX, CalibrationError))
             version, key, layers = index["version"], dict(index["key"]), list(index["layers"])
             self.returns = int(index["returns"])
-            assert all(isinstance(m["counts"], list) for layer in layers for m in layer.values())
-        except OSError as e:
-            raise CalibrationError(f"{self._index}: {e.strerror or e}") from None
-        except (ValueError, KeyError, TypeError, AssertionError):
+            if not all(_is_record(m) for layer in layers for m in layer.values()):
+                raise ValueError("no record")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise CalibrationError(f"{self._index}: damaged; remove the folder to gather the moments again") from None
         if version != VERSION:
             raise CalibrationError(f"{self._index}: version {version}; this program reads {VERSION}; name a new folder")
@@ -184,6 +185,11 @@ def open_moments(folder: Path) -> Iterator[dict[str, Moment]]:
         raise CalibrationError(f"{folder}: was not finished; give --calib TEXT as before to go on with it")
     for layer in range(store.n):
         yield store.load(layer)
+
+
+def _is_record(m: object) -> bool:
+    counts = m.get("counts") if isinstance(m, dict) else None
+    return isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
 
 
 @contextlib.contextmanager

@@ -11,16 +11,18 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-import stat
+import struct
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import CheckpointError
+from .reading import open_regular
 
 MAX_PICKLE = 4 << 20  # bytes; one of a few thousand tensors takes a few hundred kilobytes
+MAX_DIRECTORY = 32 << 20  # bytes of the archive's list of members; each costs memory many times its bytes
 WAY_OUT = "save the model as safetensors"
 
 # bytes a value of a storage class, and of what a converter reads
@@ -87,16 +89,14 @@ def bin_tensors(path: Path) -> dict[str, int]:
     Raises CheckpointError: damaged, of the older format, or holding anything but tensors.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path}: no regular file")
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path, CheckpointError) as file, _archive(path, file) as archive:
             root, raw = _member(path, archive)
             members = {i.filename: i.file_size for i in archive.infolist()}
     except zipfile.BadZipFile:
         if _starts_as_pickle(path):
             raise CheckpointError(f"{path}: a .bin file of PyTorch before 1.6, a bare pickle; {WAY_OUT}") from None
         raise CheckpointError(f"{path}: damaged or truncated: no whole zip archive") from None
-    except (NotImplementedError, RuntimeError, EOFError, ValueError) as e:
+    except (NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, struct.error) as e:
         raise CheckpointError(f"{path}: damaged: {e}") from None
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from None
@@ -115,6 +115,19 @@ def bin_tensors(path: Path) -> dict[str, int]:
             raise CheckpointError(f"{path}: entry {name[:80]!r} is no tensor; {WAY_OUT}")
         tensors[name] = value.nbytes
     return tensors
+
+
+def _archive(path: Path, file: BinaryIO) -> zipfile.ZipFile:
+    """The archive, after a look at how long its list of members is: zipfile reads it whole."""
+    end: Any = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end is not None and end[_LIST_BYTES] > MAX_DIRECTORY:
+        raise CheckpointError(
+            f"{path}: its list of members takes {end[_LIST_BYTES]} bytes; the limit is {MAX_DIRECTORY}; {WAY_OUT}"
+        )
+    return zipfile.ZipFile(file)
+
+
+_LIST_BYTES = 5  # index in zipfile's end record
 
 
 def _starts_as_pickle(path: Path) -> bool:

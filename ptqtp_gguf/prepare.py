@@ -7,7 +7,7 @@ folder of second moments (`--hessians`) they are gathered first, or found there,
 from __future__ import annotations
 
 import hashlib
-import io
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from .blocks import quiet
 from .calibration import walk
 from .checkpoint import Checkpoint
 from .encode import FLOOR, to_float
-from .errors import CalibrationError, QuantizeError
+from .errors import CalibrationError, OutputError, QuantizeError
 from .gguf_io import F32_ID, TensorInfo
 from .inorder import Stage, has_streams, in_order
 from .moments import Moment, open_moments
@@ -33,6 +33,7 @@ from .plan import Below, PlanRow, Progress
 from .planes import PlaneStore, unpacked
 from .quantize import calibrated
 from .quantize.tuned import tune
+from .reading import read_whole
 from .resume import fingerprint
 from .sensitivity import Weights, token_weights
 from .source import Source
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
 MIN_TOKENS = 64  # an expert that saw fewer is quantized by search
+MAX_TOKENS = 1 << 32  # bytes of the tokens that are kept
 HELD_OUT = 16  # one window of so many is never tuned on, but measured
 MOST_HELD_OUT = 64  # windows; a measure of more would cost as much as the steps between
 
@@ -85,7 +87,7 @@ class _Work:
         arch, layers = source.get("general.architecture"), None
         if isinstance(arch, str):
             layers = source.get(f"{arch}.block_count")
-        if not isinstance(arch, str) or not isinstance(layers, int):
+        if not isinstance(arch, str) or not isinstance(layers, int) or not 0 < layers <= len(source.tensors):
             raise CalibrationError(f"{source.path}: the metadata do not tell architecture and number of blocks")
         self.arch, self.layers = arch, layers
         _use_threads(options.threads)
@@ -121,17 +123,19 @@ class _Work:
         return windows
 
     def _windows(self, name: str, of: list[texts.Text], n: int) -> NDArray[np.int64]:
-        path = self.store.folder / f"{name}.npy"
+        path = self.store.folder / name
         if not self.store.marked(name):
             found = self._checkpoint("--calib")
             windows = texts.tokens(of, found, self.how.window, n, device=self.device, progress=self.progress)
             with partial_file(path) as partial:
-                np.save(buffer := io.BytesIO(), windows)  # to a file, numpy does not tell why it could not write
-                partial.file.write(buffer.getbuffer())
+                partial.file.write(np.ascontiguousarray(windows, "<i8").data)
                 partial.sync()
                 partial.publish()
             self.store.mark(name)
-        held: NDArray[np.int64] = np.load(path)
+        raw = read_whole(path, MAX_TOKENS, OutputError)
+        if not raw or len(raw) % (8 * self.how.window):
+            raise OutputError(f"{path}: damaged; begin anew with --restart")
+        held: NDArray[np.int64] = np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, self.how.window)
         return held
 
     # ---- calibration ----
@@ -193,8 +197,13 @@ class _Work:
             with open(path, "wb") as f:
                 np.savez(f, **{k: v.astype(np.float32) for k, v in weights.items()})  # type: ignore[arg-type]
             self.store.mark("weights")
-        with np.load(path) as held:
-            return {k: held[k] for k in held.files}
+        try:
+            with np.load(path) as held:
+                return {k: held[k] for k in held.files}
+        except OSError as e:
+            raise OutputError(f"{path}: {e.strerror or 'damaged'}; begin anew with --restart") from None
+        except (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile):
+            raise OutputError(f"{path}: damaged; begin anew with --restart") from None
 
     def _quantize(self, moments: dict[str, Moment], cross: torch.Tensor | None) -> None:
         """Tensors of one input; all again where one is missing: products of other shapes may round otherwise."""
@@ -290,7 +299,7 @@ class _Work:
         self.progress("tuning", 0, self.how.tune_steps, "finding the model's tensors")
         with quiet():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                found.folder, local_files_only=True, dtype="auto"
+                found.folder, local_files_only=True, trust_remote_code=False, dtype="auto"
             )
         params = dict(model.named_parameters())
         links: dict[str, tuple[TensorInfo, mapping.Link]] = {}  # by parameter

@@ -1,19 +1,62 @@
-"""Bytes of a file that may change, or be cut, while it is read."""
+"""Files from outside: regular ones only, whose bytes may change, or be cut, while they are read; and JSON in bounds."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, PtqtpError
 from .packing import U8
 
 _CHUNK = 1 << 24
+MAX_VALUES = 1 << 22  # of a JSON text: each costs memory many times its bytes
+
+
+def open_regular(path: Path, error: type[PtqtpError] = InputError) -> BinaryIO:
+    """Open a file to read. Raises `error`, for a pipe or a device too, where reading might not end."""
+    try:
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # opening a pipe would wait
+        fd = os.open(path, flags)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise error(f"{path}: no regular file")
+            return open(fd, "rb")
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as e:
+        raise error(f"{path}: {e.strerror}") from None
+
+
+def read_whole(path: Path, limit: int, error: type[PtqtpError] = InputError) -> bytes:
+    """A small regular file. limit in bytes. Raises `error` where it is larger, or cannot be read."""
+    with open_regular(path, error) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise error(f"{path}: {size} bytes; the limit is {limit}")
+            return file.read(size)
+        except OSError as e:
+            raise error(f"{path}: {e.strerror}") from None
+
+
+def parse_json(raw: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """JSON from outside, UTF-8. hook: object_pairs_hook. Raises ValueError for what is none, is nested too deeply, or
+    holds more than MAX_VALUES values."""
+    if sum(raw.count(c) for c in (b",", b"[", b"{")) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
+    try:
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=hook)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_bytes(file: BinaryIO, at: int, n: int, what: str) -> U8:
@@ -61,5 +104,5 @@ def file_sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _file_sha256(path: Path, inode: int, size: int, changed: int) -> str:
-    with open(path, "rb", buffering=0) as f:
-        return sha256_of(cast(BinaryIO, f), str(path))
+    with open_regular(path) as f:
+        return sha256_of(f, str(path))

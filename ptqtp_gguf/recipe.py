@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -33,6 +34,8 @@ from . import ggml
 from .errors import RecipeError
 from .format import BY_NAME, TP2_0, TP2_1, TYPES, TensorType
 from .gguf_io import F16_ID, FLOAT_IDS, Q8_0_ID, TYPE_IDS, TensorInfo, type_block, type_name
+from .patterns import compile_bounded
+from .reading import open_regular, parse_json
 
 KEEP = "keep"
 USER_TYPE = "{type}"
@@ -213,7 +216,7 @@ def load(name_or_path: str | Path) -> Recipe:
     if path.suffix.lower() != ".json":
         raise RecipeError(f"no recipe '{text}'; there are {', '.join(SHIPPED)}, or give the path of a .json file")
     try:
-        with path.open("rb") as f:
+        with open_regular(path, RecipeError) as f:
             raw = f.read(MAX_BYTES + 1)
     except OSError as e:
         raise RecipeError(f"{path}: {e.strerror}") from None
@@ -225,9 +228,7 @@ def parse(raw: bytes, where: str) -> Recipe:
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"{where}: larger than the limit of {MAX_BYTES} bytes for a recipe")
     try:
-        whole = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, where))
-    except RecursionError:
-        raise RecipeError(f"{where}: nested too deeply for a recipe") from None
+        whole = parse_json(raw, lambda pairs: _object(pairs, where))
     except ValueError as e:
         raise RecipeError(f"{where}: not JSON: {e}") from None
     whole = _checked(whole, where, {"name": str, "description": str, "rules": list}, {})
@@ -240,7 +241,7 @@ def parse(raw: bytes, where: str) -> Recipe:
 def _object(pairs: list[tuple[str, object]], where: str) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise RecipeError(f"{where}: key '{twice[:40]}' stands twice in one object")
     return found
 
@@ -269,9 +270,9 @@ _JSON_NAMES = {str: "string", list: "list", bool: "true or false"}
 def _rule(raw: object, where: str) -> Rule:
     raw = _checked(raw, where, {"pattern": str, "type": str, "reason": str}, {"layers": list, "override": bool})
     try:
-        _regex(raw["pattern"])
-    except (re.error, OverflowError, RecursionError) as e:
-        raise RecipeError(f"{where}: pattern '{raw['pattern']}' is no regular expression: {e}") from None
+        compile_bounded(raw["pattern"])
+    except ValueError as e:
+        raise RecipeError(f"{where}: pattern '{raw['pattern']}' {e}") from None
     layers = []
     for span in raw.get("layers", []):
         numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)

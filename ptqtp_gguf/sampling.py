@@ -29,7 +29,7 @@ def written(
     with quiet():
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                found.folder, dtype="auto", local_files_only=True
+                found.folder, dtype="auto", local_files_only=True, trust_remote_code=False
             ).to(device)
         except Exception as e:
             text = " ".join(str(e).split())[:200]

@@ -40,7 +40,9 @@ def token_weights(
     dev = torch.device(device)
     try:
         with quiet():
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, dtype="auto"
+            )
         if dev.type == "cpu" and 4 * sum(p.numel() for p in model.parameters()) < free_memory() // 2:
             model = model.float()  # faster there
         model = model.to(dev).eval().requires_grad_(False)

@@ -99,6 +99,8 @@ class GgufSource(Source):
         self.readers.append(first)
         paths = [path]
         count = first.get("split.count")
+        if first.get("split.no") and count is None:
+            raise InputError(f"{path}: calls itself a part of a split GGUF, but not of how many; the file is damaged")
         if isinstance(count, int) and count > 1:
             paths = _parts(path, count)
             first.close()

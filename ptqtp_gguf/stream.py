@@ -32,7 +32,7 @@ from .packing import U8
 from .reading import file_size, read_bytes
 
 PIPE = 1 << 20  # bytes; what an ordinary user may ask for
-MAX_HEAD = 1 << 32  # bytes; far beyond any vocabulary
+MAX_HEAD = 1 << 28  # bytes; far beyond any vocabulary
 
 
 class ConverterStream:

@@ -93,7 +93,9 @@ def _documents(path: Path) -> Iterator[str]:
         if ".jsonl" not in path.suffixes:
             yield f.read(MAX_TEXT)
             return
-        for i, line in enumerate(f):
+        for i, line in enumerate(iter(lambda: f.readline(MAX_TEXT + 1), "")):  # never more, however well it packs
+            if len(line) > MAX_TEXT:
+                raise CalibrationError(f"{path}: line {i + 1}: longer than the limit of {MAX_TEXT} characters")
             if line.strip():
                 yield _text_of(line, f"{path}: line {i + 1}")
 
@@ -166,7 +168,7 @@ def load_tokenizer(found: Checkpoint) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(found.folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         text = " ".join(str(e).split())[:200]
         raise CalibrationError(f"{found.folder}: transformers cannot load its tokenizer: {text}") from None

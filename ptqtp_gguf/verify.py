@@ -31,7 +31,7 @@ from .source import GgufSource, Source, rows_together
 from .stages import ReadAhead, WriteBehind
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
-GAP = 1 << 24  # bytes read at once behind the last tensor
+GAP = 1 << 24  # bytes read at once between tensors, and behind the last
 TUNED = "tuned"  # method of files whose norms and biases are trained
 SAMPLE = 1 << 12  # weights of a tensor that numpy decodes too
 
@@ -120,7 +120,8 @@ def _read_all(reader: Reader, order: list[TensorInfo]) -> Generator[Read, None, 
     """The whole file, every byte in order."""
     at = 0
     for i, t in enumerate(order):
-        yield Read(-1, at, reader.read(at, t.offset - at, "between tensors"))
+        for start in range(at, t.offset, GAP):  # a sparse file may have gaps of any size
+            yield Read(-1, start, reader.read(start, min(GAP, t.offset - start), "between tensors"))
         for start, n in _spans(t):
             yield Read(i, start, reader.read(t.offset + start, n, f"tensor {t.name}"))
         at = t.offset + t.nbytes

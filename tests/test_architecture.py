@@ -11,8 +11,9 @@ from helpers import REPO
 PACKAGE = REPO / "ptqtp_gguf"
 ORDER = [
     "errors", "format", "packing", "native", "quantize.lanes", "quantize.paper", "quantize.search", "quantize.blocks",
-    "quantize", "quantize.nvidia", "quantize.cuda", "quantize.plane_ops", "quantize.calibrated", "reading", "gguf_io",
-    "output", "runtime", "ggml", "imatrix", "pickles", "checkpoint", "hub", "_converter_child", "stream", "recipe",
+    "quantize", "quantize.nvidia", "quantize.cuda", "quantize.plane_ops", "quantize.calibrated", "reading",
+    "gguf_values", "gguf_io", "output", "runtime", "ggml", "imatrix", "pickles", "_converter_child", "checkpoint",
+    "hub", "stream", "patterns", "recipe",
     "budget", "card", "encode", "source", "mapping", "plan", "memory", "blocks", "sampling", "texts", "moments",
     "distance",
     "calibration", "inorder", "sensitivity", "quantize.tune_settings", "quantize.student", "quantize.tuner",
@@ -55,6 +56,7 @@ DOORS = {  # _converter_child runs in the converter's process, with the converte
         "quantize.tuned",
     },
     "transformers": {
+        "_converter_child",
         "texts",
         "sampling",
         "blocks",

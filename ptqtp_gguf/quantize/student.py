@@ -291,7 +291,9 @@ def _load(folder: Path) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **{option: "auto"})
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **{option: "auto"}
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise TuneError(f"{folder}: transformers cannot load it: {str(e).strip().splitlines()[0][:300]}") from None
     finally:

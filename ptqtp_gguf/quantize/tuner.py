@@ -297,7 +297,7 @@ class Run:
                     self.apply()
         except torch.cuda.OutOfMemoryError:
             raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise TuneError(f"{path}: no state of a tuning to go on from ({type(e).__name__}); remove it") from None
         if different:
             raise TuneError(
