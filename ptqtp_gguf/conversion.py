@@ -21,9 +21,9 @@ from .parts import Part, discard, finish, lay_out, publish
 from .plan import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
 from .planes import PlaneStore, planes_folder, remove_planes
 from .prepare import prepared
-from .recipe import Choice, Recipe, Role, role_of
+from .recipe import Recipe, Role, role_of
 from .results import Plan, Summary
-from .resume import fingerprint, require_same
+from .resume import choices_of, fingerprint, require_same
 from .source import GgufSource, Source, StreamSource
 from .transcode import Job, take_record, transcode
 from .verify import intact_tensors, verify_written
@@ -247,8 +247,9 @@ def _convert(
         job["plan"] = [[r.choice.type, r.choice.reason, r.choice.fallback] for r in rows]
     else:
         require_same(out, source, journal, job)
-        choices = [Choice(*c) for c in journal.job["plan"]]
-        rows = [PlanRow(t, c, role_of(t.name)) for t, c in zip(source.tensors, choices, strict=True)]
+        rows = [
+            PlanRow(t, c, role_of(t.name)) for t, c in zip(source.tensors, choices_of(source, journal), strict=True)
+        ]
     piece = piece_for(rows, options.method, options.max_memory, source)
     kvs = _metadata(source, rows, options, recipe, imatrix)
     parts = lay_out(out, [r.out for r in rows], kvs, source.alignment, options.split_max_size)

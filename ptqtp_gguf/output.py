@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,9 +35,13 @@ def open_locked(path: Path, busy: str) -> BinaryIO:
 
     The lock goes with the process, however that dies. Raises OutputError with `busy` if another holds it, OSError.
     """
+    # neither a link, which may lead to somebody's file, nor a pipe, which would wait for ever
+    flags = os.O_RDWR | os.O_CREAT | sum(getattr(os, f"O_{name}", 0) for name in ("BINARY", "NOFOLLOW", "NONBLOCK"))
     while True:
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b", buffering=0)
+        file = open(os.open(path, flags, 0o666), "r+b", buffering=0)
         try:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OutputError(f"{path}: no regular file; remove it")
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the one who held it may have finished, and removed or renamed it, in between

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +19,12 @@ from . import native
 from .encode import FLOOR, to_float
 from .errors import InputError, OutputError, PtqtpError, ResumeError
 from .format import LEVELS, TP2_1
-from .gguf_io import TensorInfo
-from .journal import Journal
+from .gguf_io import TensorInfo, row_size
+from .journal import Journal, is_count, is_text
 from .output import partial_file
 from .packing import F32, U8, digits_of_levels, scale_to_float
 from .quantize.cuda import Encoded
-from .reading import read_bytes
+from .reading import file_size, open_regular, read_bytes
 from .resume import changed_option
 
 I8 = np.ndarray[Any, np.dtype[np.int8]]
@@ -35,6 +34,19 @@ def unpacked(packed: U8) -> tuple[I8, U8]:
     """Packed rows of TP2_1 -> levels int8 (R, C), codes uint8 (R, C/32)."""
     digits, codes = native.unpack(TP2_1, packed)
     return np.array(LEVELS, np.int8)[digits], codes.astype(np.uint8)
+
+
+def validate(record: dict[str, Any]) -> None:
+    """Raises ValueError for a line of the journal that is none. A file has the name that it was given here, never one
+    that leads out of the folder."""
+    if "name" in record:
+        good = (
+            is_text(record["name"]) and record.get("file") == f"{record['tensor']}.bin" and is_count(record.get("hash"))
+        )
+    else:
+        good = is_text(record.get("said", "")) and is_text(record.get("mark", "")) and is_count(record.get("block", 0))
+    if not good:
+        raise ValueError("a damaged record")
 
 
 def planes_folder(out: Path) -> Path:
@@ -68,7 +80,7 @@ class PlaneStore:
             self.folder.mkdir(exist_ok=True)
         except OSError as e:
             raise OutputError(f"{self.folder}: {e.strerror}") from None
-        self._journal = Journal(self.folder / "planes", restart)
+        self._journal = Journal(self.folder / "planes", restart, validate)
         then = self._journal.job
         if then is not None and then != job:
             self._journal.__exit__(None, None, None)
@@ -156,13 +168,11 @@ class PlaneStore:
     def _rows(self, t: TensorInfo, record: dict[str, Any], start: int, n: int) -> U8:
         path, rows = self.folder / record["file"], t.n_weights // t.shape[0]
         try:
-            with open(path, "rb", buffering=0) as f:
-                width, odd = divmod(os.fstat(f.fileno()).st_size, rows)
-                if odd or not width:
-                    raise OutputError(f"{path}: damaged; begin anew with --restart")
+            with open_regular(path) as f:
+                width = row_size(TP2_1.id, t.shape[0]) if len(t.shape) > 1 else 4 * t.shape[0]
+                if file_size(f, str(path)) != rows * width:
+                    raise InputError(f"{path}: damaged")
                 return read_bytes(f, start * width, n * width, str(path)).reshape(n, width)
-        except OSError as e:
-            raise OutputError(f"{path}: {e.strerror}; begin anew with --restart") from None
         except InputError as e:
             raise OutputError(f"{e}; begin anew with --restart") from None
 

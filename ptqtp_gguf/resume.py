@@ -10,8 +10,10 @@ from . import __version__, runtime
 from . import format as fmt
 from .encode import MASK, checksum
 from .errors import ResumeError, RuntimeMissing
+from .gguf_io import type_block
 from .journal import Journal
 from .metadata import header_hash
+from .recipe import Choice
 from .source import Source
 
 CHUNK = 1 << 24
@@ -39,8 +41,10 @@ def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any
     then = journal.job
     assert then is not None
     for what in ("ptqtp-gguf", "llama-cpp-python", "format"):
-        if then[what] != now[what]:
-            raise _refusal(out, f"{what} {then[what]} (now {now[what]})")
+        if then.get(what) != now[what]:
+            raise _refusal(out, f"{what} {then.get(what)} (now {now[what]})")
+    if not {"options", "stamp", "header"} <= then.keys():
+        raise journal.damaged()
     if option := changed_option(then["options"], now["options"]):
         value, new = (o["options"].get(option, "none") for o in (then, now))
         raise _refusal(out, "another recipe" if option == "--recipe" else f"{option} {value} (now {new})")
@@ -55,6 +59,19 @@ def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any
                 at += chunk.size
             if total & MASK != record["source"]:
                 raise _refusal(out, f"another source: tensor {t.name} of {source.path} has changed")
+
+
+def choices_of(source: Source, journal: Journal) -> list[Choice]:
+    """The plan that a journal holds, one choice a tensor. Raises OutputError unless it, and the finished tensors, fit
+    the source."""
+    assert journal.job is not None
+    plan = journal.job.get("plan", [])
+    kinds = [(t, choice[0]) for t, choice in zip(source.tensors, plan, strict=False)]
+    kinds += [(t, record["type"]) for t, record in zip(source.tensors, journal.rows, strict=False)]
+    fits = all(t.shape[0] % type_block(kind) == 0 for t, kind in kinds)
+    if len(plan) != len(source.tensors) or len(journal.rows) > len(plan) or not fits:
+        raise journal.damaged()
+    return [Choice(*choice) for choice in plan]
 
 
 def changed_option(then: dict[str, Any], now: dict[str, Any]) -> str | None:
