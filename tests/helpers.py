@@ -7,6 +7,7 @@ import json
 import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -48,12 +49,18 @@ def rewritten(source: Path, out: Path, change: list, rename: dict[str, str] | No
     return out
 
 
-def demo_folder() -> Path:
-    """The demo model's checkpoint; made once, in build/demo."""
-    spec = importlib.util.spec_from_file_location("demo_model", REPO / "tools" / "demo_model.py")
+def load_tool(name: str) -> Any:
+    """tools/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPO / "tools" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def demo_folder() -> Path:
+    """The demo model's checkpoint; made once, in build/demo."""
+    module = load_tool("demo_model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers and torch while they read the GGUF
         return Path(module.ensure(REPO / "build" / "demo"))
