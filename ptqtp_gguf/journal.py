@@ -122,7 +122,7 @@ class Journal:
                 if len(line) > MAX_LINE:
                     raise ValueError("no journal")
                 self._take(self._checked(parse_json(line)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise self.damaged() from None
         self._file.seek(whole)
         self._file.truncate(whole)

@@ -362,6 +362,10 @@ JOURNALS = {
     "type-list": ("a type that cannot be looked up", journal(JOB, {**ROW, "type": []})),
     "hash-text": ("a checksum that is text", journal(JOB, {**ROW, "hash": "0"})),
     "error-infinite": ("an error that is no number", journal(JOB, ROW).replace(b'"error": 0.0', b'"error": 1e999')),
+    "error-huge": (
+        "an error of 400 digits, which is no float",
+        journal(JOB, ROW).replace(b'"error": 0.0', b'"error": 1' + b"0" * 400),
+    ),
     "verified-number": ("a verdict that is a number", journal(JOB, {"verified": 1})),
     "verified-text": ("a verdict that is no checksum", journal(JOB, {"verified": ["x"]})),
     "record-text": ("a record that is text", journal(JOB, '"job"')),
