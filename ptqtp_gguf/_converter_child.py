@@ -30,8 +30,8 @@ from typing import Any
 
 MAGIC, REFUSAL = b"PTQTPbf\x01", b"PTQTPno\x01"
 PIECE = 1 << 19  # weights made at a time
-TRUST = "PTQTP_TRUST_CODE"
-UNTRUSTED = f"the checkpoint brings Python code of its own, which is not run; if you trust it, set {TRUST}=1"
+TRUST = "--trust-remote-code"
+UNTRUSTED = f"the checkpoint brings Python code of its own, which is not run; if you trust it, give {TRUST}"
 
 _WRITER = "open_output_file write_header_to_file write_kv_data_to_file write_ti_data_to_file write_tensors_to_file"
 NEEDED = {
@@ -49,7 +49,7 @@ ATTRIBUTES = {
 }
 
 
-def main(script: Path, folder: str) -> None:
+def main(script: Path, folder: str, trust: bool) -> None:
     out = os.dup(1)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
@@ -61,7 +61,8 @@ def main(script: Path, folder: str) -> None:
     if absent := missing(gguf):
         send(out, struct.pack("<8sQQ", REFUSAL, len(absent.encode()), 0) + absent.encode())
         return
-    distrust()
+    if not trust:
+        distrust()
     Server(gguf, out, wanted).install()
     sys.argv = [str(script), folder, "--outtype", "bf16", "--outfile", os.devnull]
     runpy.run_path(str(script), run_name="__main__")
@@ -70,11 +71,8 @@ def main(script: Path, folder: str) -> None:
 def distrust() -> None:
     """Keep Python code that lies in the checkpoint's folder from being run, though the converter asks for it.
 
-    What transformers knows by itself is used instead; else the converter ends with UNTRUSTED. $PTQTP_TRUST_CODE=1
-    leaves things as llama.cpp has them.
+    What transformers knows by itself is used instead; else the converter ends with UNTRUSTED.
     """
-    if os.environ.get(TRUST) == "1":
-        return
     import transformers
     from transformers import dynamic_module_utils
 
@@ -303,4 +301,4 @@ def _give_back() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == [TRUST])

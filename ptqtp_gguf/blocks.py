@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, transformers_reason
 from .errors import CalibrationError, PtqtpError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Blocks:
         self._shards = found.shards
         with quiet(), self._explained("transformers cannot build it"):
             self.config = transformers.AutoConfig.from_pretrained(
-                found.folder, local_files_only=True, trust_remote_code=False
+                found.folder, local_files_only=True, trust_remote_code=found.trust_code
             )
             if getattr(self.config, "quantization_config", None):
                 raise CalibrationError(
@@ -111,7 +111,7 @@ class Blocks:
         except (PtqtpError, Stop, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
             raise
         except Exception as e:
-            text = " ".join(str(e).split())[:200] or type(e).__name__
+            text = transformers_reason(e) or type(e).__name__
             raise CalibrationError(f"{self.folder}: {what}: {type(e).__name__}: {text}; {WAY_OUT}") from e
 
     # ---- weights ----

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blocks import Blocks, require_transformers
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, transformers_reason
 from .errors import CalibrationError, OutputError
 from .mapping import names
 from .moments import Moment, Store, fingerprint
@@ -108,7 +108,7 @@ def walk(
     with contextlib.ExitStack() as stack:
         with _config_errors(found):
             config = transformers.AutoConfig.from_pretrained(
-                found.folder, local_files_only=True, trust_remote_code=False
+                found.folder, local_files_only=True, trust_remote_code=found.trust_code
             ).get_text_config()
         n_layers = int(config.num_hidden_layers)
         if tokens.ndim != 2 or not tokens.size or not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
@@ -129,7 +129,7 @@ def _config_errors(found: Checkpoint) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        text = " ".join(str(e).split())[:200]
+        text = transformers_reason(e)
         raise CalibrationError(f"{found.folder}: transformers does not read its config: {text}") from None
 
 

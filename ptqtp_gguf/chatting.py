@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from . import runtime
-from .errors import ChatError, InputError, OutputError
+from .errors import ChatError, OutputError
 from .output import write_text
+from .reading import parse_json, read_whole
 
 SCHEMA = 1  # of a saved conversation
+MAX_SAVED = 64 << 20  # bytes of one
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 JOINERS = "\u200c\u200d"  # invisible, harmless, and part of emoji and of scripts
 SPEAKERS = {"user": "User", "assistant": "Assistant"}
@@ -167,10 +169,8 @@ class Chat:
     def load(self, path: Path) -> None:
         """Take up a conversation that save() wrote, instead of this one. Raises InputError or ChatError."""
         try:
-            saved = json.loads(path.read_bytes())
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from None
-        except (ValueError, RecursionError):
+            saved = parse_json(read_whole(path, MAX_SAVED))
+        except ValueError:
             raise ChatError(f"{path}: no saved conversation: not JSON") from None
         messages = saved.get("messages") if isinstance(saved, dict) and saved.get("schema") == SCHEMA else None
         good = isinstance(messages, list) and all(

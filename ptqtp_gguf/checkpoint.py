@@ -43,23 +43,21 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked folder: its architecture, shards, and bytes of weights."""
+    """A checked folder: its architecture, shards, and bytes of weights; whether Python code in it may be run."""
 
     folder: Path
     architecture: str
     shards: tuple[Path, ...]
     nbytes: int
+    trust_code: bool = False
 
 
 def is_gguf(path: Path) -> bool:
     """True if the path is a file that starts like a GGUF. Raises InputError if it cannot be read."""
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        if path.is_dir():
             return False
-        if not stat.S_ISREG(mode):
-            raise InputError(f"{path}: no regular file and no folder")
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             return f.read(4) == b"GGUF"
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
@@ -85,8 +83,11 @@ def _deciding(folder: Path) -> list[Path]:
     return [p for p in files if p.suffix in _DECIDES and not p.name.startswith(".") and not p.is_dir()]
 
 
-def check(folder: Path) -> Checkpoint:
-    """Check a checkpoint folder without reading a weight. Raises CheckpointError with the first thing that is wrong."""
+def check(folder: Path, trust_code: bool = False) -> Checkpoint:
+    """Check a checkpoint folder without reading a weight. Raises CheckpointError with the first thing that is wrong.
+
+    trust_code: Python code that the folder brings may be run, by llama.cpp's converter and by transformers
+    """
     config = _load_json(folder / "config.json", "config.json names the architecture; is this a checkpoint folder?")
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
@@ -102,13 +103,14 @@ def check(folder: Path) -> Checkpoint:
     ):
         if os.path.lexists(folder / index):
             shards, nbytes = _check_sharded(folder, folder / index, tensors_of)
-            return Checkpoint(folder, architectures[0], shards, nbytes)
+            return Checkpoint(folder, architectures[0], shards, nbytes, trust_code)
         found = sorted(folder.glob(others))
         if folder / single in found:
             if len(found) > 1:  # the converter would read them all
                 extra = next(p.name for p in found if p.name != single)
                 raise CheckpointError(f"{folder}: {extra} stands beside {single} and there is no {index}; remove one")
-            return Checkpoint(folder, architectures[0], (folder / single,), sum(tensors_of(folder / single).values()))
+            nbytes = sum(tensors_of(folder / single).values())
+            return Checkpoint(folder, architectures[0], (folder / single,), nbytes, trust_code)
         if found:
             raise CheckpointError(
                 f"{folder}: no model.safetensors and no {INDEX}: found {found[0].name}, but no {single} and no {index}"
@@ -267,7 +269,8 @@ def to_bf16_gguf(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
     """
     script = runtime.converter()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-u", "-c", _LAUNCH, child.__file__, str(script), str(checkpoint.folder)]
+    guard = child.TRUST if checkpoint.trust_code else child.__file__
+    command = [sys.executable, "-I", "-u", "-c", _LAUNCH, guard, str(script), str(checkpoint.folder)]
     command += ["--outtype", "bf16", "--outfile", str(out)]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -299,9 +302,15 @@ guard, script = sys.argv[1:3]
 folder = script.rsplit('/', 1)[0] if '/' in script else script.rsplit(chr(92), 1)[0]
 sys.path[:0] = [folder + '/gguf-py', folder]
 sys.argv = sys.argv[2:]
-runpy.run_path(guard)['distrust']()
+if guard != '--trust-remote-code':
+    runpy.run_path(guard)['distrust']()
 runpy.run_path(script, run_name='__main__')
 """
+
+
+def transformers_reason(e: Exception) -> str:
+    """What transformers has to say, in one line. Its long text about code of the checkpoint's own becomes ours."""
+    return child.UNTRUSTED if "trust_remote_code" in str(e) else " ".join(str(e).split())[:200]
 
 
 def converter_reason(checkpoint: Checkpoint, lines: list[str], code: int) -> str:

@@ -20,7 +20,7 @@ from .bench import bench
 from .conversion import local
 from .difference import tensor_errors
 from .document import SCHEMA
-from .errors import CalibrationError, InputError, Interrupted, OutputError
+from .errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
 from .evaltext import load_text, open_files
 from .evaluation import evaluate
 from .format import BY_NAME
@@ -31,13 +31,14 @@ from .options import Options
 from .output import cache_folder, write_text
 from .peers import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
 from .plan import Progress, no_progress
-from .reading import file_sha256
+from .reading import file_sha256, parse_json, read_whole
 from .rounds import Round
 from .texts import load as load_calibration
 
 PEERS = ("Q4_0", "Q4_K_M", "IQ4_XS", "Q3_K_M")
 WINDOWS = 32
 ROUNDS_FILE = ".rounds.json"
+MAX_ROUNDS = 1 << 26  # bytes of it
 
 Row = dict[str, Any]
 
@@ -166,7 +167,7 @@ def _check(run: Comparison) -> list[Item]:
 def _files(run: Comparison, items: Sequence[Item]) -> None:
     s, options = run.settings, run.options
     store = Store(run.cache / "files", s.fresh)
-    run.reference, sha = reference_of(run.source, store, run.progress)
+    run.reference, sha = reference_of(run.source, store, run.progress, options.trust_code)
     given = [i.path for i in items if i.path]
     open_files([run.reference, *given], run.progress)
     imatrix, imatrix_sha = s.imatrix, ""
@@ -281,10 +282,10 @@ class _Rounds:
         self.path, self.key = path, hashlib.sha256(json.dumps(of).encode()).hexdigest()
         self.done: list[Round] = []
         try:
-            held = json.loads(path.read_text())
+            held = parse_json(read_whole(path, MAX_ROUNDS))
             if held["key"] == self.key and not s.fresh:
                 self.done = list(held["rounds"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (PtqtpError, ValueError, KeyError, TypeError):
             pass
 
     def keep(self, found: Round) -> None:

@@ -73,7 +73,9 @@ def dry_run(source: Path, out: Path, options: Options | None = None, progress: P
     with system_errors(out), ExitStack() as stack:
         check_target(out, source, True)
         imatrix = _imatrix(options, out, stack)
-        opened = stack.enter_context(open_source(local(source, progress, options.revision), progress))
+        opened = stack.enter_context(
+            open_source(local(source, progress, options.revision), progress, trust_code=options.trust_code)
+        )
         rows = _plan(opened, options, recipe, imatrix, progress)
         kvs = _metadata(opened, rows, options, recipe, imatrix)
         parts = lay_out(out, [r.out for r in rows], kvs, opened.alignment, options.split_max_size)
@@ -108,14 +110,14 @@ def _open(source: Path, out: Path, options: Options, progress: Progress, finishe
     """
     bf16 = options.keep_bf16
     if bf16 is None:
-        with open_source(source, progress, out.with_name(f".{out.name}.bf16.gguf")) as opened:
+        with open_source(source, progress, out.with_name(f".{out.name}.bf16.gguf"), options.trust_code) as opened:
             yield opened
         return
     if checkpoint.is_gguf(source):
         raise InputError(f"{source}: is a GGUF already; --keep-bf16 is for checkpoint folders")
     if bf16.resolve() == out.resolve():
         raise OutputError(f"{out}: is also the name to keep the bf16 GGUF under; give it one of its own")
-    found = checkpoint.check(source)
+    found = checkpoint.check(source, options.trust_code)
     with Journal(bf16) as note:
         files = [list(s) for s in checkpoint.stamp(source)]
         mine = note.job == {"bf16": files, "made": _identity(bf16)}
@@ -158,16 +160,19 @@ def make_bf16(
             work.replace(bf16)
 
 
-def open_source(source: Path, progress: Progress = no_progress, scratch: Path | None = None) -> Source:
+def open_source(
+    source: Path, progress: Progress = no_progress, scratch: Path | None = None, trust_code: bool = False
+) -> Source:
     """A GGUF file or a checkpoint folder, ready to be read. Raises InputError.
 
-    scratch: where the bf16 GGUF may lie for the time being if the converter cannot be read as a stream.
+    scratch     where the bf16 GGUF may lie for the time being if the converter cannot be read as a stream
+    trust_code  run Python code that a checkpoint brings, if the converter wants it
     """
     if checkpoint.is_gguf(source):
         return GgufSource(source)
     if not source.is_dir():
         raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
-    found = checkpoint.check(source)
+    found = checkpoint.check(source, trust_code)
     progress("converter", 0, 0, found.architecture)
     return StreamSource(found, lambda line: progress("converter", 0, 0, line), scratch)
 

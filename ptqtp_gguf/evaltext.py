@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import InputError
 from .plan import Progress, no_progress
-from .reading import file_sha256
+from .reading import file_sha256, read_whole
 from .runtime import I32, Model
 from .source import GgufSource
 
@@ -59,12 +59,9 @@ def load_text(path: Path | None) -> Text:
         raw = gzip.decompress(BUILTIN_FILE.read_bytes())
         return Text("built-in", hashlib.sha256(raw).hexdigest(), True, raw.decode())
     try:
-        with open(path, "rb") as f:
-            raw = f.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}; --text takes a text file") from None
-    if len(raw) > MAX_BYTES:
-        raise InputError(f"{path}: more than {MAX_BYTES >> 20} MiB of text; give a part of it")
+        raw = read_whole(path, MAX_BYTES)
+    except InputError as e:
+        raise InputError(f"{e}; --text takes a text file, or a part of it") from None
     try:
         text = raw.decode()
     except UnicodeDecodeError as e:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .checkpoint import Checkpoint
 from .errors import CalibrationError, OutputError
 from .output import check_space, sync_folder, write_text
-from .reading import parse_json, read_whole
+from .reading import open_regular, parse_json, read_whole
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def fingerprint(
     """What decides the moments: config, shards' headers and a sample of their data, tokens, and the caller's tag."""
     model = hashlib.sha256((found.folder / "config.json").read_bytes())
     for shard in found.shards:
-        with open(shard, "rb") as f:
+        with open_regular(shard, CalibrationError) as f:
             head = f.read(8)
             length = int.from_bytes(head, "little") if shard.suffix == ".safetensors" else 0
             model.update(head + f.read(length + SAMPLE))

@@ -10,7 +10,7 @@ from .errors import QuantizeError
 from .imatrix import Imatrix
 from .quantize.calibrated import Settings
 from .quantize.tuned import TuneSettings
-from .reading import sha256_of
+from .reading import open_regular, sha256_of
 from .recipe import Recipe, block_type, load
 
 AUTO, CALIBRATED, TUNED = "auto", "calibrated", "tuned"
@@ -85,7 +85,7 @@ def _identity(text: str) -> str:
     path = Path(text)
     if not path.is_file():
         return text
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         return f"{path.name} (SHA-256 {sha256_of(f, text)})"
 
 
@@ -105,6 +105,7 @@ class Options:
     device          cpu, cuda or auto
     max_memory      bytes, 0 = no limit
     restart         begin anew where an unfinished conversion lies beside the target
+    trust_code      run Python code that a checkpoint brings; without, one that needs it is refused
     """
 
     method: str = AUTO
@@ -123,6 +124,7 @@ class Options:
     max_memory: int = 0
     force: bool = False
     restart: bool = False
+    trust_code: bool = False
     use_reference: bool = False
 
 
@@ -137,6 +139,7 @@ def decisive(options: Options, recipe: Recipe, imatrix: Imatrix | None = None) -
         "--override-kv": list(options.overrides),
         "--split-max-size": options.split_max_size,
         **options.calibration.decisive(),
+        **({"--trust-remote-code": True} if options.trust_code else {}),
     }
 
 

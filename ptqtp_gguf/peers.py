@@ -14,19 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import __version__, checkpoint, conversion, native, runtime, texts
-from .errors import CalibrationError, InputError, OutputError, RecipeError
+from .errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from .format import BY_NAME
 from .gguf_io import Reader, type_name
 from .options import Options, decisive, recipe_of, resolved
 from .output import check_space, partial_file, write_text
 from .plan import Progress
-from .reading import file_sha256
+from .reading import file_sha256, parse_json, read_whole
 from .recipe import Role, role_of
 from .results import FLOATS
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
 SHARED_LINES = 0.01  # of the calibration text's long lines; licence headers are shared by chance, articles are not
 LONG_LINE = 60  # characters
+MAX_NOTE = 1 << 24  # bytes
 IMATRIX_CHUNKS = 128  # windows of 512 tokens
 
 
@@ -118,10 +119,10 @@ class Store:
         path = self.folder / digest[:16] / name
         note = path.with_suffix(".json")
         try:
-            held = json.loads(note.read_text())
+            held = parse_json(read_whole(note, MAX_NOTE))
             if not self.fresh and held["key"] == digest and held["size"] == path.stat().st_size:
                 return path, str(held["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (PtqtpError, OSError, ValueError, KeyError, TypeError):
             pass
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,10 +216,11 @@ def _flags(how: Options) -> str:
     words += [f" --imatrix {how.imatrix.name}"] if how.imatrix else []
     words += [f" --calib {Path(t).name}" for t in how.calibration.texts]
     words += [" --tune"] if how.calibration.tune else []
+    words += [" --trust-remote-code"] if how.trust_code else []
     return "".join(words)
 
 
-def reference_of(source: Path, store: Store, progress: Progress) -> tuple[Path, str]:
+def reference_of(source: Path, store: Store, progress: Progress, trust_code: bool = False) -> tuple[Path, str]:
     """The GGUF in 16 or 32 bits that all is measured against, and its SHA-256: the source itself, or made of it.
 
     Raises InputError where the source is quantized, split, or neither a GGUF nor a checkpoint; CheckpointError.
@@ -238,9 +240,10 @@ def reference_of(source: Path, store: Store, progress: Progress) -> tuple[Path, 
         return source, file_sha256(source)
     if not source.is_dir():
         raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
-    found = checkpoint.check(source)
+    found = checkpoint.check(source, trust_code)
     files = {name: file_sha256(source / name) for name, _, _ in checkpoint.stamp(source)}
     key: dict[str, object] = {"checkpoint": files, "converter": file_sha256(runtime.converter())}
+    key |= {"trusted": True} if trust_code else {}
     return store.keep(key, f"{source.name}-bf16.gguf", lambda path: conversion.make_bf16(found, path, progress))
 
 

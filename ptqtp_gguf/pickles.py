@@ -131,7 +131,7 @@ _LIST_BYTES = 5  # index in zipfile's end record
 
 
 def _starts_as_pickle(path: Path) -> bool:
-    with open(path, "rb") as f:
+    with open_regular(path, CheckpointError) as f:
         return f.read(1) == b"\x80"
 
 

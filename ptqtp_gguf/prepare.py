@@ -81,7 +81,7 @@ class _Work:
         self.tensors = {r.tensor.name: r.tensor for r in rows if r.choice.type == fmt.TP2_1.id}
         self.device = _device(options.device)
         self.n_tokens = self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
-        self.found = None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path)
+        self.found = None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path, options.trust_code)
         self.texts = self._load(self.how.texts)
         self.tune_texts = self._load(self.how.tune_texts) or self.texts
         arch, layers = source.get("general.architecture"), None
@@ -193,7 +193,7 @@ class _Work:
             return {}
         path = self.store.folder / "weights.npz"
         if not self.store.marked("weights"):
-            weights = token_weights(found.folder, tokens, self.device, self.progress)
+            weights = token_weights(found.folder, tokens, self.device, self.progress, found.trust_code)
             with open(path, "wb") as f:
                 np.savez(f, **{k: v.astype(np.float32) for k, v in weights.items()})  # type: ignore[arg-type]
             self.store.mark("weights")
@@ -299,7 +299,7 @@ class _Work:
         self.progress("tuning", 0, self.how.tune_steps, "finding the model's tensors")
         with quiet():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                found.folder, local_files_only=True, trust_remote_code=False, dtype="auto"
+                found.folder, local_files_only=True, trust_remote_code=found.trust_code, dtype="auto"
             )
         params = dict(model.named_parameters())
         links: dict[str, tuple[TensorInfo, mapping.Link]] = {}  # by parameter
@@ -326,7 +326,7 @@ class _Work:
         result = tune(
             found.folder, planes, torch.from_numpy(windows[~held]), torch.from_numpy(windows[held]),
             self.how.tuning, self.device, self.progress, self.store.folder / "tuning.safetensors",
-            {hf for hf, (t, _) in links.items() if len(t.shape) == 1},
+            {hf for hf, (t, _) in links.items() if len(t.shape) == 1}, found.trust_code,
         )  # fmt: skip
         for note in result.notes:
             self.store.say(note)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from .errors import OutputError
-from .output import write_text
+from .errors import OutputError, PtqtpError
+from .output import write_all, write_text
+from .reading import parse_json, read_whole
 from .scoring import RECORD, Rows
 
+MAX_BYTES = 1 << 32  # of a file of records
 Job = dict[str, str | int]
 _HEAD = struct.Struct("<4sII")  # magic, window, CRC
 _MAGIC = b"PTE1"
@@ -59,9 +60,9 @@ class Records:
 
     def _load(self, path: Path) -> None:
         try:
-            data = path.read_bytes()
-        except OSError as e:
-            raise OutputError(f"{path}: {e.strerror}; give another --state") from None
+            data = read_whole(path, MAX_BYTES, OutputError)
+        except OutputError as e:
+            raise OutputError(f"{e}; give another --state") from None
         size = _HEAD.size + self._width * RECORD.itemsize
         for at in range(0, len(data) - size + 1, size):
             frame = data[at : at + size]
@@ -78,15 +79,10 @@ class Records:
     def _write(self, frame: bytes) -> None:
         assert self._path is not None
         try:
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                written = os.write(fd, frame)
-            finally:
-                os.close(fd)
+            with open(self._path, "ab", buffering=0) as file:
+                write_all(file, frame)
         except OSError as e:
             raise OutputError(f"{self._path}: writing failed: {e.strerror}; give another --state") from None
-        if written != len(frame):
-            raise OutputError(f"{self._path}: writing failed: the disk is full; give another --state")
 
     def add(self, window: int, rows: Rows) -> None:
         """Keep a window's records, at once on disk too: the next line of a killed run needs them."""
@@ -117,10 +113,10 @@ def kept(folder: Path | None, job: Job) -> dict[str, list[int]] | None:
         return None
     path = _place(folder, job, "json")
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(read_whole(path, MAX_BYTES))
         body = {"job": found["job"], "numbers": found["numbers"]}
         good = body["job"] == job and found["check"] == _check(body)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (PtqtpError, ValueError, KeyError, TypeError):
         return None
     return dict(body["numbers"]) if good else None
 

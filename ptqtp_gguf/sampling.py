@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blocks import WAY_OUT, quiet
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, transformers_reason
 from .errors import CalibrationError
 from .plan import Progress, no_progress
 
@@ -29,10 +29,10 @@ def written(
     with quiet():
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                found.folder, dtype="auto", local_files_only=True, trust_remote_code=False
+                found.folder, dtype="auto", local_files_only=True, trust_remote_code=found.trust_code
             ).to(device)
         except Exception as e:
-            text = " ".join(str(e).split())[:200]
+            text = transformers_reason(e)
             raise CalibrationError(f"{found.folder}: transformers cannot load it: {text}; {WAY_OUT}") from None
     chance = torch.Generator().manual_seed(seed)
     if bos is not None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blocks import quiet
+from .checkpoint import transformers_reason
 from .errors import CalibrationError
 from .memory import free_memory
 from .plan import Progress, no_progress
@@ -27,10 +28,12 @@ Weights = dict[str, NDArray[np.float32]]  # parameter that is the first of those
 
 
 def token_weights(
-    folder: Path, tokens: NDArray[np.int64], device: str = "cpu", progress: Progress = no_progress
-) -> Weights:
+    folder: Path, tokens: NDArray[np.int64], device: str = "cpu", progress: Progress = no_progress,
+    trust_code: bool = False,
+) -> Weights:  # fmt: skip
     """Weights of tokens int64 (N, T), by the names that transformers gives the parameters of linear layers.
 
+    trust_code: run Python code that the folder brings.
     Experts of a mixture get none: they see tokens of their own. Raises CalibrationError where the model cannot be
     loaded or run, or does not fit into memory.
     """
@@ -41,7 +44,7 @@ def token_weights(
     try:
         with quiet():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, dtype="auto"
+                folder, local_files_only=True, trust_remote_code=trust_code, dtype="auto"
             )
         if dev.type == "cpu" and 4 * sum(p.numel() for p in model.parameters()) < free_memory() // 2:
             model = model.float()  # faster there
@@ -53,7 +56,7 @@ def token_weights(
             "with --no-fisher, which needs one block at a time"
         ) from None
     except (OSError, ValueError, RuntimeError, KeyError) as e:
-        text = " ".join(str(e).split())[:200]
+        text = transformers_reason(e)
         raise CalibrationError(f"{folder}: no gradients of this model: {text}; calibrate with --no-fisher") from None
 
 

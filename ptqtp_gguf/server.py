@@ -14,16 +14,21 @@ import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from . import runtime
 from .errors import InputError, OutputError, ServerError
+from .output import write_all
 from .plan import Progress, no_progress
+from .reading import read_whole
 
 STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save
+MAX_KEYS = 1 << 20  # bytes of a file of API keys
 PROMPT_CACHE = 1024  # MiB; llama-server's own default of 8 GiB is more than many machines have
-# ends the server when our end of the pipe closes without a word, however we died; needs a shell, so not on Windows
-GUARD = 'read -r word || kill -KILL "$1"'
+# Ends the server when our end of the pipe closes without a word, however we died; needs a shell, so not on Windows.
+# The server tells its number itself, before it becomes llama-server: so there is no moment at which nobody knows it.
+GUARD = 'read -r pid && { read -r word || kill -KILL "$pid"; }'
+GUARDED = 'echo $$ >&0 && exec "$@" < /dev/null'
 
 
 class Server:
@@ -61,6 +66,7 @@ class Server:
         self.ctx = runtime.context_for(path, ctx)
         self.has_key = bool(_keys(api_key_file) or os.environ.get("LLAMA_API_KEY"))
         self.process: subprocess.Popen[bytes] | None = None
+        self.log_fault = ""  # why the log has ended
         self._guard: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._lines: deque[str] = deque(maxlen=40)
@@ -96,19 +102,24 @@ class Server:
         }
         log = self._open_log()
         try:
+            self._guard = _guard()
+            pipe: IO[bytes] | int = subprocess.DEVNULL
+            if self._guard is not None and self._guard.stdin is not None:
+                pipe, command = self._guard.stdin, ["/bin/sh", "-c", GUARDED, "sh", *command]
             # a session of its own: Ctrl-C in the terminal is for us, and we end it in order
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
-                start_new_session=True,
-            )  # fmt: skip
-        except OSError as e:
+                command, stdin=pipe, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+        except BaseException as e:
+            self._end_guard()
             if log:
                 log.close()
+            if not isinstance(e, OSError):
+                raise
             raise ServerError(f"{program}: cannot be started: {e.strerror}; build the runtime again") from None
         try:
             self._reader = threading.Thread(target=self._read, args=(self.process.stdout, log), daemon=True)
             self._reader.start()
-            self._guard = _guard(self.process.pid)
             self._until_ready(progress, timeout)
         except BaseException:
             self.stop()
@@ -133,11 +144,7 @@ class Server:
         finally:  # also when a second Ctrl-C comes while it waits
             process.kill()
             process.wait()
-            if self._guard is not None and self._guard.stdin is not None:
-                with contextlib.suppress(OSError):
-                    self._guard.stdin.write(b"done\n")
-                    self._guard.stdin.close()
-                self._guard.wait()
+            self._end_guard()
             if self._reader is not None:
                 self._reader.join()
 
@@ -149,9 +156,17 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
+    def _end_guard(self) -> None:
+        guard, self._guard = self._guard, None
+        if guard is not None and guard.stdin is not None:
+            with contextlib.suppress(OSError):
+                guard.stdin.write(b"done\n")
+            guard.stdin.close()
+            guard.wait()
+
     def _open_log(self) -> BinaryIO | None:
         try:
-            return open(self.log, "ab") if self.log else None
+            return open(self.log, "ab", buffering=0) if self.log else None
         except OSError as e:
             raise OutputError(f"{self.log}: cannot write the log: {e.strerror}") from None
 
@@ -161,8 +176,12 @@ class Server:
                 if b"api_keys:" in raw:  # the end of a key
                     continue
                 if log:
-                    log.write(raw)
-                    log.flush()
+                    try:
+                        write_all(log, raw)
+                    except OSError as e:  # a full disk ends the log, not the server
+                        self.log_fault = f"{self.log}: {e.strerror}; the log ends here"
+                        log.close()
+                        log = None
                 if text := raw.decode(errors="replace").strip():
                     self._lines.append(text)
 
@@ -232,21 +251,23 @@ def _keys(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot read API keys: {getattr(e, 'strerror', None) or 'not text'}") from None
+        lines = read_whole(path, MAX_KEYS).decode().splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot read API keys: not text") from None
     keys = [line for line in lines if line.strip() and not line.startswith("#")]
     if not keys:
         raise InputError(f"{path}: holds no API key; write one a line")
     return keys
 
 
-def _guard(pid: int) -> subprocess.Popen[bytes] | None:
+def _guard() -> subprocess.Popen[bytes] | None:
     if os.name == "nt":
         return None
-    command = ["/bin/sh", "-c", GUARD, "sh", str(pid)]
+    command = ["/bin/sh", "-c", GUARD]
     nowhere = subprocess.DEVNULL
     try:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, bufsize=0, start_new_session=True
+        )
     except FileNotFoundError:  # no shell, no guard
         return None

@@ -63,7 +63,10 @@ class ConverterStream:
         self._scratch: Path | None = None
         script = runtime.converter()
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-u", child.__file__, str(script), os.path.abspath(checkpoint.folder)],
+            [
+                sys.executable, "-I", "-u", child.__file__, str(script), os.path.abspath(checkpoint.folder),
+                *([child.TRUST] if checkpoint.trust_code else []),
+            ],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
         )  # fmt: skip

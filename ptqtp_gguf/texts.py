@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 
 from . import hub
 from .blocks import require_transformers
-from .checkpoint import Checkpoint, show
+from .checkpoint import Checkpoint, show, transformers_reason
 from .errors import CalibrationError
 from .plan import Progress, no_progress
+from .reading import parse_json
 from .sampling import written
 
 BUILTIN, SELF = "builtin", "self"
@@ -102,8 +102,8 @@ def _documents(path: Path) -> Iterator[str]:
 
 def _text_of(line: str, where: str) -> str:
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as e:
+        found = parse_json(line.encode())
+    except ValueError as e:
         raise CalibrationError(f"{where}: not valid JSON ({e})") from None
     if not isinstance(found, dict) or not isinstance(found.get("text"), str):
         keys = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
@@ -168,9 +168,11 @@ def load_tokenizer(found: Checkpoint) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(
+            found.folder, local_files_only=True, trust_remote_code=found.trust_code
+        )
     except Exception as e:
-        text = " ".join(str(e).split())[:200]
+        text = transformers_reason(e)
         raise CalibrationError(f"{found.folder}: transformers cannot load its tokenizer: {text}") from None
 
 

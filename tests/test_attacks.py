@@ -14,7 +14,7 @@ import pytest
 from helpers import REPO, load_tool, safetensors_bytes
 
 from ptqtp_gguf import checkpoint, imatrix, patterns, pickles, planes, recipe, runtime, texts
-from ptqtp_gguf._converter_child import TRUST
+from ptqtp_gguf.checkpoint import to_bf16_gguf
 from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from ptqtp_gguf.gguf_io import Reader
 from ptqtp_gguf.journal import Journal, journal_path
@@ -246,7 +246,7 @@ def test_a_journal_whose_plan_does_not_fit_is_refused(tiny_gguf: Path, tmp_path:
 
 
 @pytest.mark.hf
-def test_python_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     """llama.cpp's converter loads some tokenizers with trust_remote_code=True; we keep that from it."""
     from ptqtp_gguf.stream import ConverterStream
 
@@ -267,12 +267,12 @@ def test_python_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(checkpoint.CheckpointError, match="brings Python code of its own"):
         ConverterStream(found, lambda _: None)
     with pytest.raises(checkpoint.CheckpointError, match="brings Python code of its own"):
-        list(checkpoint.to_bf16_gguf(found, tmp_path / "out.gguf"))
+        list(to_bf16_gguf(found, tmp_path / "out.gguf"))
     assert not marker.exists()
-    monkeypatch.setenv(TRUST, "1")  # without that it is run: the test tests something
-    with pytest.raises(checkpoint.CheckpointError):
-        ConverterStream(found, lambda _: None)
-    assert marker.exists()
+    for run in (lambda f: ConverterStream(f, lambda _: None), lambda f: list(to_bf16_gguf(f, tmp_path / "out.gguf"))):
+        with pytest.raises(checkpoint.CheckpointError):  # with --trust-remote-code it is run: the test tests something
+            run(checkpoint.check(folder, trust_code=True))
+        marker.unlink()
 
 
 def test_readme_lists_each() -> None:

@@ -81,13 +81,15 @@ class Stingy(io.FileIO):
 
 # ---- the journal ----
 
+RECORD = {"type": 0, "nbytes": 4, "hash": 1, "source": 2, "error": 0.0, "power": 1.0}
+
 
 def test_a_journal_of_short_counts(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "open_locked", lambda path, _: Stingy(os.open(path, os.O_RDWR | os.O_CREAT), "r+"))
     with Journal(out) as j:
         j.append({"job": {"some": "thing" * 50}})
         for i in range(20):
-            j.append({"tensor": i})
+            j.append(RECORD | {"tensor": i})
     with Journal(out) as j:
         assert j.found == 20
         j.cut(3)
@@ -101,7 +103,7 @@ def test_what_the_journal_could_not_take_is_not_counted(out: Path, monkeypatch: 
     with pytest.raises(OSError), Journal(out) as j:
         j.append({"job": {}})
         assert j.job == {}
-        j.append({"tensor": 0, "why": "a line that does not fit"})
+        j.append(RECORD | {"tensor": 0, "why": "a line that does not fit"})
     assert j.rows == []
     monkeypatch.setattr(Stingy, "room", 1 << 30)
     with Journal(out) as j:

@@ -18,7 +18,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and 
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 Threads = Annotated[int, typer.Option("--threads", "-j", min=0, help="Threads; 0 = all cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON lines on standard output: progress, result, error.")]
-
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that the checkpoint brings; without, one that needs it is refused.",
+    ),
+]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _json_lines = False  # whether errors are told as JSON too

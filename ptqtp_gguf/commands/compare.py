@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,12 +11,15 @@ import typer
 
 from ..comparison import PEERS, WINDOWS, Settings, Stopped
 from ..comparison import compare as compare_files
-from ..errors import OutputError
+from ..errors import OutputError, PtqtpError
 from ..options import Calibration, Options
+from ..reading import parse_json, read_whole
 from ..report import check_tools, write_report
 from ..tables import print_comparison
 from ..terminal import event, line
-from .common import AsJson, Force, Quiet, Threads, fail, numbers, reporter
+from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, numbers, reporter
+
+MAX_REPORT = 1 << 26  # bytes of its JSON
 
 
 def compare(
@@ -56,6 +58,7 @@ def compare(
         Path | None, typer.Option(help="Folder of what is made and measured, kept for the next time.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make and measure all anew.")] = False,
+    trust_remote_code: TrustCode = False,
     threads: Threads = 0,
     force: Force = False,
     quiet: Quiet = False,
@@ -86,6 +89,7 @@ def compare(
     )  # fmt: skip
     options = Options(
         recipe=recipe, tensor_types=tuple(tensor_type or ()), device=device, threads=threads,
+        trust_code=trust_remote_code,
         calibration=Calibration(texts=tuple(calib or ()), tokens=calib_tokens, tune=tune),
     )  # fmt: skip
     stopped = ""
@@ -116,8 +120,8 @@ def _check_output(output: Path, force: bool) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; --output names a folder")
     try:
-        finished = json.loads((output / "report.json").read_text()).get("finished", True)
-    except (OSError, ValueError, AttributeError):
+        finished = parse_json(read_whole(output / "report.json", MAX_REPORT)).get("finished", True)
+    except (PtqtpError, ValueError, AttributeError):
         finished = False
     if finished and not force:
         raise OutputError(f"{output}: holds a report already; use --force to replace it, or another --output")

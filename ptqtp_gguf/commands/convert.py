@@ -19,7 +19,7 @@ from ..plan import Progress
 from ..recipe import SHIPPED
 from ..results import Summary, card_facts
 from ..terminal import Bar, event, line, plan_dict, print_plan, print_summary, summary_dict
-from .common import AsJson, Force, Quiet, Threads, fail, parse_size, reporter
+from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, parse_size, reporter
 
 
 def convert(
@@ -82,6 +82,7 @@ def convert(
     keep_bf16: Annotated[Path | None, typer.Option(help="Keep the intermediate bf16 GGUF under this name.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it needs; write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left unfinished.")] = False,
+    trust_remote_code: TrustCode = False,
     force: Force = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -122,6 +123,7 @@ def convert(
         split_max_size=parse_size(split_max_size) if split_max_size else 0,
         revision=revision, keep_bf16=keep_bf16, threads=threads, device=device,
         max_memory=parse_size(max_memory) if max_memory else 0, force=force, restart=restart,
+        trust_code=trust_remote_code,
     )  # fmt: skip
     with reporter(quiet, as_json) as progress:
         if model_card and not journal_path(out).exists():  # a conversion that is taken up may have written it

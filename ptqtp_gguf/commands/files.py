@@ -16,7 +16,7 @@ from ..inspect import inspect as inspect_file
 from ..listing import Sort, print_histograms, print_report, print_tensors, print_text
 from ..terminal import event, print_verdict, verdict_dict
 from ..verify import verify as verify_file
-from .common import AsJson, Quiet, Threads, fail, reporter
+from .common import AsJson, Quiet, Threads, TrustCode, fail, reporter
 
 
 def verify(
@@ -28,6 +28,7 @@ def verify(
     all_errors: Annotated[
         bool, typer.Option("--all", "-a", help="List every tensor's error, not the worst ten.")
     ] = False,
+    trust_remote_code: TrustCode = False,
     threads: Threads = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -44,7 +45,7 @@ def verify(
         if against is None:
             verdict = verify_file(file, None, progress, threads)
         else:
-            with open_source(against, progress) as source:
+            with open_source(against, progress, trust_code=trust_remote_code) as source:
                 verdict = verify_file(file, source, progress, threads)
     if as_json:
         event("done", **verdict_dict(verdict))

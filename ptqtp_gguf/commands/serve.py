@@ -65,6 +65,8 @@ def serve(
             pass
     finally:
         server.stop()
+    if server.log_fault:
+        err_console.print(f"Warning: {server.log_fault}", soft_wrap=True, markup=False, style="yellow")
     if as_json:
         event("done")
     elif not quiet:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..checkpoint import transformers_reason
 from ..errors import TuneError
 from ..format import MAX_LEVEL
 from .plane_ops import GROUP, Flat, PlaneLinear, Tensor, code_scales, latent_start
@@ -63,11 +64,11 @@ class Student:
 
     def __init__(
         self, folder: Path, planes: Mapping[str, Any], device: str, *, bf16: bool, vectors: bool, latent: float | None,
-        logits_bytes: int, only: Collection[str] | None = None,
+        logits_bytes: int, only: Collection[str] | None = None, trust_code: bool = False,
     ) -> None:  # fmt: skip
         self.device = _device(device)
         self.folder = folder
-        self.model = _load(folder)
+        self.model = _load(folder, trust_code)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.notes: list[str] = []
         self.names, linears = self._planned(planes)
@@ -282,7 +283,7 @@ def _device(name: str) -> Any:
     return device
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, trust_code: bool) -> Any:
     import transformers
     from transformers.utils import logging
 
@@ -292,10 +293,10 @@ def _load(folder: Path) -> Any:
     logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **{option: "auto"}
+            folder, local_files_only=True, trust_remote_code=trust_code, **{option: "auto"}
         )
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise TuneError(f"{folder}: transformers cannot load it: {str(e).strip().splitlines()[0][:300]}") from None
+        raise TuneError(f"{folder}: transformers cannot load it: {transformers_reason(e)}") from None
     finally:
         if bars:
             logging.enable_progress_bar()

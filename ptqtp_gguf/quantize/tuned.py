@@ -54,7 +54,7 @@ class Tuned:
 def tune(
     folder: Path, planes: Mapping[str, Any], windows: Any, held_out: Any, settings: TuneSettings | None = None,
     device: str = "cpu", progress: Progress = no_progress, state: Path | None = None,
-    only_vectors: Collection[str] | None = None,
+    only_vectors: Collection[str] | None = None, trust_code: bool = False,
 ) -> Tuned:  # fmt: skip
     """Tune the planes of the model in a folder.
 
@@ -64,6 +64,7 @@ def tune(
     state     file to go on from and to leave the state in, every save_seconds, on Ctrl-C and at the end (the same call
               then returns at once); the caller removes it
     only_vectors  HF names of the norms and biases that may be trained, None = all; name those that you can store
+    trust_code  run Python code that the folder brings
     Raises TuneError: what does not fit, memory, a start that is not finite; OutputError where state cannot be written.
     """
     import torch
@@ -71,7 +72,7 @@ def tune(
     settings = settings or TuneSettings()
     _check_settings(settings)
     train, held = _windows(windows, "windows"), _windows(held_out, "held-out windows")
-    student = _student(folder, planes, train, held, settings, device, only_vectors)
+    student = _student(folder, planes, train, held, settings, device, only_vectors, trust_code)
     try:
         run = Run(student, settings, train, held, progress)
         if state is not None:
@@ -128,7 +129,7 @@ def _windows(ids: Any, what: str) -> Any:
 
 def _student(
     folder: Path, planes: Mapping[str, Any], train: Any, held: Any, settings: TuneSettings, device: str,
-    only: Collection[str] | None = None,
+    only: Collection[str] | None = None, trust_code: bool = False,
 ) -> Student:  # fmt: skip
     import torch
 
@@ -139,7 +140,7 @@ def _student(
         student = Student(
             folder, planes, device, bf16=settings.bf16 and device.startswith("cuda"), vectors=settings.train_vectors,
             latent=settings.latent_start if settings.train_planes else None, logits_bytes=settings.logits_bytes,
-            only=only,
+            only=only, trust_code=trust_code,
         )  # fmt: skip
         for ids in (train, held):
             if int(ids.min()) < 0 or int(ids.max()) >= student.embeddings:
