@@ -1,6 +1,7 @@
 # make demo   set up, convert SmolLM2-135M, generate text, compare with Q4_0
 # make test   set up, native tests, test suite          make lint   ruff, mypy, clang-format
 # make test-arm   kernels under qemu-user (Debian: gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user)
+# make fuzz   a minute of native code, readers and loader on damaged input (docs/results/hardening.md)
 # make setup | format | golden | bench | clean
 #
 # Everything lands in .venv and build; nothing outside the clone but what pip caches.
@@ -15,10 +16,11 @@ DEPS := build/.deps
 RUNTIME := build/.runtime
 PACKAGE := build/.package
 NATIVE := $(wildcard native/*.c native/*.h native/*.cpp native/*.inc native/*.cmake)
-CFILES = $(wildcard native/*.[ch] native/*.cpp native/*.inc native/bakeoff/*.[ch])
+CFILES = $(wildcard native/*.[ch] native/*.cpp native/*.inc native/bakeoff/*.[ch] \
+  native/fuzz/*.[ch] native/fuzz/*.cpp tools/*.c)
 CMAKE_FLAGS := -G Ninja -DPTQTP_WERROR=ON
 
-.PHONY: demo test test-native test-arm lint format golden bench setup clean
+.PHONY: demo test test-native test-arm fuzz lint format golden bench setup clean
 
 demo: setup
 	$(PY) tools/demo.py
@@ -64,6 +66,9 @@ test-arm: $(DEPS)
 	    -DPTQTP_QEMU_CPU=$$cpu -DPTQTP_SHARED=OFF > build/arm-$$cpu.log && \
 	  cmake --build build/arm-$$cpu && ctest --test-dir build/arm-$$cpu --output-on-failure || exit 1; \
 	done
+
+fuzz: setup
+	$(PY) tools/fuzz.py --minutes 0.2 --compiler gcc rows dot quantize python loader
 
 lint: $(DEPS)
 	ruff check .

@@ -360,3 +360,20 @@ def test_random_faults() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "13 points, 0 failures" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="the layer is for Linux, made by cc")
+@pytest.mark.runtime
+def test_a_killed_server_leaves_nothing(base: Any) -> None:
+    """tools/fault_test.py's server; and its look at processes sees one that is left."""
+    import fault_serve
+
+    with subprocess.Popen(["sleep", "60"], env={fault_serve.MARK: "left"}) as left:
+        assert fault_serve.wait_until(lambda: fault_serve.alive("left") == ["sleep 60 "], 5)
+        left.kill()
+    assert fault_serve.wait_until(lambda: not fault_serve.alive("left"), 5)
+    command = [sys.executable, str(REPO / "tools" / "fault_test.py")]
+    command += "--points 3 --limits 0 --pairs 0 --seed 2 --cases serve --actions KILL,TORN".split()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 points, 0 failures" in done.stdout

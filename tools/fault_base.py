@@ -110,7 +110,7 @@ class Layer:
         self.work, self.watched, self.library = work, work / "w", work / "faults.so"
         self.watched.mkdir()
 
-    def _env(self, fault: Fault | None, log: Path | None) -> dict[str, str]:
+    def env(self, fault: Fault | None, log: Path | None) -> dict[str, str]:
         state = self.work / "state"
         state.write_bytes(bytes(_STATE.size))
         env = {"FAULTS_STATE": str(state), "FAULTS_FOLDER": str(self.watched), "FAULTS_SPEC": (fault or Fault()).spec()}
@@ -119,6 +119,12 @@ class Layer:
             log.unlink(missing_ok=True)
             env["FAULTS_LOG"] = str(log)
         return env
+
+    def hit(self) -> str:
+        """The call of the last run that failed first, or ""."""
+        state = _STATE.unpack((self.work / "state").read_bytes())
+        fired, what, path = state[len(OPS) + 1], state[-2], state[-1]
+        return f"{what.split(bytes(1))[0].decode()} {path.split(bytes(1))[0].decode()}" if fired else ""
 
     def run(
         self, args: list[str], fault: Fault | None = None, *, log: bool = False, fork: bool = True,
@@ -130,7 +136,7 @@ class Layer:
         limits  resource.RLIMIT_...: value
         """
         log_path = self.work / "log" if log else None
-        env = self._env(fault, log_path)
+        env = self.env(fault, log_path)
         out, err = self.work / "stdout", self.work / "stderr"
 
         def limit() -> None:
@@ -146,13 +152,10 @@ class Layer:
                 process = _Executed(args, env, o.fileno(), e.fileno(), limit)
         code = process.wait(TIMEOUT)
         survivors = not _ends(process.pid)
-        state = _STATE.unpack((self.work / "state").read_bytes())
-        fired, what, path = state[len(OPS) + 1], state[-2], state[-1]
-        hit = f"{what.split(bytes(1))[0].decode()} {path.split(bytes(1))[0].decode()}" if fired else ""
         calls = [line.split(" ", 1) for line in log_path.read_text().splitlines()] if log_path else []
         return Outcome(
             code if code is not None else -signal.SIGKILL, out.read_text(errors="replace"),
-            err.read_text(errors="replace"), hit, code is None, survivors, tuple((a, b) for a, b in calls),
+            err.read_text(errors="replace"), self.hit(), code is None, survivors, tuple((a, b) for a, b in calls),
         )  # fmt: skip
 
 
@@ -299,7 +302,7 @@ def complaints(case: Case, folder: Path, done: Outcome, fault: Fault | None, wat
     if done.code == 0 and "Error" in done.err:
         yield "an error, yet exit code 0"
     if done.code == 1:
-        yield from _message_faults(folder, done, action, watched, case)
+        yield from message_faults(folder, done, action, watched)
     if action in SURVIVED and done.code != 0:
         yield f"{action_name(action)} was not survived"
     found = digests(folder)
@@ -315,7 +318,8 @@ def complaints(case: Case, folder: Path, done: Outcome, fault: Fault | None, wat
         yield f"done, yet the folder holds {sorted(found)}, or other bytes"
 
 
-def _message_faults(folder: Path, done: Outcome, action: int, watched: Path, case: Case) -> Iterator[str]:
+def message_faults(folder: Path, done: Outcome, action: int, watched: Path) -> Iterator[str]:
+    """What is wrong with what a run that ended with 1 has said."""
     lines = done.lines
     if len(lines) != 1 or not lines[0].startswith("Error: "):
         yield f"{len(lines)} lines on standard error, not one that begins with Error:"

@@ -8,7 +8,8 @@ of them among all calls, half so that rare kinds of calls and files come up too.
 fresh folder and that call fails in a way that it can on a real machine: EIO, no space, quota, rights, short counts,
 EINTR, too many files, SIGBUS behind a mapping, another time of day, SIGKILL before, behind or in the middle of
 the call; for a share of the points the disk stays full or dead from there on. Threads and child processes count too.
-Limits: RLIMIT_AS, RLIMIT_FSIZE and RLIMIT_NOFILE at random values. Pairs: two processes to one target.
+A server is killed at random moments besides. Limits: RLIMIT_AS, RLIMIT_FSIZE and RLIMIT_NOFILE at random values.
+Pairs: two processes to one target.
 
 Each time: exit code 0, or 1 and one line that names a file and says what happened; no target, the old one, or the whole
 new one; then the same command undisturbed ends with the very bytes of the undisturbed run and nothing else in its
@@ -33,9 +34,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fault_base as base
 from fault_base import ACTIONS, BUS, CLOCK, KILL, LASTING, OPS, SHORT, Case, Fault, Layer, Outcome
+from fault_serve import Serving, talking
 
 SMALL = "gguf force resume split card verify export".split()
 LARGE = "checkpoint bf16 calib calib-resume hessians".split()  # seconds a run: torch, transformers
+SERVE = "serve"  # a second a run; see fault_serve.py
 JUMPS = (-20 * 365 * 86400, -3600, 3600, 20 * 365 * 86400)
 
 
@@ -58,6 +61,7 @@ class Bench:
             import torch  # noqa: F401  # once, not in every fork
             import transformers  # noqa: F401
         shutil.copy(base.HERE / "sample.txt", self.source / "text.txt")
+        self.serving = Serving(self.layer, talking(self.source / "talking.gguf")) if SERVE in names else None
         self.cases = [self._case(n, gguf, ours, self.source / "checkpoint") for n in names]
 
     def _good(self, args: list[str]) -> Outcome:
@@ -67,6 +71,8 @@ class Bench:
         return done
 
     def _case(self, name: str, gguf: Path, ours: Path, folder: Path) -> Case:
+        if name == SERVE:
+            return self._serve_case()
         out = self.folder / "out.gguf"
         text = ["--calib", str(self.source / "text.txt"), "--calib-tokens", "256", "--calib-window", "64"]
         calib = ["convert", str(folder), str(out), "-q", *text, "--no-fisher"]
@@ -102,6 +108,16 @@ class Bench:
         case.new = base.digests(self.folder)
         return case
 
+    def _serve_case(self) -> Case:
+        assert self.serving is not None
+        case = Case(SERVE, [])
+        case.fresh(self.folder)
+        done, wrong = self.serving.run(self.folder, log=True)
+        if wrong:
+            raise SystemExit(f"fault_test: an undisturbed server: {'; '.join(wrong)}: {done.err}")
+        case.calls = done.calls
+        return case
+
     def _keep(self, case: Case) -> None:
         case.before = self.layer.work / f"before-{case.name}"
         shutil.copytree(self.folder, case.before)
@@ -125,6 +141,18 @@ class Bench:
                 wrong.append(f"after the next run: {sorted(found)}, as they should be: {sorted(same)}")
         if wrong:
             what = label or f"{fault}" + (f", first at {done.hit}" if done.hit else "")
+            only = f"\n    --only '{case.name} {fault.spec()}'" if fault else ""
+            self.fail(f"{case.name}: {what}: {'; '.join(wrong)}{only}\n    stderr: {done.err.strip()[-1200:]}")
+
+    def serve_point(self, case: Case, fault: Fault | None, kill_after: float | None = None) -> None:
+        """A server, with one call failing, or killed after so many seconds."""
+        assert self.serving is not None
+        case.fresh(self.folder)
+        done, wrong = self.serving.run(self.folder, fault, kill_after)
+        end = "killed" if done.code < 0 else f"exit {done.code}"
+        self.counts[case.name, "not reached" if fault and not done.hit else end] += 1
+        if wrong:
+            what = f"{fault}, first at {done.hit}" if fault else f"killed after {kill_after:.3f} s"
             only = f"\n    --only '{case.name} {fault.spec()}'" if fault else ""
             self.fail(f"{case.name}: {what}: {'; '.join(wrong)}{only}\n    stderr: {done.err.strip()[-1200:]}")
 
@@ -219,7 +247,7 @@ def main() -> int:
     parser.add_argument("--limits", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--cases", default=",".join(SMALL), help=f"of {', '.join(SMALL + LARGE)}; or all")
+    parser.add_argument("--cases", default=",".join(SMALL), help=f"of {', '.join([*SMALL, *LARGE, SERVE])}; or all")
     parser.add_argument(
         "--actions", default="", help="only these: KILL,TORN (in mid-call) or ENOSPC, EIO, SHORT, CLOCK ..."
     )
@@ -227,7 +255,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], help="a point as a failure prints it; repeatable")
     args = parser.parse_args()
     base.under_layer()
-    names = SMALL + LARGE if args.cases == "all" else args.cases.split(",")
+    names = [*SMALL, *LARGE, SERVE] if args.cases == "all" else args.cases.split(",")
     if args.only:
         names = sorted({text.split()[0] for text in args.only})
     work = Path(os.environ["FAULTS_WORK"])
@@ -246,7 +274,8 @@ def run(args: argparse.Namespace, bench: Bench) -> int:
         name, op, k, action, mask, p, seed, jump = text.split()
         lasting = tuple(o for i, o in enumerate(OPS) if int(mask) >> i & 1)
         fault = Fault(OPS[int(op)], int(k), int(action), lasting, float(p), int(seed), int(jump))
-        bench.point(next(c for c in bench.cases if c.name == name), fault)
+        case = next(c for c in bench.cases if c.name == name)
+        (bench.serve_point if name == SERVE else bench.point)(case, fault)
         args.points = args.limits = args.pairs = 0
     rng, started = random.Random(args.seed), time.monotonic()
     work = [("point", args.points), ("limit", args.limits), ("pair", args.pairs)]
@@ -255,7 +284,13 @@ def run(args: argparse.Namespace, bench: Bench) -> int:
             if args.seconds and time.monotonic() - started > args.seconds:
                 break
             case = bench.cases[i % len(bench.cases)]
-            if kind == "point":
+            if case.name == SERVE:
+                if kind == "point":
+                    assert bench.serving is not None
+                    timed = only <= {base.KILL, base.TORN} and rng.random() < (0.9 if only else 0.5)
+                    after = rng.uniform(0.2, 1.2) * bench.serving.ready
+                    bench.serve_point(case, None if timed else bench.choose(case, rng, only), after if timed else None)
+            elif kind == "point":
                 bench.point(case, bench.choose(case, rng, only))
             elif kind == "limit":
                 bench.limit(case, rng)

@@ -23,8 +23,7 @@
 #ifdef __cplusplus
 extern "C"
 #endif
-    int
-    LLVMFuzzerTestOneInput(const uint8_t * data, size_t size);
+    int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size);
 
 /* n bytes of their own, so that the sanitizer sees a read behind them; free them. */
 static inline void * fuzz_bytes(size_t n) {
