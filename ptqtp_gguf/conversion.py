@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
-from . import checkpoint, hub, metadata
+from . import checkpoint, hub, metadata, shares
 from .encode import make_encoder
 from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
 from .gguf_io import KV
@@ -17,7 +17,7 @@ from .journal import Journal
 from .memory import memory_need, piece_for
 from .options import Options, decisive, described, method_name, recipe_of, resolved
 from .output import check_space, check_target, scratch_path, system_errors
-from .parts import Part, discard, finish, lay_out, publish
+from .parts import Part, discard, finish, lay_out, publish, share_files
 from .plan import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
 from .planes import PlaneStore, planes_folder, remove_planes
 from .prepare import prepared
@@ -50,7 +50,7 @@ def convert(
     recipe = recipe_of(options)
     with system_errors(out), ExitStack() as stack:
         check_target(out, source, True)
-        imatrix = _imatrix(options, out, stack)
+        imatrix = imatrix_of(options, out, stack)
         source = local(source, progress, options.revision)
         journal = stack.enter_context(Journal(out, options.restart))
         if options.restart:
@@ -58,8 +58,8 @@ def convert(
         if journal.verified is None:
             check_target(out, source, options.force)
         stack.enter_context(_kept_on_failure(out, journal))
-        with _open(source, out, options, progress, journal.verified is not None) as opened:
-            summary = _convert(opened, out, options, recipe, imatrix, journal, progress)
+        with ready_source(source, out, options, progress, journal.verified is not None) as opened:
+            summary = convert_opened(opened, out, options, recipe, imatrix, journal, progress)
             summary.seconds = time.monotonic() - started
             last(summary)
         journal.remove()
@@ -72,18 +72,18 @@ def dry_run(source: Path, out: Path, options: Options | None = None, progress: P
     recipe = recipe_of(options)
     with system_errors(out), ExitStack() as stack:
         check_target(out, source, True)
-        imatrix = _imatrix(options, out, stack)
+        imatrix = imatrix_of(options, out, stack)
         opened = stack.enter_context(
             open_source(local(source, progress, options.revision), progress, trust_code=options.trust_code)
         )
-        rows = _plan(opened, options, recipe, imatrix, progress)
-        kvs = _metadata(opened, rows, options, recipe, imatrix)
+        rows = plan_of(opened, options, recipe, imatrix, progress)
+        kvs = metadata_of(opened, rows, options, recipe, imatrix)
         parts = lay_out(out, [r.out for r in rows], kvs, opened.alignment, options.split_max_size)
         piece = piece_for(rows, options.method, options.max_memory, opened)
         return Plan(rows, parts, memory_need(rows, options.method, piece, opened), recipe)
 
 
-def _imatrix(options: Options, out: Path, stack: ExitStack) -> Imatrix | None:
+def imatrix_of(options: Options, out: Path, stack: ExitStack) -> Imatrix | None:
     if options.imatrix is None:
         return None
     if options.imatrix.resolve() == out.resolve():
@@ -103,7 +103,7 @@ def local(source: Path, progress: Progress = no_progress, revision: str | None =
 
 
 @contextmanager
-def _open(source: Path, out: Path, options: Options, progress: Progress, finished: bool) -> Iterator[Source]:
+def ready_source(source: Path, out: Path, options: Options, progress: Progress, finished: bool) -> Iterator[Source]:
     """The source, ready to be read; with keep_bf16 its intermediate GGUF is made first, unless it was before.
 
     finished: the conversion was killed when only names were missing, so the GGUF's note may be gone already
@@ -194,7 +194,7 @@ def _kept_on_failure(out: Path, journal: Journal) -> Iterator[None]:
         raise
     except PtqtpError:
         # what this run has begun is of no use; what it found, or has finished, is not for it to throw away
-        if journal.found == 0 and journal.verified is None:
+        if journal.found == 0 and journal.verified is None and not shares.left(out):
             with suppress(OSError):  # the first error is the one to tell
                 _forget(out, journal)
         raise
@@ -204,10 +204,11 @@ def _kept(out: Path, journal: Journal) -> str:
     """Removes what is not worth keeping; what is left, in words."""
     try:
         n = len(journal.rows)
-        if n == 0 and not planes_folder(out).exists():
+        divided = shares.left(out)
+        if n == 0 and not planes_folder(out).exists() and not divided:
             _forget(out, journal)
             return "nothing was left behind"
-        what = f"{n} finished tensors are" if n else "what calibration has finished is"
+        what = f"{n} finished tensors are" if n and not divided else "what is finished is"
         return f"{what} kept; run the same command again to go on"
     except OSError:  # a disk that takes nothing any more
         return "run the same command again"
@@ -219,7 +220,7 @@ def _forget(out: Path, journal: Journal) -> None:
     journal.remove()
 
 
-def _plan(
+def plan_of(
     source: Source, options: Options, recipe: Recipe, imatrix: Imatrix | None, progress: Progress
 ) -> list[PlanRow]:
     # a little more than the header will take: names, shapes, our own keys
@@ -230,7 +231,7 @@ def _plan(
     )
 
 
-def _metadata(
+def metadata_of(
     source: Source, rows: list[PlanRow], options: Options, recipe: Recipe, imatrix: Imatrix | None
 ) -> list[KV]:
     return metadata.build(
@@ -239,13 +240,13 @@ def _metadata(
     )  # fmt: skip
 
 
-def _convert(
+def convert_opened(
     source: Source, out: Path, options: Options, recipe: Recipe, imatrix: Imatrix | None, journal: Journal,
     progress: Progress,
 ) -> Summary:  # fmt: skip
     job = fingerprint(source, decisive(options, recipe, imatrix))
     if journal.job is None:
-        rows = _plan(source, options, recipe, imatrix, progress)
+        rows = plan_of(source, options, recipe, imatrix, progress)
         if options.split_max_size:  # the files' sizes must be known before the first is written
             check_values(source, rows, options.threads, progress)
             require_planes(source, rows, options.type)
@@ -256,13 +257,14 @@ def _convert(
             PlanRow(t, c, role_of(t.name)) for t, c in zip(source.tensors, choices_of(source, journal), strict=True)
         ]
     piece = piece_for(rows, options.method, options.max_memory, source)
-    kvs = _metadata(source, rows, options, recipe, imatrix)
+    kvs = metadata_of(source, rows, options, recipe, imatrix)
     parts = lay_out(out, [r.out for r in rows], kvs, source.alignment, options.split_max_size)
     if journal.verified is None and len(parts) > 1:
         for part in parts:
             check_target(part.path, source.path, options.force)
     resumed = _take_up(parts, rows, journal)
-    check_space(out.parent, sum(p.size for p in parts) - sum(p.work.stat().st_size for p in parts if p.work.exists()))
+    begun = {*(p.work for p in parts if p.work.exists()), *share_files(out)}
+    check_space(out.parent, sum(p.size for p in parts) - sum(p.stat().st_size for p in begun))
     if journal.job is None:
         discard(out)  # of a run whose journal is lost
         journal.append({"job": job})
@@ -277,11 +279,14 @@ def _convert(
             encoder = stack.enter_context(closing(make_encoder(options.device, options.threads, options.use_reference)))
             work = Job(source, rows, parts, journal, encoder, options.method, piece, options.threads, progress, imatrix)
             work.planes = store
+            if shares.left(out):  # of several processes that worked on it
+                resumed += _join(work, out, job["stamp"])
             transcode(work)
             device = encoder.name
             require_planes(source, rows, options.type)
         whole = _finish(parts, journal, options, progress)
     remove_planes(out)  # while there is a journal: if this fails, the next run does it
+    discard(out)  # journals of shares
     assert journal.verified is not None
     digests = {p.path.name: d for p, d in zip(parts, journal.verified, strict=True)}
     source_types = Counter(r.tensor.type_name for r in rows if r.role is Role.BLOCK)
@@ -291,6 +296,17 @@ def _convert(
         out, size, 0.0, rows, dict(source_types), [p.path for p in parts], digests, resumed, device, whole,
         parts[0].kvs, [(name, lack) for name, lack in lacks if lack], notes,
     )  # fmt: skip
+
+
+def _join(work: Job, out: Path, stamp: object) -> int:
+    """Take in what several processes have made, and make what they have left. Returns the tensors that were found."""
+    job = work.journal.job
+    assert job is not None
+    of, start = shares.token(job), len(work.journal.rows)
+    found = shares.shares_of(out, work.source, job, work.parts)
+    done = sum(shares.peek(s, of) for s in found if s.first >= start)
+    shares.join(work, found, of, out, job["stamp"] != stamp)
+    return done
 
 
 def _finish(parts: list[Part], journal: Journal, options: Options, progress: Progress) -> str:

@@ -68,5 +68,9 @@ class ResumeError(OutputError):
     """An unfinished conversion lies beside the target, and it was begun in another way."""
 
 
+class RankError(OutputError):
+    """Another rank of a conversion on several processes has failed, or is gone."""
+
+
 class RuntimeMissing(PtqtpError):
     """The patched runtime, one of its tools or its converter is not installed."""

@@ -126,12 +126,15 @@ def publish(parts: list[Part]) -> None:
     sync_folder(parts[0].path.parent)
 
 
+def share_files(out: Path) -> list[Path]:
+    """Unfinished files of a target's parts, or shares (shares.py), and their journals."""
+    number = "[0-9]" * 5
+    return list(out.parent.glob(f".{_glob_safe(out.stem)}-{number}-of-{number}.gguf.*al"))
+
+
 def discard(out: Path) -> None:
     """Remove all unfinished files of a target."""
-    for work in [
-        out.with_name(f".{out.name}.partial"),
-        *out.parent.glob(f".{_glob_safe(out.stem)}-*-of-*.gguf.partial"),
-    ]:
+    for work in [out.with_name(f".{out.name}.partial"), *share_files(out)]:
         with contextlib.suppress(FileNotFoundError):
             work.unlink()
 

@@ -10,7 +10,7 @@ from . import __version__, runtime
 from . import format as fmt
 from .encode import MASK, checksum
 from .errors import ResumeError, RuntimeMissing
-from .gguf_io import type_block
+from .gguf_io import TensorInfo, type_block
 from .journal import Journal
 from .metadata import header_hash
 from .recipe import Choice
@@ -52,13 +52,18 @@ def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any
     if then["header"] != now["header"] or _sizes(then) != _sizes(now):
         raise _refusal(out, f"another source: {changed or source.path} has changed")
     if changed:  # same sizes, other times: a copy, or a change in place
-        for record, t in zip(journal.rows, source.tensors, strict=False):
-            at = total = 0
-            for chunk in source.chunks(t, CHUNK):
-                total += checksum(chunk, at)
-                at += chunk.size
-            if total & MASK != record["source"]:
-                raise _refusal(out, f"another source: tensor {t.name} of {source.path} has changed")
+        require_tensors(out, source, source.tensors, journal.rows)
+
+
+def require_tensors(out: Path, source: Source, tensors: list[TensorInfo], records: list[dict[str, Any]]) -> None:
+    """Raises ResumeError unless finished tensors are in the source as they were. records: of the first tensors."""
+    for record, t in zip(records, tensors, strict=False):
+        at = total = 0
+        for chunk in source.chunks(t, CHUNK):
+            total += checksum(chunk, at)
+            at += chunk.size
+        if total & MASK != record["source"]:
+            raise _refusal(out, f"another source: tensor {t.name} of {source.path} has changed")
 
 
 def choices_of(source: Source, journal: Journal) -> list[Choice]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .. import conversion
+from .. import conversion, distributed, ranks
 from ..card import card
 from ..errors import Interrupted
 from ..export import export_q4_0
@@ -125,18 +125,26 @@ def convert(
         max_memory=parse_size(max_memory) if max_memory else 0, force=force, restart=restart,
         trust_code=trust_remote_code,
     )  # fmt: skip
+    rank, n_ranks = ranks.world()
+    quiet, as_json = quiet or rank > 0, as_json and rank == 0
     with reporter(quiet, as_json) as progress:
-        if model_card and not journal_path(out).exists():  # a conversion that is taken up may have written it
+        if (
+            model_card and rank == 0 and not journal_path(out).exists()
+        ):  # a conversion that is taken up may have written it
             check_text_target(model_card, force)
         if dry_run:
+            if rank > 0:
+                return
             plan = conversion.dry_run(source, out, options, progress)
         else:
-            summary = _convert(source, out, options, progress, model_card)
+            summary = _convert(source, out, options, progress, model_card, n_ranks > 1)
     if dry_run:
         if as_json:
             event("plan", **plan_dict(plan))
         elif not quiet:
             print_plan(plan, shutil.disk_usage(out.resolve().parent).free)
+        return
+    if summary is None:  # rank 0 tells it
         return
     if as_json:
         event("done", **summary_dict(summary))
@@ -144,13 +152,16 @@ def convert(
         print_summary(summary)
 
 
-def _convert(source: Path, out: Path, options: Options, progress: Progress, model_card: Path | None) -> Summary:
+def _convert(
+    source: Path, out: Path, options: Options, progress: Progress, model_card: Path | None, divided: bool
+) -> Summary | None:
     def write_card(summary: Summary) -> None:
         if model_card:
             write_text(model_card, card(card_facts(summary, source, options)), options.force)
 
     try:
-        return conversion.convert(source, out, options, progress, write_card)
+        run = distributed.convert if divided else conversion.convert
+        return run(source, out, options, progress, write_card)
     except Interrupted as e:  # typer would swallow its text
         fail(str(e), 130)
 

@@ -1,0 +1,223 @@
+"""A conversion in shares, so that several processes can work on it: each share is a file of its own, with a journal.
+
+    .STEM-00001-of-00007.gguf.partial     the share's tensors
+    .STEM-00001-of-00007.gguf.journal     which of them are finished (journal.py)
+
+Of a split output the shares are its parts, in place. Of a single file they are some whole tensors each, and are joined
+at the end. Which tensors a share holds depends on the plan alone, not on who works: whoever comes later, one process or
+several, goes on with what lies there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .gguf_io import OutTensor
+from .journal import Journal, journal_path
+from .output import write_all
+from .parts import Part, finish, lay_out, share_files
+from .plan import PlanRow, Progress
+from .resume import require_tensors
+from .source import Source
+from .transcode import Job, take_record, transcode
+from .verify import intact_tensors, verify_written
+
+SHARES = 128  # of a single file, about: enough to be distributed evenly, few enough to cost nothing
+CHUNK = 1 << 24  # bytes copied at a time
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Share:
+    """Some tensors of the output. first: the number of the first one there; part: its file, counting from 0."""
+
+    first: int
+    part: Part
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.part.tensors)
+
+
+def shares_of(out: Path, source: Source, job: dict[str, Any], parts: list[Part]) -> list[Share]:
+    """The shares of an output, in order. job: of its journal, with the plan; parts: its files."""
+    if len(parts) == 1:
+        tensors = [OutTensor(t.name, t.shape, c[0]) for t, c in zip(source.tensors, job["plan"], strict=True)]
+        size = max(1, sum(t.nbytes for t in tensors) // SHARES)
+        parts = lay_out(out, tensors, [], source.alignment, size)
+    return [Share(p.first, replace(p, first=0, tensors=list(p.tensors))) for p in parts]
+
+
+def token(job: dict[str, Any]) -> str:
+    """What ties a share to its output: SHA-256 of the job in the output's journal."""
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def left(out: Path) -> bool:
+    """Whether unfinished shares of a target lie beside it."""
+    return any(p.suffix == ".journal" for p in share_files(out))
+
+
+def peek(share: Share, of: str) -> int:
+    """How many tensors the journal of a share calls finished; it may be another's and is not locked."""
+    try:
+        first, *others = journal_path(share.part.path).read_bytes().split(b"\n")[:-1]
+        if json.loads(first) != {"job": _mark(share, of)}:
+            return 0
+    except (OSError, ValueError):
+        return 0
+    return min(sum(b'"tensor"' in line for line in others), len(share.part.tensors))
+
+
+def _mark(share: Share, of: str) -> dict[str, Any]:
+    return {"of": of, "first": share.first}
+
+
+def seed(share: Share, of: str, records: list[Record]) -> None:
+    """Note in a share what a process that worked alone has finished of it, unless the share knows more."""
+    if peek(share, of) >= len(records):
+        return
+    with Journal(share.part.path) as journal:
+        journal.clear()
+        journal.append({"job": _mark(share, of)})
+        for i, record in enumerate(records):
+            journal.append({**record, "tensor": i})
+        journal.sync()
+
+
+@contextlib.contextmanager
+def opened(share: Share, of: str) -> Iterator[Journal]:
+    """The journal of a share, begun anew where it is another output's. Raises OutputError if another process has it."""
+    with Journal(share.part.path) as journal:
+        if journal.job != _mark(share, of):
+            journal.clear()
+            share.part.work.unlink(missing_ok=True)
+            journal.append({"job": _mark(share, of)})
+        yield journal
+
+
+def work(job: Job, out: Path, suspect: bool, check: bool = False) -> tuple[list[Record], str]:
+    """Finish one share: take up what is there, convert the rest, push it to the disk.
+
+    job      of this share alone: its rows, its part, its journal
+    out      what the user calls the output
+    suspect  the source's files have other times than at the beginning: finished tensors are compared with it
+    check    write the header, too, and read the file back
+    Returns the records of its tensors, counted from 0, and the SHA-256 of the file if it was checked, or "".
+    Raises ResumeError for another source, InputError, OSError, OutputError.
+    """
+    part, journal = job.parts[0], job.journal
+    if suspect:
+        require_tensors(out, job.source, [r.tensor for r in job.rows], journal.rows)
+    _take_up(part, job.rows, journal)
+    if journal.verified is None:
+        transcode(job)
+        if check:
+            finish([part])
+            journal.append({"verified": verify_written([part], [r["hash"] for r in journal.rows])})
+        else:
+            _sync(part.work)
+        journal.sync()
+    return list(journal.rows), journal.verified[0] if journal.verified else ""
+
+
+def _take_up(part: Part, rows: list[PlanRow], journal: Journal) -> None:
+    """Put what a share's journal holds into plan and layout; forget what the disk has lost."""
+    for row, record in zip(rows, journal.rows, strict=False):
+        take_record(row, record)
+    part.tensors = [r.out for r in rows]
+    if journal.verified is not None:
+        if part.work.exists() and part.work.stat().st_size == part.size:
+            return
+        journal.cut(len(journal.rows))
+    intact = intact_tensors([part], journal.rows)
+    if intact < len(journal.rows):
+        journal.cut(intact)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+
+
+def join(job: Job, shares: list[Share], of: str, out: Path, suspect: bool) -> None:
+    """Take all shares into the output, in order, and finish those that are not. What is taken in, is removed.
+
+    job: of the whole output, its journal open. Raises as `work` does.
+    """
+    in_place = len(job.parts) > 1
+    total = sum(r.tensor.n_weights for r in job.rows)
+    for share in shares:
+        start = len(job.journal.rows)
+        if start < share.end:
+            if in_place and start > share.first:
+                seed(share, of, job.journal.rows[share.first : start])
+            progress = shifted(job.progress, sum(r.tensor.n_weights for r in job.rows[: share.first]), total)
+            with opened(share, of) as journal:
+                rows = job.rows[share.first : share.end]
+                mine = replace(job, rows=rows, parts=[share.part], journal=journal, progress=progress)
+                records = [{**r, "tensor": share.first + r["tensor"]} for r in work(mine, out, suspect)[0]]
+            if in_place:
+                for record in records[start - share.first :]:
+                    job.journal.append(record)
+            else:
+                _copy(job, share, records[start - share.first :])
+            job.journal.sync()
+        journal_path(share.part.path).unlink(missing_ok=True)
+        if not in_place:
+            share.part.work.unlink(missing_ok=True)
+
+
+def shifted(progress: Progress, base: int, total: int) -> Progress:
+    """Progress of a part of the work as that of the whole: `base` weights were done before, `total` are to be done."""
+    return lambda stage, done, _, detail: progress(stage, base + done, total, detail)
+
+
+def _copy(job: Job, share: Share, records: list[Record]) -> None:
+    """Tensors of a finished share, behind what the single file holds already."""
+    whole = job.parts[0]
+    with (
+        open(whole.work, "r+b" if whole.work.exists() else "w+b", buffering=0) as file,
+        open(share.part.work, "rb", buffering=0) as data,
+    ):
+        for record in records:
+            i = record["tensor"]
+            whole.tensors[i] = job.rows[i].out
+            file.seek(whole.offset(i))
+            data.seek(share.part.offset(i - share.first))
+            _pass_on(data, file, record["nbytes"])
+            write_all(file, bytes(-record["nbytes"] % whole.alignment))
+            job.journal.append(record)
+        file.truncate()
+        os.fsync(file.fileno())
+
+
+def _pass_on(data: BinaryIO, file: BinaryIO, n: int) -> None:
+    while n:
+        chunk = data.read(min(n, CHUNK))
+        if not chunk:
+            raise OSError(0, "a share of the output is shorter than it was")
+        write_all(file, chunk)
+        n -= len(chunk)
+
+
+def assign(weights: list[int], n_ranks: int) -> list[list[int]]:
+    """Which shares each rank does: the heaviest first, each to the rank that has the least so far. Indices, in order.
+
+    weights: of the work that each share still takes
+    """
+    load = [0] * n_ranks
+    mine: list[list[int]] = [[] for _ in range(n_ranks)]
+    for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+        rank = min(range(n_ranks), key=lambda r: (load[r], len(mine[r]), r))
+        load[rank] += weights[i]
+        mine[rank].append(i)
+    return [sorted(indices) for indices in mine]
