@@ -24,7 +24,7 @@ from .imatrix import Imatrix
 from .journal import Journal
 from .memory import piece_for
 from .options import Options, decisive, recipe_of, resolved
-from .output import check_space, check_target, system_errors
+from .output import check_space, check_target
 from .parts import Part, discard, finish, lay_out, share_files
 from .plan import PlanRow, Progress, check_values, no_progress, require_planes
 from .ranks import Ranks, number, own_gpu
@@ -51,10 +51,16 @@ def convert(
     Returns the summary on rank 0, None on the others. Raises as conversion.convert does, each message with the rank's
     name, and RankError where another rank has failed.
     """
+    options = resolved(options or Options())
+    if options.calibration.wanted:
+        raise QuantizeError(
+            "--calib and --hessians do not divide by tensors: calibration goes through the model in order; run the "
+            "command without torchrun, or weigh errors by --imatrix, which divides"
+        )
     ranks = Ranks(progress)
     try:
-        with ranks, system_errors(out):
-            return _Conversion(ranks, out, resolved(options or Options())).run(source, progress, last)
+        with ranks:
+            return _Conversion(ranks, out, options).run(source, progress, last)
     except RankError as e:
         raise RankError(f"{ranks.name(ranks.rank)}: ended, because {ranks.lost or e}; {KEPT}") from None
     except PtqtpError as e:
@@ -62,6 +68,9 @@ def convert(
     except KeyboardInterrupt:
         why = f"ended, because {ranks.lost}" if ranks.lost else "interrupted, or another rank has died"
         raise Interrupted(f"{ranks.name(ranks.rank)}: {why}; {KEPT}") from None
+    except OSError as e:
+        where = e.filename or f"{out}: writing failed"
+        raise OutputError(f"{ranks.name(ranks.rank)}: {where}: {e.strerror or e}; {KEPT}") from None
     except MemoryError:
         raise OutputError(f"{ranks.name(ranks.rank)}: out of memory; give --max-memory; {KEPT}") from None
 
@@ -82,11 +91,6 @@ class _Conversion:
     """One conversion, on one of the ranks."""
 
     def __init__(self, ranks: Ranks, out: Path, options: Options) -> None:
-        if options.calibration.wanted:
-            raise QuantizeError(
-                "--calib and --hessians do not divide by tensors: calibration goes through the model in order; run the "
-                "command without torchrun, or weigh errors by --imatrix, which divides"
-            )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = options.threads or max(1, cores // number("LOCAL_WORLD_SIZE", 1))
         self.ranks, self.out, self.options = ranks, out, replace(options, threads=threads)

@@ -17,10 +17,10 @@ from helpers import write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptqtp_gguf import conversion, shares
-from ptqtp_gguf.errors import Interrupted
+from ptqtp_gguf import conversion, distributed, shares
+from ptqtp_gguf.errors import Interrupted, QuantizeError
 from ptqtp_gguf.journal import Journal, journal_path
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.options import Calibration, Options
 
 pytest.importorskip("torch.distributed")
 
@@ -109,25 +109,24 @@ def test_shares_are_assigned_once_and_evenly(weights: list[int], n: int) -> None
     assert max(loads) - min(loads) <= max(weights, default=0)
 
 
-@pytest.mark.parametrize("kind", ["one", "split"])
-def test_torchrun_gives_the_bytes_of_one_process(source: Path, out: Path, tmp_path: Path, kind: str) -> None:
-    options = ["--split-max-size", SPLIT] if kind == "split" else []
-    process = torchrun(3 if kind == "one" else 2, source, out, "--json", *options)
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
+    return stdout, stderr
+
+
+def test_torchrun_gives_the_bytes_of_one_process(source: Path, out: Path, tmp_path: Path) -> None:
+    stdout, _ = ended(torchrun(3, source, out, "--json"))
     events = [json.loads(line) for line in stdout.splitlines()]
     assert [e["event"] for e in events].count("done") == 1 and events[-1]["resumed_tensors"] == 0
-    assert {"quantizing"} < {e["stage"] for e in events[:-1]}
+    assert {"quantizing", "verifying"} <= {e["stage"] for e in events[:-1]}
     assert all(0 <= e["done"] <= e["total"] for e in events[:-1])
-    whole = expected(source, tmp_path, OPTIONS[kind])
-    assert files(out.parent) == whole and (len(whole) > 3) == (kind == "split")
+    assert files(out.parent) == expected(source, tmp_path, Options())
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_a_rank_is_killed_and_others_go_on(slow_source: Path, out: Path, tmp_path: Path, split: bool) -> None:
-    """Under torchrun; then by another number of ranks, killed again; then by one process alone."""
-    limit = 1_200_000 * split
-    args = [slow_source, out, *SLOW, "-j", "1", *(["--split-max-size", limit] if split else [])]
+def test_a_rank_of_torchrun_is_killed_and_two_go_on(slow_source: Path, out: Path, tmp_path: Path) -> None:
+    limit = 1_200_000
+    args = [slow_source, out, *SLOW, "-j", "1", "--split-max-size", limit]
     process = torchrun(3, *args)
     wait_for(out.parent, 3)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
@@ -139,47 +138,58 @@ def test_a_rank_is_killed_and_others_go_on(slow_source: Path, out: Path, tmp_pat
         lines = [line for line in err.splitlines() if line.startswith(f"Error: rank {rank} of 3")]
         assert len(lines) == 1 and "is kept; run the same command again to go on" in lines[0], err
     done = finished(out.parent)
-    assert done >= 3 and not out.exists()
-    # nobody watches these two: the one that is left must notice by itself
+    assert done >= 3 and not list(out.parent.glob("m*"))
+    first, second = by_hand([*args, "--json"], args)
+    stdout, _ = ended(first)
+    assert json.loads(stdout.splitlines()[-1])["resumed_tensors"] == done
+    assert ended(second) == ("", "")
+    options = Options(method="paper", type="TP2_0", split_max_size=limit)
+    assert files(out.parent) == expected(slow_source, tmp_path, options)
+
+
+def test_alone_then_two_then_alone(
+    slow_source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process is stopped, ranks go on, one dies with nobody there to see it; one process ends it. A single file."""
+    options = Options(method="paper", type="TP2_0")
+    stop_alone(slow_source, out, options, 4, monkeypatch)
+    args = [slow_source, out, *SLOW, "-j", "1"]
     first, second = by_hand(args, args, PTQTP_RANK_SILENCE="3")
-    wait_for(out.parent, done + 2)
+    wait_for(out.parent, 3)
     second.kill()
     second.communicate()
     _, err = first.communicate(timeout=60)
     assert first.returncode == 1 and err.count("\n") == 1, err
     assert "rank 0 of 2" in err and "nothing was heard of rank 1 of 2" in err
-    options = Options(method="paper", type="TP2_0", split_max_size=limit)
-    assert conversion.convert(slow_source, out, options).resumed >= done
+    done = finished(out.parent)
+    assert done < 20 and conversion.convert(slow_source, out, options).resumed == 4 + done
     assert files(out.parent) == expected(slow_source, tmp_path, options)
 
 
-@pytest.mark.parametrize("kind", ["one", "split"])
-def test_ranks_go_on_where_one_process_was(
-    source: Path, out: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+def stop_alone(source: Path, out: Path, options: Options, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion by one process ends after n tensors."""
+    append = Journal.append
+
+    def appended(journal: Journal, record: dict[str, object]) -> None:
+        append(journal, record)
+        if len(journal.rows) == n:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(Interrupted, match=f"{n} finished tensors are kept"):
+        m.setattr(Journal, "append", appended)
+        conversion.convert(source, out, options)
+
+
+def test_ranks_go_on_with_parts_of_one_process(
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = conversion.transcode
-
-    def stop(job: object) -> None:
-        append = Journal.append
-
-        def appended(journal: Journal, record: dict) -> None:
-            append(journal, record)
-            if len(journal.rows) == 9:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Journal, "append", appended)
-        real(job)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as m, pytest.raises(Interrupted, match="9 finished tensors are kept"):
-        m.setattr(conversion, "transcode", stop)
-        conversion.convert(source, out, OPTIONS[kind])
-    monkeypatch.undo()
-    command = [source, out, "--json", *(["--split-max-size", SPLIT] if kind == "split" else [])]
-    first, second = by_hand(command, command)
-    stdout, err = first.communicate(timeout=100)
-    assert (first.returncode, second.wait(20)) == (0, 0), err + second.communicate()[1]
-    assert json.loads(stdout.splitlines()[-1])["resumed_tensors"] == 9
-    assert files(out.parent) == expected(source, tmp_path, OPTIONS[kind])
+    options = Options(split_max_size=SPLIT)
+    stop_alone(source, out, options, 9, monkeypatch)
+    args = [source, out, "--split-max-size", SPLIT]
+    first, second = by_hand([*args, "--json"], args)
+    assert json.loads(ended(first)[0].splitlines()[-1])["resumed_tensors"] == 9
+    ended(second)
+    assert files(out.parent) == expected(source, tmp_path, options)
 
 
 def test_what_differs_among_ranks_is_refused(source: Path, out: Path) -> None:
@@ -203,16 +213,15 @@ def test_a_checkpoint_that_only_the_first_rank_sees(tiny_checkpoint: Path, out: 
     assert files(out.parent) == {}
     bf16 = tmp_path / "bf16.gguf"
     first, second = by_hand(*([p, out, "--keep-bf16", bf16] for p in (tiny_checkpoint, nowhere)))
-    _, err = first.communicate(timeout=100)
-    assert (first.returncode, second.wait(20)) == (0, 0), err + second.communicate()[1]
+    ended(first)
+    ended(second)
     assert files(out.parent) == expected(tiny_checkpoint, tmp_path, Options())
     assert not journal_path(bf16).exists()
 
 
 def test_calibration_does_not_divide(source: Path, out: Path) -> None:
-    for process in by_hand([source, out, "--calib", "builtin"], [source, out, "--calib", "builtin"]):
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 1 and "do not divide by tensors" in err and err.count("\n") == 1, err
+    with pytest.raises(QuantizeError, match=r"--calib and --hessians do not divide .* --imatrix"):
+        distributed.convert(source, out, Options(calibration=Calibration(texts=("builtin",))))
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "lost"])
