@@ -208,7 +208,8 @@ def _kept(out: Path, journal: Journal) -> str:
         if n == 0 and not planes_folder(out).exists() and not divided:
             _forget(out, journal)
             return "nothing was left behind"
-        what = f"{n} finished tensors are" if n and not divided else "what is finished is"
+        what = f"{n} finished tensors are" if n else "what calibration has finished is"
+        what = "what several processes have finished is" if divided else what
         return f"{what} kept; run the same command again to go on"
     except OSError:  # a disk that takes nothing any more
         return "run the same command again"

@@ -30,7 +30,7 @@ from .plan import PlanRow, Progress, check_values, no_progress, require_planes
 from .ranks import Ranks, number, own_gpu
 from .recipe import Choice, Recipe, role_of
 from .results import Summary
-from .resume import changed_option, fingerprint, require_same
+from .resume import changed_option, choices_of, fingerprint, require_same
 from .shares import Share
 from .source import GgufSource, Source
 from .transcode import Job
@@ -169,7 +169,7 @@ class _Conversion:
         self.ranks.exchange(None)
         if not one:
             source = local(source, quiet, options.revision)
-        return stack.enter_context(open_source(source, quiet))
+        return stack.enter_context(open_source(source, quiet, trust_code=options.trust_code))
 
     def _layout(self, source: Source, progress: Progress) -> _Layout | None:
         """What all ranks agree upon; None where only names are missing. Rank 0 notes it in the journal."""
@@ -183,6 +183,7 @@ class _Conversion:
                 rows = plan_of(source, options, self.recipe, self.imatrix, progress)
                 return {"plan": _choices(rows)}
             require_same(self.out, source, journal, job)
+            choices_of(source, journal)
             return {"job": journal.job, "verified": journal.verified is not None}
 
         found = self.ranks.from_first(begun)

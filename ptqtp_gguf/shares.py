@@ -19,11 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .gguf_io import OutTensor
-from .journal import Journal, journal_path
+from .errors import InputError
+from .gguf_io import OutTensor, type_block
+from .journal import MAX_BYTES, Journal, journal_path
 from .output import write_all
 from .parts import Part, finish, lay_out, share_files
 from .plan import PlanRow, Progress
+from .reading import parse_json, read_whole
 from .resume import require_tensors
 from .source import Source
 from .transcode import Job, take_record, transcode
@@ -69,10 +71,10 @@ def left(out: Path) -> bool:
 def peek(share: Share, of: str) -> int:
     """How many tensors the journal of a share calls finished; it may be another's and is not locked."""
     try:
-        first, *others = journal_path(share.part.path).read_bytes().split(b"\n")[:-1]
-        if json.loads(first) != {"job": _mark(share, of)}:
+        first, *others = read_whole(journal_path(share.part.path), MAX_BYTES).split(b"\n")[:-1]
+        if parse_json(first) != {"job": _mark(share, of)}:
             return 0
-    except (OSError, ValueError):
+    except (InputError, ValueError):
         return 0
     return min(sum(b'"tensor"' in line for line in others), len(share.part.tensors))
 
@@ -130,7 +132,10 @@ def work(job: Job, out: Path, suspect: bool, check: bool = False) -> tuple[list[
 
 
 def _take_up(part: Part, rows: list[PlanRow], journal: Journal) -> None:
-    """Put what a share's journal holds into plan and layout; forget what the disk has lost."""
+    """Put what a share's journal holds into plan and layout; forget what the disk has lost. Raises OutputError."""
+    kinds = zip(rows, journal.rows, strict=False)
+    if len(journal.rows) > len(rows) or any(r.tensor.shape[0] % type_block(k["type"]) for r, k in kinds):
+        raise journal.damaged()
     for row, record in zip(rows, journal.rows, strict=False):
         take_record(row, record)
     part.tensors = [r.out for r in rows]
