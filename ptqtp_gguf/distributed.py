@@ -246,15 +246,11 @@ class _Conversion:
     def _make(self, source: Source, found: _Layout) -> tuple[int, str]:
         """All shares, each by one rank. Returns the tensors that were there already, and the device."""
         ranks, options = self.ranks, self.options
-        alone = len(self.journal.rows) if self.journal else 0
-        done = ranks.from_first(
-            lambda: [min(max(shares.peek(s, found.of), alone - s.first), s.end - s.first) for s in found.shares]
-        )
+        split = len(found.parts) > 1
+        # looked at by one rank, before any begins: journals change while others work
+        done, todo = ranks.from_first(lambda: self._found(found))
         weights = [[r.tensor.n_weights for r in found.rows[s.first : s.end]] for s in found.shares]
         lacking = [sum(w[n:]) for w, n in zip(weights, done, strict=True)]
-        split = len(found.parts) > 1
-        # of a single file, shares that it holds already are gone
-        todo = [i for i, s in enumerate(found.shares) if split or done[i] < len(weights[i]) or _there(s, found.of)]
         mine = [todo[k] for k in shares.assign([lacking[i] for i in todo], ranks.size)[ranks.rank]]
         total = sum(sum(weights[i]) for i in mine)
         progress = ranks.begin("quantizing", sum(sum(weights[i]) for i in todo))
@@ -278,6 +274,14 @@ class _Conversion:
             self._close(found, {int(i): v for one in said for i, v in one.items()}, 0 in mine)
         return sum(done), device
 
+    def _found(self, found: _Layout) -> tuple[list[int], list[int]]:
+        """How many tensors of each share are finished; and the shares to do, of a single file without those in it."""
+        alone = len(self.journal.rows) if self.journal else 0
+        held = [shares.peek(s, found.of) for s in found.shares]
+        done = [min(max(n, alone - s.first), s.end - s.first) for n, s in zip(held, found.shares, strict=True)]
+        gone = [len(found.parts) == 1 and s.end <= alone for s in found.shares]
+        return done, [i for i, in_it in enumerate(gone) if not in_it]
+
     def _close(self, found: _Layout, made: dict[int, Any], mine: bool) -> None:
         """The first part, which holds the checksums of all; the journal gets what was made. mine: I write that part."""
         records = [r for i in sorted(made) for r in made[i][0]]
@@ -294,10 +298,6 @@ class _Conversion:
                 self.journal.append({**record, "tensor": n})
             self.journal.append({"verified": digests})
             self.journal.sync()
-
-
-def _there(share: Share, of: str) -> bool:
-    return shares.peek(share, of) > 0
 
 
 def _choices(rows: list[PlanRow]) -> list[list[Any]]:
