@@ -17,7 +17,7 @@ from helpers import write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptqtp_gguf import conversion, distributed, shares
+from ptqtp_gguf import conversion, distributed, ranks, shares
 from ptqtp_gguf.errors import Interrupted, QuantizeError
 from ptqtp_gguf.journal import Journal, journal_path
 from ptqtp_gguf.options import Calibration, Options
@@ -129,8 +129,8 @@ def test_a_rank_of_torchrun_is_killed_and_two_go_on(slow_source: Path, out: Path
     args = [slow_source, out, *SLOW, "-j", "1", "--split-max-size", limit]
     process = torchrun(3, *args)
     wait_for(out.parent, 3)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    victim = next(int(p) for p in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{p}/environ").read_bytes())
+    pids = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    victim = next(int(p) for p in pids if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{p}/environ").read_bytes())
     os.kill(victim, signal.SIGKILL)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1
@@ -193,8 +193,7 @@ def test_ranks_go_on_with_parts_of_one_process(
 
 
 def test_what_differs_among_ranks_is_refused(source: Path, out: Path) -> None:
-    ranks = by_hand([source, out], [source, out, "--type", "TP2_0"])
-    for rank, process in enumerate(ranks):
+    for rank, process in enumerate(by_hand([source, out], [source, out, "--type", "TP2_0"])):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1 and err.startswith(f"Error: rank {rank} of 2"), err
         assert "rank 1 of 2" in err and "another --type: TP2_0, and TP2_1 on rank 0" in err and err.count("\n") == 1
@@ -217,6 +216,14 @@ def test_a_checkpoint_that_only_the_first_rank_sees(tiny_checkpoint: Path, out: 
     ended(second)
     assert files(out.parent) == expected(bf16, tmp_path, Options())  # as from the checkpoint, without its converter
     assert not journal_path(bf16).exists()
+
+
+@pytest.mark.parametrize(("local", "device"), [(0, "4"), (1, "7"), (3, "7")])
+def test_each_rank_has_its_gpu(local: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    ranks.own_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 
 
 def test_calibration_does_not_divide(source: Path, out: Path) -> None:
