@@ -326,6 +326,8 @@ def _finish(parts: list[Part], journal: Journal, options: Options, progress: Pro
 
 def _take_up(parts: list[Part], rows: list[PlanRow], journal: Journal) -> int:
     """Put what the journal holds into plan and layout; forget what the disk has lost. Returns the tensors kept."""
+    if journal.verified is not None and (len(journal.verified), len(journal.rows)) != (len(parts), len(rows)):
+        raise journal.damaged()
     if journal.verified is not None and not all(p.work.exists() or p.path.exists() for p in parts):
         journal.cut(0)
     for row, record in zip(rows, journal.rows, strict=False):

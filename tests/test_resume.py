@@ -203,6 +203,21 @@ def test_killed_while_it_gets_its_name(
     assert out.read_bytes() == whole and [p.name for p in out.parent.iterdir()] == ["b.gguf"]
 
 
+def test_a_verdict_of_other_files(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def publish(parts: list) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(Interrupted):
+        m.setattr(conversion, "publish", publish)
+        conversion.convert(source, out)
+    found = journal_path(out).read_text()
+    for changed in (found + '{"verified":[]}\n', found.replace('{"tensor":5', '{"said":5')):
+        journal_path(out).write_text(changed)
+        with pytest.raises(OutputError, match=r"damaged; .*--restart"):
+            conversion.convert(source, out)
+    assert not out.exists()
+
+
 def test_split_output_goes_on_too(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(split_max_size=12000)
     conversion.convert(source, out, options)
