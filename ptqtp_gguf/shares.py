@@ -136,6 +136,8 @@ def _take_up(part: Part, rows: list[PlanRow], journal: Journal) -> None:
     kinds = zip(rows, journal.rows, strict=False)
     if len(journal.rows) > len(rows) or any(r.tensor.shape[0] % type_block(k["type"]) for r, k in kinds):
         raise journal.damaged()
+    if journal.verified is not None and (len(journal.verified), len(journal.rows)) != (1, len(rows)):
+        raise journal.damaged()
     for row, record in zip(rows, journal.rows, strict=False):
         take_record(row, record)
     part.tensors = [r.out for r in rows]
