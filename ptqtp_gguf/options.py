@@ -37,9 +37,9 @@ class Calibration:
     fisher: bool = True
     tune: bool = False
     tune_tokens: int = 1 << 22
-    tune_steps: int = 600
+    tune_steps: int = 1000
     tune_texts: tuple[str, ...] = ()
-    tune_planes: bool = False
+    tune_planes: bool = True
     settings: Settings = field(default_factory=Settings)
 
     @property
@@ -71,7 +71,7 @@ class Calibration:
         names = _shown(self.texts)
         how = "second moments" if self.hessians else "in order, Fisher-weighted" if self.fisher else "in order"
         of = f" of {_shown(self.tune_texts)}" if self.tune_texts else ""
-        what = ", levels too" if self.tune_planes else ""
+        what = "" if self.tune_planes else ", planes as they were,"
         tuned = f"; tuned{what} on at most {self.tune_tokens} tokens{of}, {self.tune_steps} steps" if self.tune else ""
         most = f"at most {self.tokens} tokens" if self.tokens else "tokens"
         return f"{names}: {most} in windows of {self.window}, {how}{tuned}"
@@ -159,8 +159,8 @@ def resolved(options: Options) -> Options:
         methods.find(method)
         if how.wanted:
             raise QuantizeError(f"--method {method} takes no calibration; leave out --calib, or --method")
-    if (how.tune_texts or how.tune_planes) and not how.tune:
-        raise QuantizeError("--tune-text and --tune-planes say how to tune; give --tune too")
+    if how.tune_texts and not how.tune:
+        raise QuantizeError("--tune-text says what to tune on; give --tune too")
     if how.tune and not how.texts:
         raise QuantizeError("--tune learns from text; give --calib FILE, builtin or self")
     if how.wanted and block_type(options.type).name != "TP2_1":

@@ -60,16 +60,16 @@ def convert(
     fisher: Annotated[
         bool, typer.Option("--fisher/--no-fisher", help="Weigh tokens by their effect on the output (whole model).")
     ] = True,
-    tune: Annotated[bool, typer.Option("--tune", help="Tune scales and norms on the text, end to end.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Tune trits, scales and norms on the text, end to end.")] = False,
     tune_tokens: Annotated[int, typer.Option(min=2, help="Tokens to tune on, at most.")] = 1 << 22,
-    tune_steps: Annotated[int, typer.Option(min=1, help="Steps of tuning, at most.")] = 600,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Steps of tuning, at most.")] = 1000,
     tune_text: Annotated[
         list[str] | None,
         typer.Option(help="Tune on this text, not on that of --calib. Repeatable."),
     ] = None,
     tune_planes: Annotated[
-        bool, typer.Option("--tune-planes", help="Tune the trits too, not only scales and norms.")
-    ] = False,
+        bool, typer.Option("--tune-planes/--no-tune-planes", help="Tune the trits too: better, and twice the memory.")
+    ] = True,
     split_max_size: Annotated[str | None, typer.Option(help="Split the output into files of at most this: 2G.")] = None,
     override_kv: Annotated[
         list[str] | None, typer.Option(help="KEY=TYPE:VALUE in the metadata (int, float, bool, str). Repeatable.")
@@ -109,6 +109,8 @@ def convert(
       ptqtp-gguf convert ./model model.gguf --calib builtin --calib my-text.txt
 
       ptqtp-gguf convert ./model model.gguf --calib c4.txt --calib code.txt --tune
+
+      ptqtp-gguf convert ./model model.gguf --calib c4.txt --tune --tune-text wiki.txt --tune-text docs.txt
 
       ptqtp-gguf convert ./model model-paper.gguf --method paper --type TP2_0
     """

@@ -43,7 +43,7 @@ class TuneSettings:
     steps: int = 1000
     batch: int = 8
     warmup: int = 32
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     lr_vectors: float = 3e-4
     floor: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
@@ -52,7 +52,7 @@ class TuneSettings:
     form: str = "linear"
     train_vectors: bool = True
     train_planes: bool = False
-    lr_planes: float = 5e-4
+    lr_planes: float = 6e-3
     latent_start: float = 0.5
     every: int = 50
     patience: int = 6

@@ -1,4 +1,4 @@
-"""`tuned`: end to end against the full-precision model, planes frozen: KL divergence of the logits, on given text.
+"""`tuned`: end to end against the full-precision model: KL divergence of the logits, on given text.
 
 Trained are the scales, as a relative change, rounded to their 8-bit code in the forward pass with a straight-through
 gradient, and what GGUF keeps as float32: norm weights and biases, as a change in units of max(|value|, the median
