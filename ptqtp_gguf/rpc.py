@@ -120,7 +120,8 @@ def _aborted(message: bytes) -> None:
             os.write(2, f"{text}\n".encode())
             return
         sys.stdout.flush()
-        os.write(2, f"\nError: {lost(_used)}\n".encode())
+        begin = "\n" if sys.stdout.isatty() else ""
+        os.write(2, f"{begin}Error: {lost(_used)}\n".encode())
     os._exit(1)
 
 
@@ -129,5 +130,5 @@ _ABORTED = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(_aborted)
 
 def lost(servers: Sequence[str]) -> str:
     """The line for a server that was there, and no longer answers."""
-    which = f"{servers[0]}: the RPC server" if len(servers) == 1 else f"{', '.join(servers)}: one of the RPC servers"
-    return f"{which} died, cannot be reached any more, or could not compute; look there, start it again, then this"
+    which = f"{servers[0]}: the RPC server" if len(servers) == 1 else f"{', '.join(servers)}: one of these RPC servers"
+    return f"{which} died or is out of reach; start it again, then this"

@@ -111,6 +111,8 @@ class Server:
         env = {
             k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_") and (k, v) != ("LLAMA_API_KEY", "")
         }
+        # glibc keeps for each of many threads what the largest request needed there: half the memory under load
+        env.setdefault("MALLOC_ARENA_MAX", "2")
         env.setdefault("GGML_NO_BACKTRACE", "1")  # where it gives up it would start gdb, which may hang
         log = self._open_log()
         try:
@@ -223,6 +225,8 @@ class Server:
         assert self.process is not None
         if self._reader is not None:
             self._reader.join(5)
+        if any("/ggml-rpc.cpp:" in x for x in self._lines):  # where llama.cpp gives up
+            return ServerError(f"{self.path}: {lost(self.rpc)}")
         code = self.process.returncode
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return ServerError(f"{self.path}: llama-server {how}: {self._last()}")
@@ -230,8 +234,6 @@ class Server:
     def _last(self) -> str:
         """The line of the log that tells most."""
         lines = list(self._lines)
-        if self.rpc and any("ggml-rpc" in x or "RPC server crashed" in x for x in lines):
-            return lost(self.rpc)
         errors = [x for x in lines if re.match(r"[\d.]+ E ", x)]
         found = (errors or lines or ["it has printed nothing"])[-1]
         return re.sub(r"^[\d.]+ [A-Z] ", "", found)
