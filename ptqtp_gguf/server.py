@@ -27,6 +27,10 @@ from .rpc import check, endpoints, lost
 STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save
 MAX_KEYS = 1 << 20  # bytes of a file of API keys
 ALL_LAYERS = 9999
+# A connection holds a thread of llama-server until its request is there, by default for an hour. Its pool of threads
+# grows, but not in time where many connections come at once, and then nobody is answered.
+HTTP_THREADS = 64  # and one for each request that is answered
+HTTP_SECONDS = 60  # without a byte of a request, or with a client that takes none of its answer
 PROMPT_CACHE = 1024  # MiB; llama-server's own default of 8 GiB is more than many machines have
 # Ends the server when our end of the pipe closes without a word, however we died; needs a shell, so not on Windows.
 # The server tells its number itself, before it becomes llama-server: so there is no moment at which nobody knows it.
@@ -103,6 +107,7 @@ class Server:
             str(program), "--model", str(self.path), "--host", self.host, "--port", str(self.port),
             "--alias", self.name, "--ctx-size", str(self.ctx * self.parallel), "--parallel", str(self.parallel),
             "--cache-ram", str(PROMPT_CACHE), "--cors-origins", "localhost", "--offline", "--no-ui", "--no-slots",
+            "--threads-http", str(HTTP_THREADS + self.parallel), "--timeout", str(HTTP_SECONDS),
             *(["--threads", str(self.threads)] if self.threads else []),
             *(["--rpc", ",".join(self.rpc), "--n-gpu-layers", str(layers)] if self.rpc else []),
             *(["--api-key-file", str(self.api_key_file)] if self.api_key_file else []),
