@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -14,6 +15,7 @@ from helpers import REPO
 from talking_model import write_talking_model
 
 from ptqtp_gguf import conversion
+from ptqtp_gguf.server import Server
 
 sys.path.insert(0, str(REPO / "tools"))
 tool = importlib.import_module("soak")
@@ -39,6 +41,16 @@ def test_a_short_soak(ours: Path) -> None:
     seen = {name.partition(":")[0] for name in found["outcomes"]}
     assert seen == {act.__name__ for act in tool.ACTS}
     assert found["memory_mib"]["highest"] > found["memory_mib"]["idle"] > 5 and found["threads"]["idle"] > 1
+
+
+def test_connections_that_say_nothing_block_nobody(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-server's own pool of threads would answer nobody for an hour."""
+    monkeypatch.setattr(tool, "TIMEOUT", 30.0)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(ours, ctx=64, threads=1))
+        for _ in range(40):
+            stack.enter_context(tool.connect(server.port)).sendall(b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+        assert tool.whole(server.port, "Hello")
 
 
 def test_a_server_that_dies_is_seen(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
