@@ -30,7 +30,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(model: Path, **more: object) -> Namespace:
-    usual = {"clients": 4, "minutes": 8 / 60, "parallel": 2, "ctx": 256, "threads": 1, "seed": 3}
+    usual = {"clients": 4, "minutes": 8 / 60, "parallel": 2, "ctx": 256, "threads": 1, "seed": 3, "large": 20_000}
     return Namespace(model=model, **{**usual, **more})
 
 
