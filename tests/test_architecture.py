@@ -12,8 +12,8 @@ PACKAGE = REPO / "ptqtp_gguf"
 ORDER = [
     "errors", "format", "packing", "native", "quantize.lanes", "quantize.paper", "quantize.search", "quantize.blocks",
     "quantize", "quantize.nvidia", "quantize.cuda", "quantize.plane_ops", "quantize.calibrated", "reading",
-    "gguf_values", "gguf_io", "output", "rpc", "runtime", "ggml", "imatrix", "pickles", "_converter_child", "checkpoint",
-    "hub", "stream", "patterns", "recipe",
+    "gguf_values", "gguf_io", "output", "rpc", "runtime", "ggml", "imatrix", "pickles", "_converter_child",
+    "checkpoint", "hub", "stream", "patterns", "recipe",
     "budget", "card", "encode", "source", "mapping", "plan", "memory", "blocks", "sampling", "texts", "moments",
     "distance",
     "calibration", "inorder", "sensitivity", "quantize.tune_settings", "quantize.student", "quantize.tuner",
