@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import rpc
 from .errors import ChatError, InputError, RuntimeMissing
 from .gguf_io import Reader
 from .packing import F32
@@ -90,18 +91,23 @@ class _Traits(ctypes.Structure):
     )
 
 
+def _library(name: str) -> ctypes.CDLL:
+    """One of the wheel's libraries, by its plain name. Raises RuntimeMissing."""
+    file = {"darwin": f"lib{name}.dylib", "win32": f"{name}.dll"}.get(sys.platform, f"lib{name}.so")
+    path = package_dir() / "lib" / file
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as e:
+        raise RuntimeMissing(f"the runtime's library {path} cannot be loaded: {e}; {HOW_TO_BUILD}") from None
+
+
 @functools.cache
 def ggml_library() -> ctypes.CDLL:
     """The patched build's libggml-base with its quantizers declared. Raises RuntimeMissing.
 
     Its calls release the GIL. Pointers are passed as integers (`array.ctypes.data`).
     """
-    name = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
-    path = package_dir() / "lib" / name
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as e:
-        raise RuntimeMissing(f"the runtime's library {path} cannot be loaded: {e}; {HOW_TO_BUILD}") from None
+    lib = _library("ggml-base")
     i, i64, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     lib.ggml_quantize_init.argtypes, lib.ggml_quantize_init.restype = [i], None
     lib.ggml_quantize_requires_imatrix.argtypes, lib.ggml_quantize_requires_imatrix.restype = [i], ctypes.c_bool
@@ -180,23 +186,43 @@ def context_for(path: Path, ctx: int) -> int:
     return min(trained, USUAL_CONTEXT) if isinstance(trained, int) and trained > 0 else USUAL_CONTEXT
 
 
-def load(path: Path, *, n_ctx: int = 2048, threads: int | None = None, verbose: bool = False) -> Any:
+def load(
+    path: Path, *, n_ctx: int = 2048, threads: int | None = None, verbose: bool = False, rpc: Sequence[str] = (),
+    rpc_layers: int = -1,
+) -> Any:  # fmt: skip
     """Open a GGUF file as llama_cpp.Llama, the class of llama-cpp-python, with all that it can do.
 
-    n_ctx    tokens of context
-    threads  None = llama-cpp-python's default, half the cores
+    n_ctx       tokens of context
+    threads     None = llama-cpp-python's default, half the cores
+    rpc         "host:port" of rpc-servers that hold and compute layers, shared out by their memory
+    rpc_layers  how many layers, the last ones, they get; the output counts as one; -1 = all
 
-    Raises RuntimeMissing without the patched runtime, InputError if it cannot load the file.
+    With rpc, the servers stay in use by this process until it ends; where one of them dies, llama.cpp ends this process
+    (one line on standard error, exit code 1).
+    Raises RuntimeMissing without the patched runtime, InputError if it cannot load the file, ServerError where an
+    rpc-server cannot be used.
     """
     llama_cpp = _llama()
     import jinja2  # llama_cpp compiles the file's chat template with it
 
+    if rpc:
+        use_servers(rpc)
+    more = {"n_gpu_layers": rpc_layers} if rpc else {}
     try:
-        return llama_cpp.Llama(str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=verbose)
+        return llama_cpp.Llama(
+            str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=verbose, **more
+        )
     except jinja2.TemplateError as e:
         raise InputError(f"{path}: its chat template cannot be read: {e}") from None
     except (ValueError, RuntimeError) as e:
         raise InputError(f"{path}: the runtime cannot load this file: {e}") from None
+
+
+def use_servers(texts: Sequence[str]) -> None:
+    """Compute on rpc-servers ("host:port") from now on, as on GPUs. Raises ServerError, RuntimeMissing."""
+    _llama()
+    with _hushed() as complaints:
+        rpc.attach(ggml_library(), _library("ggml"), _library("ggml-rpc"), rpc.endpoints(texts), complaints)
 
 
 def generate(

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, BinaryIO
@@ -21,9 +22,15 @@ from .errors import InputError, OutputError, ServerError
 from .output import write_all
 from .plan import Progress, no_progress
 from .reading import read_whole
+from .rpc import check, endpoints, lost
 
 STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save
 MAX_KEYS = 1 << 20  # bytes of a file of API keys
+ALL_LAYERS = 9999
+# A connection holds a thread of llama-server until its request is there, by default for an hour. Its pool of threads
+# grows, but not in time where many connections come at once, and then nobody is answered.
+HTTP_THREADS = 64  # and one for each request that is answered
+HTTP_SECONDS = 60  # without a byte of a request, or with a client that takes none of its answer
 PROMPT_CACHE = 1024  # MiB; llama-server's own default of 8 GiB is more than many machines have
 # Ends the server when our end of the pipe closes without a word, however we died; needs a shell, so not on Windows.
 # The server tells its number itself, before it becomes llama-server: so there is no moment at which nobody knows it.
@@ -45,6 +52,8 @@ class Server:
     api_key_file  a key a line, one of which a client must then send; the environment's LLAMA_API_KEY does the same
     alias         the model's name for clients, else the file's without .gguf
     log           file to append the server's log to
+    rpc           "host:port" of rpc-servers that hold and compute layers, shared out by their memory
+    rpc_layers    how many layers, the last ones, they get; the output counts as one; -1 = all
 
     The model's file is all that it reads, the network is not asked for anything, web pages of other origins than
     localhost may not use it, and LLAMA_ARG_* of the environment do not count. Where there is a POSIX shell the server
@@ -54,9 +63,11 @@ class Server:
     def __init__(
         self, path: Path, *, host: str = "127.0.0.1", port: int = 0, ctx: int = 0, threads: int = 0, parallel: int = 1,
         expose: bool = False, api_key_file: Path | None = None, alias: str | None = None, log: Path | None = None,
+        rpc: Sequence[str] = (), rpc_layers: int = -1,
     ) -> None:  # fmt: skip
         self.path, self.host, self.port = path, host, port
         self.threads, self.parallel, self.api_key_file, self.log = threads, parallel, api_key_file, log
+        self.rpc, self.rpc_layers = endpoints(rpc), rpc_layers
         self.name = alias or path.name.removesuffix(".gguf")
         if not (is_loopback(host) or expose):
             raise ServerError(
@@ -89,17 +100,25 @@ class Server:
         """
         program = runtime.tool("llama-server")
         self.port = free_port(self.host, self.port)
+        for endpoint in self.rpc:
+            check(endpoint)
+        layers = self.rpc_layers if self.rpc_layers >= 0 else ALL_LAYERS
         command = [
             str(program), "--model", str(self.path), "--host", self.host, "--port", str(self.port),
             "--alias", self.name, "--ctx-size", str(self.ctx * self.parallel), "--parallel", str(self.parallel),
             "--cache-ram", str(PROMPT_CACHE), "--cors-origins", "localhost", "--offline", "--no-ui", "--no-slots",
+            "--threads-http", str(HTTP_THREADS + self.parallel), "--timeout", str(HTTP_SECONDS),
             *(["--threads", str(self.threads)] if self.threads else []),
+            *(["--rpc", ",".join(self.rpc), "--n-gpu-layers", str(layers)] if self.rpc else []),
             *(["--api-key-file", str(self.api_key_file)] if self.api_key_file else []),
         ]  # fmt: skip
         # what the caller said is what runs; a key that is set but empty would let everybody in who sends none
         env = {
             k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_") and (k, v) != ("LLAMA_API_KEY", "")
         }
+        # glibc keeps for each of many threads what the largest request needed there: half the memory under load
+        env.setdefault("MALLOC_ARENA_MAX", "2")
+        env.setdefault("GGML_NO_BACKTRACE", "1")  # where it gives up it would start gdb, which may hang
         log = self._open_log()
         try:
             self._guard = _guard()
@@ -211,6 +230,8 @@ class Server:
         assert self.process is not None
         if self._reader is not None:
             self._reader.join(5)
+        if any("/ggml-rpc.cpp:" in x for x in self._lines):  # where llama.cpp gives up
+            return ServerError(f"{self.path}: {lost(self.rpc)}")
         code = self.process.returncode
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return ServerError(f"{self.path}: llama-server {how}: {self._last()}")

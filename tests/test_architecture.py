@@ -12,8 +12,8 @@ PACKAGE = REPO / "ptqtp_gguf"
 ORDER = [
     "errors", "format", "packing", "native", "quantize.lanes", "quantize.paper", "quantize.search", "quantize.blocks",
     "quantize", "quantize.nvidia", "quantize.cuda", "quantize.plane_ops", "quantize.calibrated", "reading",
-    "gguf_values", "gguf_io", "output", "runtime", "ggml", "imatrix", "pickles", "_converter_child", "checkpoint",
-    "hub", "stream", "patterns", "recipe",
+    "gguf_values", "gguf_io", "output", "rpc", "runtime", "ggml", "imatrix", "pickles", "_converter_child",
+    "checkpoint", "hub", "stream", "patterns", "recipe",
     "budget", "card", "encode", "source", "mapping", "plan", "memory", "blocks", "sampling", "texts", "moments",
     "distance",
     "calibration", "inorder", "sensitivity", "quantize.tune_settings", "quantize.student", "quantize.tuner",
@@ -37,7 +37,12 @@ ORDER = [
 ]  # fmt: skip
 DOORS = {  # _converter_child runs in the converter's process, with the converter's own gguf-py
     "gguf": {"gguf_io", "_converter_child"},
-    "ctypes": {"native", "runtime", "_converter_child"},  # runtime: ggml's quantizers, from the library of the wheel
+    "ctypes": {
+        "native",
+        "rpc",
+        "runtime",
+        "_converter_child",
+    },  # runtime: ggml's quantizers, from the library of the wheel
     "llama_cpp": {"runtime"},
     "torch": {
         "_converter_child",

@@ -18,7 +18,7 @@ from .. import runtime
 from ..chatting import Chat, harmless
 from ..errors import PtqtpError
 from ..terminal import err_console, event
-from .common import AsJson, Quiet, Threads, fail, reporter
+from .common import AsJson, Quiet, Rpc, RpcLayers, Threads, fail, reporter
 
 
 class _Terminated(BaseException):
@@ -38,6 +38,8 @@ def chat(
     ] = 0,
     threads: Threads = 0,
     ctx: Annotated[int, typer.Option(min=0, help="Tokens of context; 0 = as trained, at most 4096.")] = 0,
+    rpc: Rpc = None,
+    rpc_layers: RpcLayers = -1,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +61,9 @@ def chat(
         with reporter(quiet, as_json) as progress:
             progress("loading", 0, 0, file.name)
             n_ctx = runtime.context_for(file, ctx)
-            model = runtime.load(file, n_ctx=n_ctx, threads=threads or os.cpu_count())
+            model = runtime.load(
+                file, n_ctx=n_ctx, threads=threads or os.cpu_count(), rpc=rpc or (), rpc_layers=rpc_layers
+            )
         with closing(model):
             conversation = Chat(
                 model, system=system, temperature=temperature, seed=seed, max_tokens=max_tokens, notice=_note

@@ -17,6 +17,13 @@ EXIT_CODES = "Exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 1
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 Threads = Annotated[int, typer.Option("--threads", "-j", min=0, help="Threads; 0 = all cores.")]
+Rpc = Annotated[
+    list[str] | None,
+    typer.Option("--rpc", metavar="HOST:PORT", help="An rpc-server of the patched runtime that computes layers."),
+]
+RpcLayers = Annotated[
+    int, typer.Option(min=-1, metavar="N", help="The last N layers go to the --rpc servers; -1 = all.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON lines on standard output: progress, result, error.")]
 TrustCode = Annotated[
     bool,

@@ -9,6 +9,7 @@ import typer
 
 from .. import runtime
 from ..inspect import inspect
+from .common import Rpc, RpcLayers
 
 
 def run(
@@ -19,15 +20,19 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 1,
     threads: Annotated[int, typer.Option("--threads", "-j", min=0, help="Threads; 0 = llama.cpp's default.")] = 0,
     ctx: Annotated[int, typer.Option(min=32, help="Context length in tokens.")] = 2048,
+    rpc: Rpc = None,
+    rpc_layers: RpcLayers = -1,
 ) -> None:
     """Generate text with a file, through the patched llama-cpp-python.
 
     Example:
 
       ptqtp-gguf run model.gguf -p "The capital of France is" -n 32 --temp 0
+
+      ptqtp-gguf run model.gguf -p "Once upon a time" --rpc 192.168.1.2:50052
     """
     inspect(file)  # a damaged file gets our own clear line
-    model = runtime.load(file, n_ctx=ctx, threads=threads or None)
+    model = runtime.load(file, n_ctx=ctx, threads=threads or None, rpc=rpc or (), rpc_layers=rpc_layers)
     print(prompt, end="", flush=True)
     for piece in runtime.generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed):
         print(piece, end="", flush=True)

@@ -9,7 +9,7 @@ import typer
 
 from ..server import Server, is_loopback
 from ..terminal import err_console, event, line
-from .common import AsJson, Quiet, reporter
+from .common import AsJson, Quiet, Rpc, RpcLayers, reporter
 
 
 def serve(
@@ -25,6 +25,8 @@ def serve(
     ] = None,
     alias: Annotated[str | None, typer.Option(help="The model's name for clients; else the file's.")] = None,
     log: Annotated[Path | None, typer.Option(help="Append the server's log to this file.")] = None,
+    rpc: Rpc = None,
+    rpc_layers: RpcLayers = -1,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -43,7 +45,7 @@ def serve(
     """
     server = Server(
         file, host=host, port=port, ctx=ctx, threads=threads, parallel=parallel, expose=expose,
-        api_key_file=api_key_file, alias=alias, log=log,
+        api_key_file=api_key_file, alias=alias, log=log, rpc=rpc or (), rpc_layers=rpc_layers,
     )  # fmt: skip
     if not is_loopback(host) and not server.has_key:
         err_console.print(
