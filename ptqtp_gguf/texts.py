@@ -26,7 +26,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 WINDOW, TOKENS = 1024, 262144  # tokens a window, and in all
 MAX_TEXT = 64 << 20  # characters that are read of a source; far more than is used
 PIECE = 12  # characters a token that are surely enough to fill a window
-TOGETHER = 1 << 16  # characters that are tokenized as one, by one thread; cut at the end of a line
+TOGETHER = 1 << 16  # characters that are tokenized as one, by one thread; cut at a line's end or a blank
 BETWEEN = "\n\n"  # documents
 MAX_TOKENS_A_BYTE = 1.2
 MAX_UNKNOWN = 0.2  # share of unknown tokens
@@ -207,7 +207,9 @@ def _windows(tokenizer: Any, t: Text, window: int, n: int, bos: int | None) -> N
 def _ids(tokenizer: Any, text: str) -> NDArray[np.int64]:
     parts, start = [], 0
     while len(text) - start > TOGETHER:
-        end = text.rfind("\n", start, start + TOGETHER) + 1 or start + TOGETHER
+        most = start + TOGETHER
+        end = text.rfind("\n", start, most) + 1 or text.rfind(" ", start + 1, most)
+        end = end if end > start else most
         parts.append(text[start:end])
         start = end
     parts.append(text[start:])

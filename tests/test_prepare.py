@@ -25,6 +25,7 @@ from ptqtp_gguf.inorder import in_order
 from ptqtp_gguf.options import Calibration, Options, resolved
 from ptqtp_gguf.packing import digits_of_levels, pack_tp2_1, scale_to_float
 from ptqtp_gguf.planes import PlaneStore, planes_folder, remove_planes
+from ptqtp_gguf.prepare import HELD_OUT, MOST_HELD_OUT, _held_out
 from ptqtp_gguf.quantize import METHODS, quantize
 from ptqtp_gguf.quantize.tune_settings import TuneSettings
 from ptqtp_gguf.sensitivity import token_weights
@@ -195,6 +196,34 @@ def test_tuning(
     with Reader(out) as q:
         told_of = q.get(fmt.Key.CALIBRATION)
         assert q.get(fmt.Key.METHOD) == "tuned" and "; tuned on at most 1024 tokens, 3 steps" in told_of
+
+
+@pytest.mark.usefixtures("again")
+def test_tuning_on_other_text(folder: Path, how: Options, tiny_checkpoint: Path) -> None:
+    """What is tuned on is not the calibration's text; too little of it is told before anything long begins."""
+    fox, out = folder / "other.txt", folder / "other.gguf"
+    fox.write_text("The quick brown fox jumps over the lazy dog and sleeps. " * 300)
+    other = {"fisher": False, "tune": True, "tune_tokens": TOKENS, "tune_steps": 2, "tune_texts": (str(fox),)}
+    told: list[str] = []
+    convert(tiny_checkpoint, out, with_(how, **other), lambda stage, *_: told.append(stage))
+    with Reader(out) as q:
+        assert "of other.txt, 2 steps" in q.get(fmt.Key.CALIBRATION)
+    fox.write_text("The quick brown fox. " * 30)
+    told.clear()
+    with pytest.raises(CalibrationError, match=r"--tune: \d windows of 64 .* 16 are needed"):
+        convert(tiny_checkpoint, folder / "few.gguf", with_(how, **other), lambda stage, *_: told.append(stage))
+    assert "calibrating" not in told
+    remove_planes(folder / "few.gguf")
+    assert Calibration().tuning.train_planes and not Calibration(tune_planes=False).tuning.train_planes
+
+
+def test_held_out_windows() -> None:
+    """One in sixteen, 64 at most, and with texts that take turns each has some."""
+    for n in (16, 100, 1024, 5000):
+        held = _held_out(n)
+        assert 1 <= held.sum() <= MOST_HELD_OUT and held.sum() <= n / HELD_OUT + 1
+    for texts_in_turn in (2, 3, 4, 8):
+        assert set(np.flatnonzero(_held_out(2000)) % texts_in_turn) == set(range(texts_in_turn))
 
 
 # ---- killed and taken up again ----
@@ -392,6 +421,7 @@ def test_token_weights_are_squared_gradients(tmp_path: Path) -> None:
         (Options(calibration=Calibration(tune=True)), "--tune learns from text; give --calib FILE, builtin or self"),
         (Options(calibration=Calibration(hessians=Path("h"), tune=True)), "--tune learns from text"),
         (Options(method="tuned"), "--method tuned learns from text"),
+        (Options(calibration=Calibration(("builtin",), tune_texts=("a.txt",))), "--tune-text says .*; give --tune too"),
         (Options(method="calibrated"), "--method calibrated learns from text"),
         (Options(type="tp2_0", calibration=Calibration(("builtin",))), "--calib makes TP2_1, not TP2_0"),
         (Options(method="paper", calibration=Calibration(("builtin",))), "--method paper takes no calibration"),

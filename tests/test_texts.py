@@ -76,6 +76,16 @@ def test_texts_take_turns_and_fill_up(words: Checkpoint) -> None:
     assert [int(w[1]) - 3 for w in got] == [1, 2, 1, 2, 1, 1, 1, 1]
 
 
+def test_long_texts_are_tokenized_in_parts(words: Checkpoint) -> None:
+    """The tokens are those of the whole: cut at the end of a line, at a blank in a line without an end."""
+    for text in ("\n".join([numbered(40)] * 1200), " ".join([numbered(40)] * 1200)):
+        assert len(text) > 2 * texts.TOGETHER
+        got = tokens([Text("t", text)], words, window=11, n_tokens=11 * 4800)
+        assert got[:, 1:].reshape(-1).tolist() == [3 + i % 40 for i in range(48000)]
+    with pytest.raises(CalibrationError, match="unknown"):
+        tokens([Text("t", "w" * 3 * texts.TOGETHER)], words, window=2, n_tokens=10)
+
+
 def test_builtin(bpe: Checkpoint) -> None:
     builtin = load("builtin")
     assert builtin.text and len(builtin.text) > 700_000
