@@ -36,16 +36,15 @@ test: setup test-native
 
 setup: $(PACKAGE)
 
-# Wheels only, so nothing downloaded runs while it is installed. torch: the CPU build if pip finds one that torch.lock
+# Wheels only, so nothing downloaded runs while it is installed. torch: a CPU build where pip finds one that cpu.lock
 # knows (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL; `make lock` adds it), else the index' own, on Linux with NVIDIA's libraries.
 LOCKED := $(PIP) install --no-deps --only-binary :all: --require-hashes
 $(DEPS): $(wildcard requirements/*.lock) pyproject.toml
 	@mkdir -p build
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(LOCKED) -r requirements/setup.lock
-	$(LOCKED) -r requirements/torch.lock
-	case "$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch"))')" in *+cpu) ;; \
-	  *) $(LOCKED) -r requirements/cuda.lock ;; esac
+	$(LOCKED) -r requirements/cpu.lock 2> build/torch.log || \
+	  { $(LOCKED) -r requirements/torch.lock && $(LOCKED) -r requirements/cuda.lock; }
 	@touch $@
 
 # The tool knows itself what changed: it is asked each time the inputs are newer, and compiles what it must.
@@ -88,7 +87,7 @@ lock:
 audit:
 	test -x build/lock-venv/bin/python || $(PYTHON) -m venv build/lock-venv
 	build/lock-venv/bin/python -m pip --disable-pip-version-check -q install pip-audit
-	for lock in setup torch cuda; do \
+	for lock in setup cpu torch cuda; do \
 	  build/lock-venv/bin/pip-audit --strict --disable-pip --no-deps -r requirements/$$lock.lock || exit 1; \
 	done
 

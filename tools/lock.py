@@ -2,8 +2,9 @@
 """Write requirements/*.lock: exact versions, and the SHA-256 of every file that an index has of them.
 
     setup.lock  setup.in and all that it needs, on every platform and from Python 3.10 on
-    torch.lock  torch: the index' builds, and the CPU builds ("+cpu") that were at hand when a lock was written
-    cuda.lock   what the index' build of torch for Linux needs besides: NVIDIA's libraries
+    cpu.lock    torch, the CPU builds ("+cpu") that pip found when a lock was written: an index of its own has them
+    torch.lock  torch, the index' builds
+    cuda.lock   what its build for Linux needs besides: NVIDIA's libraries
 
 Versions that a lock holds stay unless setup.in asks for others; --upgrade looks for newer ones. Needs uv and pip in
 this Python. No address of an index gets into a lock: pip's own settings say where to look.
@@ -73,12 +74,12 @@ def cpu_builds(lock: Path) -> dict[str, str]:
     return dict(sorted(known.items()))
 
 
-def torch_lock(out: Path) -> str:
-    listed = set(re.findall(r"sha256:([0-9a-f]{64})", resolve([TORCH], None, "--no-deps")))
-    cpu = cpu_builds(out)
-    hashes = sorted(listed | set(cpu.values()))
-    comments = "".join(f"# {name} sha256:{digest}\n" for name, digest in cpu.items())
-    return comments + " \\\n".join([TORCH, *(f"    --hash=sha256:{digest}" for digest in hashes)]) + "\n"
+def cpu_lock(out: Path) -> str:
+    """Apart from torch.lock: of files that a lock allows, pip prefers one whose hash an index tells."""
+    builds = cpu_builds(out)
+    comments = "".join(f"# {name} sha256:{digest}\n" for name, digest in builds.items())
+    hashes = [f"    --hash=sha256:{digest}" for digest in sorted(builds.values())]
+    return comments + " \\\n".join([f"{TORCH}+cpu", *hashes]) + "\n"
 
 
 def write(name: str, text: str) -> None:
@@ -97,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = (FOLDER / "setup.in").read_text().splitlines()
         setup = resolve(wanted, FOLDER / "setup.lock", *options, excluding=["torch"])
         write("setup.lock", setup)
-        write("torch.lock", torch_lock(FOLDER / "torch.lock"))
+        write("cpu.lock", cpu_lock(FOLDER / "cpu.lock"))
+        write("torch.lock", resolve([TORCH], FOLDER / "torch.lock", "--no-deps"))
         not_again = [arg for name in ["torch", *dict.fromkeys(names(setup))] for arg in ("--no-emit-package", name)]
         write("cuda.lock", resolve([TORCH], FOLDER / "cuda.lock", *options, *not_again))
     except (LockError, OSError) as error:
