@@ -2,9 +2,13 @@
 # make test   set up, native tests, test suite          make lint   ruff, mypy, clang-format
 # make test-arm   kernels under qemu-user (Debian: gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user)
 # make fuzz   a minute of native code, readers and loader on damaged input (docs/results/hardening.md)
+# make test-all   what else it must run on: compilers, sanitizers, instruction sets, emulated CPUs, Pythons (tools/matrix.py)
+# make portable   the runtime's wheel for any x86-64 CPU; portable-arm: its libraries and tools for 64-bit ARM
+# make lock | audit   exact versions with hashes, from requirements/setup.in; their known vulnerabilities
 # make setup | format | golden | bench | clean
 #
-# Everything lands in .venv and build; nothing outside the clone but what pip caches.
+# Everything lands in .venv and build; nothing outside the clone but what pip caches. What pip installs is checked
+# against the hashes in requirements/*.lock, and the sdist of the runtime against the one in patches/UPSTREAM.
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -20,7 +24,7 @@ CFILES = $(wildcard native/*.[ch] native/*.cpp native/*.inc native/bakeoff/*.[ch
   native/fuzz/*.[ch] native/fuzz/*.cpp tools/*.c)
 CMAKE_FLAGS := -G Ninja -DPTQTP_WERROR=ON
 
-.PHONY: demo test test-native test-arm fuzz lint format golden bench setup clean
+.PHONY: demo test test-native test-arm test-all portable portable-arm lock audit fuzz lint format golden bench setup clean
 
 demo: setup
 	$(PY) tools/demo.py
@@ -32,13 +36,15 @@ test: setup test-native
 
 setup: $(PACKAGE)
 
-$(DEPS): constraints.txt pyproject.toml
+# Wheels only, so nothing downloaded runs while it is installed. torch: a CPU build where pip finds one that cpu.lock
+# knows (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL; `make lock` adds it), else the index' own, on Linux with NVIDIA's libraries.
+LOCKED := $(PIP) install --no-deps --only-binary :all: --require-hashes
+$(DEPS): $(wildcard requirements/*.lock) pyproject.toml
 	@mkdir -p build
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt scikit-build-core cmake ninja
-	$(PIP) install -c constraints.txt numpy gguf typer rich diskcache jinja2 typing-extensions \
-	  torch transformers huggingface_hub accelerate safetensors sentencepiece protobuf \
-	  pytest pytest-xdist hypothesis matplotlib openai playwright ruff mypy clang-format
+	$(LOCKED) -r requirements/setup.lock
+	$(LOCKED) -r requirements/cpu.lock 2> build/torch.log || \
+	  { $(LOCKED) -r requirements/torch.lock && $(LOCKED) -r requirements/cuda.lock; }
 	@touch $@
 
 # The tool knows itself what changed: it is asked each time the inputs are newer, and compiles what it must.
@@ -61,10 +67,28 @@ test-native: $(DEPS)
 
 # with i8mm, with the dot-product extension alone, and with neither
 test-arm: $(DEPS)
-	for cpu in max neoverse-n1 cortex-a72; do \
-	  cmake -S . -B build/arm-$$cpu $(CMAKE_FLAGS) -DCMAKE_TOOLCHAIN_FILE=native/aarch64.cmake \
-	    -DPTQTP_QEMU_CPU=$$cpu -DPTQTP_SHARED=OFF > build/arm-$$cpu.log && \
-	  cmake --build build/arm-$$cpu && ctest --test-dir build/arm-$$cpu --output-on-failure || exit 1; \
+	$(PY) tools/matrix.py --only aarch64-cortex-a72 aarch64-neoverse-n1 aarch64-max --no-skips
+
+test-all: setup
+	$(PY) tools/matrix.py
+
+portable: $(DEPS)
+	$(PY) tools/build_runtime.py --portable --build-dir build --wheel-dir build/portable
+
+portable-arm: $(DEPS)
+	$(PY) tools/portable_arm.py --build-dir build
+
+lock:
+	test -x build/lock-venv/bin/python || $(PYTHON) -m venv build/lock-venv
+	build/lock-venv/bin/python -m pip --disable-pip-version-check -q install uv
+	build/lock-venv/bin/python tools/lock.py
+
+# needs a service of vulnerabilities (PyPI's JSON interface); a package that it does not know is an error
+audit:
+	test -x build/lock-venv/bin/python || $(PYTHON) -m venv build/lock-venv
+	build/lock-venv/bin/python -m pip --disable-pip-version-check -q install pip-audit
+	for lock in setup cpu torch cuda; do \
+	  build/lock-venv/bin/pip-audit --strict --disable-pip --no-deps -r requirements/$$lock.lock || exit 1; \
 	done
 
 fuzz: setup

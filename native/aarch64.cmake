@@ -1,11 +1,7 @@
-# Cross build for 64-bit ARM Linux; ctest runs the programs under qemu-user.
+# Cross build for 64-bit ARM Linux; ctest runs the programs under qemu-user, on the CPU that QEMU_CPU names.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
 set(CMAKE_EXE_LINKER_FLAGS_INIT -static)
-if(NOT DEFINED PTQTP_QEMU_CPU)
-  set(PTQTP_QEMU_CPU max)
-endif()
-set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES PTQTP_QEMU_CPU)
-set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -cpu ${PTQTP_QEMU_CPU})
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64)

@@ -35,6 +35,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#    error "ptqtp runs on little-endian machines only: its blocks, and GGUF files, are little-endian"
+#endif
+
 #ifndef PTQTP_API
 #    if defined(_WIN32)
 #        define PTQTP_API

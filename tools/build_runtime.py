@@ -19,7 +19,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -42,9 +41,9 @@ NATIVE_NOT_IN_GGML = re.compile(
 NATIVE_IN_TREE = "vendor/llama.cpp/ggml/src/ptqtp"
 TREE_STAMP = ".ptqtp-tree"
 
-# Upstream's own defaults for x86 where it does not build for the machine at hand. Spelled out, because upstream turns
-# them off when SOURCE_DATE_EPOCH is set.
-PORTABLE_X86 = ("GGML_SSE42", "GGML_AVX", "GGML_AVX2", "GGML_BMI2", "GGML_FMA", "GGML_F16C")
+# A portable build: ggml-cpu once for each of upstream's lists of instruction sets, the best of them chosen when it
+# starts. Without OpenMP: its library is not on every system, and a variant that cannot be loaded is skipped silently.
+PORTABLE = {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON", "GGML_OPENMP": "OFF"}
 # Environment that changes what the compiler makes, so part of the stamp.
 BUILD_ENVIRONMENT = ("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "SOURCE_DATE_EPOCH")
 
@@ -299,9 +298,7 @@ def cmake_defines(upstream: Upstream, portable: bool) -> dict[str, str]:
     # upstream asks git for these two and would find our repository
     defines = {"LLAMA_BUILD_NUMBER": "0", "LLAMA_BUILD_COMMIT": upstream.local}
     if portable:
-        defines["GGML_NATIVE"] = "OFF"
-        if platform.machine().lower() in ("x86_64", "amd64"):
-            defines |= dict.fromkeys(PORTABLE_X86, "ON")
+        defines |= PORTABLE
     return defines
 
 
@@ -412,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--build-dir", type=Path, default=REPO / "build", help="sdist, tree and objects (build)")
     parser.add_argument("--wheel-dir", type=Path, help="where the wheel goes (<build-dir>/[older/VERSION/]wheels)")
     parser.add_argument("--sdist", type=Path, help="use this file, do not download")
-    parser.add_argument("--portable", action="store_true", help="for AVX2 (x86), armv8-a (ARM), not this CPU")
+    parser.add_argument("--portable", action="store_true", help="for any x86-64 or 64-bit ARM CPU, not this one alone")
     parser.add_argument("--jobs", type=int, default=0, help="compilers at a time (all cores)")
     parser.add_argument("--force", action="store_true", help="start over: new tree, new objects")
     parser.add_argument("--pristine", type=Path, metavar="DIR", help="extract the unpatched tree to DIR and stop")
