@@ -37,10 +37,11 @@ ARM_CPUS = {
     "max": "neon_i8mm",
 }  # fmt: skip
 X86_KERNELS = ("scalar", "ssse3", "avx", "avx2", "avxvnni", "avx512bw", "avx512vnni", "amx")
-# the CPU backend that a portable wheel must choose, and our kernel in it
+# the variant of ggml-cpu that a portable wheel must load: told by its features; and our kernel in it
 WHEEL_CPUS = {
-    "qemu64": ("x64", "scalar"), "Nehalem": ("sse42", "ssse3"), "SandyBridge": ("sandybridge", "avx"),
-    "Haswell": ("haswell", "avx2"),
+    "qemu64": ("x64", set(), "scalar"), "Nehalem": ("sse42", {"SSSE3"}, "ssse3"),
+    "SandyBridge": ("sandybridge", {"SSSE3", "AVX"}, "avx"),
+    "Haswell": ("haswell", {"SSSE3", "AVX", "F16C", "AVX2"}, "avx2"),
 }  # fmt: skip
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TYPES = PYTHONS[1:]  # the stubs of a numpy of this time are not for 3.10; there it is run
@@ -192,30 +193,18 @@ def portable_wheel(cpu: str | None) -> str:
         (folder / wheels[-1].name).touch()
     program = folder / "llama_cpp" / "bin" / "llama-completion"
     program.chmod(0o755)
-    ask = [
-        program,
-        "-m",
-        model,
-        "-p",
-        "The capital of France is",
-        "-n",
-        "4",
-        "--temp",
-        "0",
-        "-no-cnv",
-        "-t",
-        "1",
-        "-c",
-        "64",
-    ]
-    text = sh(cell_name.get(), *(["qemu-x86_64", "-cpu", cpu] if cpu else []), *ask)
-    variant = re.search(r"libggml-cpu-(\w+)\.so", text)
-    kernel = re.search(r"PTQTP\w* = (\w+)", text)
-    if "The capital of France is" not in text or not kernel:
+    ask = ["-m", model, "-p", "The", "-n", "2", "--temp", "0", "-no-cnv", "-t", "1", "-c", "64", "--no-warmup"]
+    text = sh(cell_name.get(), *(["qemu-x86_64", "-cpu", cpu] if cpu else []), program, *ask)
+    info = dict(re.findall(r"(\w+) = (\w+) \|", text))
+    if "PTQTP" not in info or not re.search(r"^The ?\S", text, re.MULTILINE):
         raise Failed("generates nothing, or without our kernel")
-    if cpu and (variant and variant[1], kernel[1]) != WHEEL_CPUS[cpu]:
-        raise Failed(f"chooses {variant and variant[1]} with {kernel[1]}, not {WHEEL_CPUS[cpu]}")
-    return f"{variant[1] if variant else 'CPU'}, {kernel[1]}"
+    if not cpu:
+        return info["PTQTP"]
+    variant, features, kernel = WHEEL_CPUS[cpu]
+    found = {name for name in ("SSSE3", "AVX", "F16C", "AVX2", "AVX512") if name in info}
+    if (found, info["PTQTP"]) != (features, kernel):
+        raise Failed(f"has {', '.join(sorted(found)) or 'nothing'} and {info['PTQTP']}, not {variant} with {kernel}")
+    return f"{variant}, {kernel}"
 
 
 # ---- Pythons ----
@@ -314,7 +303,7 @@ def cells() -> list[Cell]:
     table.append(Cell("runtime-kernels", "the patched runtime, each kernel forced", runtime_tests))
     if X86:
         table.append(Cell("wheel-native", "the portable wheel on this CPU", functools.partial(portable_wheel, None)))
-        for cpu, (variant, _) in WHEEL_CPUS.items():
+        for cpu, (variant, *_) in WHEEL_CPUS.items():
             what = f"the portable wheel under qemu, a {cpu}: {variant}"
             table.append(Cell(f"wheel-{cpu}", what, functools.partial(portable_wheel, cpu)))
     return table
