@@ -14,7 +14,7 @@ import pytest
 from helpers import REPO
 
 TOOL = REPO / "tools" / "build_runtime.py"
-MAX_FILES = 16  # of llama.cpp
+MAX_FILES = 17  # of llama.cpp; 16 were planned, docs/results/kernels.md says what the one more is for
 
 
 def load_tool() -> ModuleType:

@@ -470,7 +470,7 @@ def test_in_a_browser(browser: Any, folder: Path, tmp_path: Path, size: tuple[in
     for svg in page.query_selector_all("figure svg"):
         box = svg.bounding_box()
         assert box["width"] > 300 and box["height"] > 100
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    page.screenshot(path=tmp_path / "page.png", full_page=True, timeout=180_000)  # 30 s are too few on a busy machine
     image = Image.open(tmp_path / "page.png").convert("RGB")
     assert image.width == size[0] and len(image.getcolors(1 << 24) or []) > 100
     corner = sum(image.getpixel((2, 2)))
