@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checkpoint, mapping, native, texts
+from . import checkpoint, ggml, mapping, native, texts
 from . import format as fmt
 from .blocks import quiet
 from .calibration import walk
 from .checkpoint import Checkpoint
 from .encode import FLOOR, to_float
 from .errors import CalibrationError, OutputError, QuantizeError
-from .gguf_io import F32_ID, TensorInfo
+from .gguf_io import F32_ID, FLOAT_IDS, TensorInfo
 from .inorder import Stage, has_streams, in_order
 from .moments import Moment, open_moments
 from .options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
@@ -34,6 +34,7 @@ from .planes import PlaneStore, unpacked
 from .quantize import calibrated
 from .quantize.tuned import tune
 from .reading import read_whole
+from .recipe import Role, role_of
 from .resume import fingerprint
 from .sensitivity import Weights, token_weights
 from .source import Source
@@ -79,6 +80,7 @@ class _Work:
         self.source, self.options, self.store, self.progress = source, options, store, progress
         self.how: Calibration = options.calibration
         self.tensors = {r.tensor.name: r.tensor for r in rows if r.choice.type == fmt.TP2_1.id}
+        self.types = {r.tensor.name: r.choice.type for r in rows}
         self.device = _device(options.device)
         self.n_tokens = self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
         self.found = None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path, options.trust_code)
@@ -150,10 +152,19 @@ class _Work:
         missing = [n for n in self.tensors if not self.store.has(n)]
         if len(missing) == len(self.tensors):
             raise CalibrationError(f"{self.source.path}: no matrix was seen by the calibration; give --imatrix instead")
+        if self.how.tune:
+            missing = [n for n in missing if not self._begin(self.tensors[n])]
         if missing:
             n = f"{len(missing)} tensors, as {missing[0]}" if len(missing) > 1 else missing[0]
             self.store.say(f"{n}: not seen by the calibration, or not fit for TP2_1; left to search")
         self.store.mark("calibrated")
+
+    def _begin(self, t: TensorInfo) -> bool:
+        """Planes by search for an embedding or output, which tuning begins with; whether they were made."""
+        if role_of(t.name) not in (Role.EMBEDDING, Role.OUTPUT) or not self._fits(t, w := self._weights(t)):
+            return False
+        self.store.put(t, *unpacked(native.quantize(fmt.TP2_1, "search", w, None, self.options.threads)))
+        return True
 
     def _from_moments(self, folder: Path) -> None:
         for moments in self._moments(folder):
@@ -261,6 +272,16 @@ class _Work:
         """All of a tensor, float32 (R, C)."""
         return np.concatenate([to_float(raw, t.type, self.options.threads) for raw in self.source.pieces(t)])
 
+    def _is_rounded(self, t: TensorInfo) -> bool:
+        """Whether it is an embedding or output that a stock type rounds: tuning then sees what the file will hold."""
+        known = self.types[t.name] in ggml.WRITABLE - ggml.NEEDS_IMPORTANCE - FLOAT_IDS
+        return known and role_of(t.name) in (Role.EMBEDDING, Role.OUTPUT)
+
+    def _rounded(self, t: TensorInfo) -> F32:
+        """What the type leaves of its values, float32 (R, C)."""
+        kind, w = self.types[t.name], self._weights(t)
+        return ggml.dequantize(kind, ggml.quantize(kind, w, None, self.options.threads), self.options.threads)
+
     def _fits(self, t: TensorInfo, w: F32) -> bool:
         """Whether TP2_1 can hold it; what it cannot, the conversion lets fall back."""
         below = Below(fmt.TP2_1.id)
@@ -303,15 +324,24 @@ class _Work:
             )
         params = dict(model.named_parameters())
         links: dict[str, tuple[TensorInfo, mapping.Link]] = {}  # by parameter
+        fixed: dict[str, F32] = {}
         unlinked = []
         for t in self.source.tensors:
             vector = len(t.shape) == 1 and t.type == F32_ID
-            if vector or (t.name in self.tensors and self.store.has(t.name)):
-                link = mapping.link(self.source, t, params.__getitem__)
-                if link is not None and params[link.hf].numel() == t.n_weights:
-                    links[link.hf] = (t, link)
-                elif not vector:
+            planned = t.name in self.tensors and self.store.has(t.name)
+            rounded = not planned and self._is_rounded(t)
+            if not (vector or planned or rounded):
+                continue
+            link = mapping.link(self.source, t, params.__getitem__)
+            if link is None or params[link.hf].numel() != t.n_weights:
+                if planned:
                     unlinked.append(t.name)
+            elif rounded:
+                values = self._rounded(t)
+                fixed[link.hf] = np.empty_like(values)
+                fixed[link.hf][_rows(link, len(values))] = values
+            else:
+                links[link.hf] = (t, link)
         if unlinked:
             n = f"{len(unlinked)} tensors, as {unlinked[0]}" if len(unlinked) > 1 else unlinked[0]
             self.store.say(f"{n}: not tuned, no parameter of the model is the same matrix")
@@ -326,7 +356,7 @@ class _Work:
         result = tune(
             found.folder, planes, torch.from_numpy(windows[~held]), torch.from_numpy(windows[held]),
             self.how.tuning, self.device, self.progress, self.store.folder / "tuning.safetensors",
-            {hf for hf, (t, _) in links.items() if len(t.shape) == 1}, found.trust_code,
+            {hf for hf, (t, _) in links.items() if len(t.shape) == 1}, found.trust_code, fixed,
         )  # fmt: skip
         for note in result.notes:
             self.store.say(note)

@@ -217,6 +217,24 @@ def test_tuning_on_other_text(folder: Path, how: Options, tiny_checkpoint: Path)
     assert Calibration().tuning.train_planes and not Calibration(tune_planes=False).tuning.train_planes
 
 
+@pytest.mark.usefixtures("again")
+def test_embedding_and_output_are_tuned(
+    folder: Path, how: Options, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file that is all planes they begin as search makes them, and those of the text's tokens move."""
+    monkeypatch.setattr(Calibration, "tuning", TuneSettings(steps=3, warmup=1, lr=2e-2, lr_vectors=5e-3, every=1))
+    fox, out, plain = folder / "fox2.txt", folder / "small.gguf", folder / "small-search.gguf"
+    fox.write_text("The quick brown fox jumps over the lazy dog and sleeps. " * 300)
+    small = replace(how, recipe="small")
+    more = {"fisher": False, "tune": True, "tune_tokens": TOKENS, "tune_steps": 3}
+    summary = convert(tiny_checkpoint, out, with_(small, texts=(str(fox),), **more))
+    convert(tiny_checkpoint, plain, replace(small, calibration=Calibration()))
+    assert not summary.notes
+    tuned, search = planes_of(out), planes_of(plain)
+    changed = {n: np.mean(tuned[n] != search[n]) for n in ("token_embd.weight", "output.weight")}
+    assert 0 < changed["token_embd.weight"] < 0.01 < changed["output.weight"] < 0.2, changed
+
+
 def test_held_out_windows() -> None:
     """One in sixteen, 64 at most, and with texts that take turns each has some."""
     for n in (16, 100, 1024, 5000):

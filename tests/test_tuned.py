@@ -28,8 +28,8 @@ SIZES = dict(
     num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2,
 )  # fmt: skip
 FAMILIES = {
-    "Llama": dict(tie_word_embeddings=False),  # its head is quantized too
-    "Qwen2": dict(tie_word_embeddings=True),  # biases
+    "Llama": dict(tie_word_embeddings=False),  # embedding and head are quantized too, each by itself
+    "Qwen2": dict(tie_word_embeddings=True),  # biases; one quantized matrix for embedding and head
     "Gemma2": dict(final_logit_softcapping=5.0, query_pre_attn_scalar=16),  # norms of 1 + w, capped logits
 }
 QUICK = TuneSettings(steps=12, batch=4, warmup=2, lr=2e-2, lr_vectors=1e-2, every=4, patience=9)
@@ -64,8 +64,9 @@ def make_model(family: str, folder: Path, **more: object) -> Any:
 
 def planes_of(model: Any) -> dict[str, Planes]:
     planes = {}
+    plain = type(model.get_input_embeddings()) is torch.nn.Embedding  # not Gemma's, which multiplies
     for name, p in model.named_parameters():
-        if p.ndim == 2 and ("proj" in name or "lm_head" in name):
+        if p.ndim == 2 and ("proj" in name or "lm_head" in name or ("embed" in name and plain)):
             w = p.detach().numpy()
             digits, codes = search.fit_tp2_1(w.reshape(-1, 32), None)
             levels = np.array(fmt.LEVELS, np.int8)[digits].reshape(w.shape)
@@ -154,6 +155,20 @@ def test_loss_and_gradients_are_the_formula(family: str, models: Any, text: Any)
         assert torch.allclose(student.latent.views(student.latent.grad)[i], latent, **same)
     for v, g in zip(student.vectors, student.vector_values.views(student.vector_values.grad), strict=True):
         assert torch.allclose(g, vectors[v.name].grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_the_student_has_the_file_s_embedding_and_head(family: str, models: Any, text: Any) -> None:
+    folder, model, planes = models[family]
+    ends = ["model.embed_tokens.weight", *(["lm_head.weight"] if family == "Llama" else [])]
+    inner = {n: p for n, p in planes.items() if n not in ends}
+    fixed = {n: (model.get_parameter(n) * 8).round() / 8 for n in ends}
+    changed = {**{n: weights(p) for n, p in inner.items()}, **fixed}
+    student = Student(folder, inner, "cpu", bf16=False, vectors=True, latent=None, logits_bytes=4000, fixed=fixed)
+    got = float(student.kl(text[0])) / text[0].numel()
+    assert got == pytest.approx(float(plain_kl(model, text[0], changed)), rel=1e-5)
+    without = float(plain_kl(model, text[0], {n: weights(p) for n, p in inner.items()}))
+    assert abs(got - without) > 0.01 * without
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -296,7 +311,7 @@ def test_out_of_memory_halves_the_micro_batch(models: Any, text: Any, monkeypatc
 def test_what_does_not_fit(models: Any, text: Any) -> None:
     folder, _, planes = models["Llama"]
     windows, held = text
-    name = next(iter(planes))
+    name = "model.layers.0.self_attn.q_proj.weight"
     good = planes[name]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"model.layers.9.x.weight": good}, "a parameter that this model does not have"),
@@ -306,7 +321,7 @@ def test_what_does_not_fit(models: Any, text: Any) -> None:
         ),
         ({name: Planes(good.levels.astype(np.int32), good.codes)}, r"levels of torch\.int32"),
         ({name: Planes(np.full_like(good.levels, 4), good.codes)}, "a level that is none of"),
-        ({"model.embed_tokens.weight": good}, "none of the 1 planes stands for a linear layer"),
+        ({"model.norm.weight": good}, "none of the 1 planes stands for a linear layer or embedding"),
     ]
     for given, message in wrong:
         with pytest.raises(TuneError, match=message) as e:
@@ -329,12 +344,22 @@ def test_what_does_not_fit(models: Any, text: Any) -> None:
         tune(folder.parent, planes, windows, held, QUICK)
 
 
-def test_experts_and_tied_heads_are_left_with_a_note(text: Any, tmp_path: Path) -> None:
+def test_what_is_not_tuned_is_told(text: Any, tmp_path: Path) -> None:
     model = make_model("Mixtral", tmp_path, num_local_experts=4, tie_word_embeddings=True)
     planes = planes_of(model)
     experts = {n: p for n, p in model.named_parameters() if p.ndim == 3}
     odd = Planes(np.zeros((8, 32), np.int8), np.zeros((8, 1), np.uint8))
     got = tune(tmp_path, {**planes, **dict.fromkeys(experts, odd), "lm_head.weight": odd}, text[0], text[0], QUICK)
     assert len(got.notes) == len(experts) + 1 and all("not tuned" in n for n in got.notes)
+    assert "lm_head.weight: not tuned, it is model.embed_tokens.weight too" in got.notes
     assert all(np.array_equal(got.planes[n].codes, odd.codes) for n in [*experts, "lm_head.weight"])
+    assert min(m.held_out for m in got.history) < got.history[0].held_out
+
+
+def test_an_embedding_that_multiplies_is_left(models: Any, text: Any) -> None:
+    folder, _, planes = models["Gemma2"]
+    odd = Planes(np.zeros((VOCABULARY, 64), np.int8), np.zeros((VOCABULARY, 2), np.uint8))
+    got = tune(folder, {**planes, "model.embed_tokens.weight": odd}, text[0], text[0], QUICK)
+    assert [n.partition(":")[0] for n in got.notes] == ["model.embed_tokens.weight"]
+    assert np.array_equal(got.planes["model.embed_tokens.weight"].levels, odd.levels)
     assert min(m.held_out for m in got.history) < got.history[0].held_out

@@ -1,4 +1,4 @@
-"""Planes in torch: scale codes, levels, a linear layer whose weights are s * level, and leaves that share flat tensors.
+"""Planes in torch: scale codes, levels, layers whose weights are s * level, and leaves that share flat tensors.
 
 Imports torch: import it inside functions only. The roundings equal those of packing.py and search.py.
 """
@@ -81,6 +81,29 @@ class PlaneLinear(torch.autograd.Function):  # type: ignore[misc]
             if ctx.needs_input_grad[2]:  # straight through the rounding to levels
                 dlatent = (dw.float() * scale[..., None]).flatten(1)
         return dx, dscale, dlatent, None
+
+
+class PlaneEmbedding(torch.autograd.Function):  # type: ignore[misc]
+    """Rows `ids` of scale * levels, float32 (*ids.shape, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, scale: Tensor, latent: Tensor | None, levels: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, scale, levels)
+        flat = ids.flatten()
+        return _weight(levels[flat], scale[flat], scale.dtype).view(*ids.shape, -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ids, scale, levels = ctx.saved_tensors
+        flat = ids.flatten()
+        dw = dy.reshape(len(flat), -1, GROUP)
+        dscale = dlatent = None
+        if ctx.needs_input_grad[1]:
+            dscale = torch.zeros_like(scale).index_add_(0, flat, (dw * levels[flat].view_as(dw)).sum(-1))
+        if ctx.needs_input_grad[2]:  # straight through the rounding to levels
+            dlatent = torch.zeros(levels.shape, device=dy.device)
+            dlatent.index_add_(0, flat, (dw * scale[flat][..., None]).flatten(1))
+        return None, dscale, dlatent, None
 
 
 def _weight(levels: Tensor, scale: Tensor, dtype: Any) -> Tensor:

@@ -1,8 +1,9 @@
 """A Hugging Face model and its quantized twin in one: the teacher's weights as loaded, the student's as s * level.
 
-Imports torch: import it inside functions only. Embedding, head and all tensors that are not trained are shared, so
-memory is one model, a byte a planned weight, and the scales. What is trained lies in flat float32 tensors, of which the
-modules' leaves are views, gradients too: one optimizer step is a few calls, whatever the number of layers.
+Imports torch: import it inside functions only. All tensors that are not trained (embedding and head too, unless planes
+are given for them) are shared, so memory is one model, a byte a planned weight, and the scales. What is trained lies in
+flat float32 tensors, of which the modules' leaves are views, gradients too: one optimizer step is a few calls, whatever
+the number of layers.
 
 Arithmetic: on CUDA, matrix products inside the blocks are bf16 (s * level is exact in bf16: at most 8 bits), the
 residual stream, norms, biases and the loss float32, the head TF32 in float32 storage, since logits of 20 rounded to
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from ..checkpoint import transformers_reason
 from ..errors import TuneError
 from ..format import MAX_LEVEL
-from .plane_ops import GROUP, Flat, PlaneLinear, Tensor, code_scales, latent_start
+from .plane_ops import GROUP, Flat, PlaneEmbedding, PlaneLinear, Tensor, code_scales, latent_start
 
 LOGIT_COPIES = 5  # float32 arrays of logits alive at a time in kl_of_chunks
 
@@ -58,6 +59,7 @@ class Student:
     planes     HF parameter name -> levels int8 (R, C), codes uint8 (R, C/32)
     bf16       matrix products inside the blocks, see above; else everything is float32
     vectors    train norms and biases too; only: just those of these names, None = all
+    fixed      HF parameter name -> what the file holds of an embedding or a head that has no planes, (R, C)
     latent     keep latent weights too; 0 = they begin at their level, 1 = at the original weight within its cell
     Raises TuneError for planes that do not fit the model, and for a model whose logits cannot be made in pieces.
     """
@@ -65,40 +67,46 @@ class Student:
     def __init__(
         self, folder: Path, planes: Mapping[str, Any], device: str, *, bf16: bool, vectors: bool, latent: float | None,
         logits_bytes: int, only: Collection[str] | None = None, trust_code: bool = False,
+        fixed: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.device = _device(device)
         self.folder = folder
         self.model = _load(folder, trust_code)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.notes: list[str] = []
-        self.names, linears = self._planned(planes)
+        self.names, planned = self._planned(planes)
         self._place()
         self._teaching = False
-        self._levels(planes, linears, latent)
+        self._fix(fixed or {})
+        self._levels(planes, planned, latent)
         self._vectors(vectors, only)
-        for i, linear in enumerate(linears):
+        for i, module in enumerate(planned):
             latent_leaf = self.latent.leaves[i] if self.latent else None
             leaves = self.scales.leaves[i], latent_leaf, self.level_views[i]
-            linear.forward = functools.partial(self._forward, linear, *leaves)
+            self._use_planes(module, *leaves)
+            if module is not self.head and module.weight is self.head.weight:
+                self._use_planes(self.head, *leaves)
         self.chunk = max(1, logits_bytes // (4 * LOGIT_COPIES * self.head.weight.shape[0]))
         self.embeddings = self.model.get_input_embeddings().weight.shape[0]
         self.use(teacher=False)
 
     def _planned(self, planes: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
-        """Names and modules of the planes that stand for a linear layer; a note for each of the others."""
-        names, linears = [], []
-        tied = self.model.get_input_embeddings().weight
+        """Names and modules of the planes that stand for a linear layer or an embedding; a note for each other."""
+        names: list[str] = []
+        planned: list[Any] = []
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, (levels, codes) in planes.items():
             if name not in parameters:
                 raise TuneError(f"{self.folder}: planes for {name}, a parameter that this model does not have")
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
-            if type(module) is not nn.Linear or leaf != "weight":
-                self.notes.append(f"{name}: not tuned, its module is {type(module).__name__}, no linear layer")
+            if type(module) not in (nn.Linear, nn.Embedding) or leaf != "weight":
+                self.notes.append(
+                    f"{name}: not tuned, its module is {type(module).__name__}, no linear layer or embedding"
+                )
                 continue
-            if module.weight is tied:
-                self.notes.append(f"{name}: not tuned, it is the embedding too")
+            if twin := next((n for n, m in zip(names, planned, strict=True) if m.weight is module.weight), None):
+                self.notes.append(f"{name}: not tuned, it is {twin} too")
                 continue
             rows, cols = module.weight.shape
             if np.shape(levels) != (rows, cols) or np.shape(codes) != (rows, cols // GROUP) or cols % GROUP:
@@ -107,10 +115,12 @@ class Student:
                     f"expected {(rows, cols)} and {(rows, cols // GROUP)}"
                 )
             names.append(name)
-            linears.append(module)
+            planned.append(module)
         if not names:
-            raise TuneError(f"{self.folder}: none of the {len(planes)} planes stands for a linear layer of this model")
-        return names, linears
+            raise TuneError(
+                f"{self.folder}: none of the {len(planes)} planes stands for a linear layer or embedding of the model"
+            )
+        return names, planned
 
     def _place(self) -> None:
         """Bring the frozen model to the device, in the dtypes that the arithmetic wants."""
@@ -131,7 +141,24 @@ class Student:
             raise TuneError(f"{self.folder}: {type(model).__name__} has no body apart from a head: it cannot be tuned")
         self.given = _Given()
 
-    def _levels(self, planes: Mapping[str, Any], linears: list[Any], latent: float | None) -> None:
+    def _fix(self, fixed: Mapping[str, Any]) -> None:
+        """The student's embedding and head are those of the file; on CUDA as near as float16 has them."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, values in fixed.items():
+            weight = parameters[name]
+            rounded = torch.as_tensor(values).to(self.device, torch.float16 if self.dtype != torch.float32 else None)
+            for module in self.model.modules():
+                if getattr(module, "weight", None) is weight and type(module) in (nn.Linear, nn.Embedding):
+                    forward = self._look_up_fixed if type(module) is nn.Embedding else self._multiply_fixed
+                    module.forward = functools.partial(forward, module, rounded)
+
+    def _multiply_fixed(self, linear: Any, rounded: Tensor, x: Tensor) -> Tensor:
+        return _float_linear(x, (linear.weight if self._teaching else rounded).float(), linear.bias)
+
+    def _look_up_fixed(self, embedding: Any, rounded: Tensor, ids: Tensor) -> Tensor:
+        return (embedding.weight if self._teaching else rounded)[ids]
+
+    def _levels(self, planes: Mapping[str, Any], planned: list[Any], latent: float | None) -> None:
         levels = [torch.as_tensor(np.ascontiguousarray(planes[n][0])) for n in self.names]
         codes = [torch.as_tensor(np.ascontiguousarray(planes[n][1])) for n in self.names]
         for name, a, c in zip(self.names, levels, codes, strict=True):
@@ -146,8 +173,8 @@ class Student:
         self.latent: Flat | None = None
         if latent is not None:
             starts = [
-                latent_start(linear.weight, a, s, latent)
-                for linear, a, s in zip(linears, self.level_views, self.scales.leaves, strict=True)
+                latent_start(module.weight, a, s, latent)
+                for module, a, s in zip(planned, self.level_views, self.scales.leaves, strict=True)
             ]
             self.latent = Flat(starts, self.device)
 
@@ -166,13 +193,21 @@ class Student:
             for (name, module, leaf, p), student in zip(found, self.vector_values.leaves, strict=True)
         ]
 
-    def _forward(self, linear: Any, scale: Tensor, latent: Tensor | None, levels: Tensor, x: Tensor) -> Tensor:
-        x = x.to(torch.float32 if linear is self.head else self.dtype)
-        if self._teaching:
-            y = x @ linear.weight.to(x.dtype).t()
-        else:
-            y = PlaneLinear.apply(x, scale, latent, levels)
-        return y if linear.bias is None else y + linear.bias
+    def _use_planes(self, module: Any, *leaves: Tensor) -> None:
+        forward = self._look_up if type(module) is nn.Embedding else self._multiply
+        module.forward = functools.partial(forward, module, *leaves)
+
+    def _multiply(self, linear: Any, scale: Tensor, latent: Tensor | None, levels: Tensor, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # or the head would be bf16
+            x = x.to(torch.float32 if linear is self.head else self.dtype)
+            if self._teaching:
+                y = x @ linear.weight.to(x.dtype).t()
+            else:
+                y = PlaneLinear.apply(x, scale, latent, levels)
+            return y if linear.bias is None else y + linear.bias
+
+    def _look_up(self, embedding: Any, scale: Tensor, latent: Tensor | None, levels: Tensor, ids: Tensor) -> Tensor:
+        return embedding.weight[ids] if self._teaching else PlaneEmbedding.apply(ids, scale, latent, levels)
 
     def zero_grad(self) -> None:
         for flat in (self.scales, self.vector_values, self.latent):

@@ -54,7 +54,7 @@ class Tuned:
 def tune(
     folder: Path, planes: Mapping[str, Any], windows: Any, held_out: Any, settings: TuneSettings | None = None,
     device: str = "cpu", progress: Progress = no_progress, state: Path | None = None,
-    only_vectors: Collection[str] | None = None, trust_code: bool = False,
+    only_vectors: Collection[str] | None = None, trust_code: bool = False, fixed: Mapping[str, Any] | None = None,
 ) -> Tuned:  # fmt: skip
     """Tune the planes of the model in a folder.
 
@@ -65,6 +65,7 @@ def tune(
               then returns at once); the caller removes it
     only_vectors  HF names of the norms and biases that may be trained, None = all; name those that you can store
     trust_code  run Python code that the folder brings
+    fixed     HF name -> embedding or head as the file holds it, (R, C), where that is neither the original nor planes
     Raises TuneError: what does not fit, memory, a start that is not finite; OutputError where state cannot be written.
     """
     import torch
@@ -72,11 +73,11 @@ def tune(
     settings = settings or TuneSettings()
     _check_settings(settings)
     train, held = _windows(windows, "windows"), _windows(held_out, "held-out windows")
-    student = _student(folder, planes, train, held, settings, device, only_vectors, trust_code)
+    student = _student(folder, planes, train, held, settings, device, only_vectors, trust_code, fixed)
     try:
         run = Run(student, settings, train, held, progress)
         if state is not None:
-            run.keep_in(state, _fingerprint(folder, planes, train, held, settings, only_vectors))
+            run.keep_in(state, _fingerprint(folder, planes, train, held, settings, only_vectors, fixed))
         run.go()
     except torch.cuda.OutOfMemoryError:
         raise TuneError(
@@ -129,7 +130,7 @@ def _windows(ids: Any, what: str) -> Any:
 
 def _student(
     folder: Path, planes: Mapping[str, Any], train: Any, held: Any, settings: TuneSettings, device: str,
-    only: Collection[str] | None = None, trust_code: bool = False,
+    only: Collection[str] | None = None, trust_code: bool = False, fixed: Mapping[str, Any] | None = None,
 ) -> Student:  # fmt: skip
     import torch
 
@@ -140,7 +141,7 @@ def _student(
         student = Student(
             folder, planes, device, bf16=settings.bf16 and device.startswith("cuda"), vectors=settings.train_vectors,
             latent=settings.latent_start if settings.train_planes else None, logits_bytes=settings.logits_bytes,
-            only=only, trust_code=trust_code,
+            only=only, trust_code=trust_code, fixed=fixed,
         )  # fmt: skip
         for ids in (train, held):
             if int(ids.min()) < 0 or int(ids.max()) >= student.embeddings:
@@ -158,10 +159,13 @@ def _student(
 
 def _fingerprint(
     folder: Path, planes: Mapping[str, Any], train: Any, held: Any, settings: TuneSettings,
-    only: Collection[str] | None,
+    only: Collection[str] | None, fixed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that decides the result, as JSON."""
     of_planes = hashlib.sha256()
+    for name, values in sorted((fixed or {}).items()):
+        of_planes.update(name.encode())
+        of_planes.update(np.ascontiguousarray(values).data)
     for name in sorted(planes):
         of_planes.update(name.encode())
         for part in planes[name][:2]:
