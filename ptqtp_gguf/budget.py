@@ -22,7 +22,7 @@ from .errors import QuantizeError, RecipeError, RuntimeMissing
 from .gguf_io import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
 from .imatrix import Importance
 from .packing import F32
-from .recipe import KEEP, Choice, Recipe, Rule, choose, depths_of, rule_for
+from .recipe import KEEP, Choice, Model, Recipe, Rule, choose, rule_for
 
 SAMPLE = 1 << 16  # weights of a tensor that its errors are measured on
 # After the trit planes; of each rung the first type whose blocks fit the rows and that can be written here.
@@ -75,17 +75,17 @@ def fit_budget(
     recipe.check_overrides(tensors)
     ours = next((fmt.BY_NAME[r.target] for r in recipe.rules if r.target in fmt.BY_NAME), fmt.TP2_1)
     methods.require(methods.find(method), ours)
-    depths, weights = depths_of(tensors), sum(t.n_weights for t in tensors)
+    model, weights = Model(tensors), sum(t.n_weights for t in tensors)
     chosen: dict[str, Choice] = {}
     free: list[tuple[TensorInfo, list[Option]]] = []
     for i, t in enumerate(tensors):
         progress("measuring", i, len(tensors), t.name)
-        if _is_free(rule_for(t, recipe.rules, depths.get(t.name))):
+        if _is_free(rule_for(t, recipe.rules, model)):
             fitting = [k for k in _ladder(t, ours) if takes(t, k)]
             options = _measure(t, fitting, sample, methods.find(method), threads, alignment, importance(t, ours.id))
             free.append((t, options or [Option(t.type, align(t.nbytes, alignment), 0.0)]))
         else:
-            chosen[t.name] = choose(t, recipe.rules, depths.get(t.name))
+            chosen[t.name] = choose(t, recipe.rules, model)
             if chosen[t.name].type not in fmt.TYPES and chosen[t.name].type != t.type:
                 ggml.require(chosen[t.name].type)
     progress("measuring", len(tensors), len(tensors), "")

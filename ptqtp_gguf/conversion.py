@@ -292,7 +292,9 @@ def convert_opened(
     digests = {p.path.name: d for p, d in zip(parts, journal.verified, strict=True)}
     source_types = Counter(r.tensor.type_name for r in rows if r.role is Role.BLOCK)
     size = sum(p.path.stat().st_size for p in parts)
-    lacks = [(r.tensor.name, imatrix.unweighted(r.tensor, r.choice.type)) for r in rows] if imatrix else []
+    lacks: list[tuple[str, str | None]] = []
+    if imatrix:
+        lacks = [(r.tensor.name, imatrix.unweighted(r.tensor, r.choice.type, source.tensors)) for r in rows]
     return Summary(
         out, size, 0.0, rows, dict(source_types), [p.path for p in parts], digests, resumed, device, whole,
         parts[0].kvs, [(name, lack) for name, lack in lacks if lack], notes,

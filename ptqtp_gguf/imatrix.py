@@ -29,6 +29,7 @@ from .gguf_io import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo
 from .packing import F32, U8
 from .reading import open_regular, read_bytes, sha256_of
 
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 SUMS, COUNTS = ".in_sum2", ".counts"  # suffixes of a tensor's name
 MAX_TEXT = 127  # characters of a file's or a data set's name that go into metadata, as in llama-quantize
 MAX_PATH = 1 << 16  # bytes of a data set's path in the file
@@ -151,12 +152,12 @@ class Imatrix:
         for t in found:
             self._of(t)
 
-    def of(self, t: TensorInfo, target: int) -> Importance | None:
+    def of(self, t: TensorInfo, target: int, model: Sequence[TensorInfo] = ()) -> Importance | None:
         """What the tensor's inputs count when it becomes the type `target`; None where nothing is known or wanted.
 
-        Raises InputError for a length that does not match.
+        model: all tensors of the model; see looked_up. Raises InputError for a length that does not match.
         """
-        return self._of(t) if uses_importance(t, target) else None
+        return self._of(t) if uses_importance(t, target, model) else None
 
     def _of(self, t: TensorInfo) -> Importance | None:
         if t.name not in self.values:
@@ -179,9 +180,9 @@ class Imatrix:
         tame = [ggml.tamed(row) if s else np.ones_like(row) for row, s in zip(table, seen, strict=True)]
         return Importance(np.stack(tame), t.shape[1] if len(t.shape) > 1 else 1, unseen)
 
-    def unweighted(self, t: TensorInfo, target: int) -> str | None:
+    def unweighted(self, t: TensorInfo, target: int, model: Sequence[TensorInfo] = ()) -> str | None:
         """What of the tensor goes without importance although its type takes one, and why; None if nothing does."""
-        if not uses_importance(t, target):
+        if not uses_importance(t, target, model):
             return None
         if t.name not in self.values:
             return "unweighted, the imatrix does not have it"
@@ -198,9 +199,18 @@ def read(path: Path) -> Imatrix:
     return Imatrix(path)
 
 
-def uses_importance(t: TensorInfo, target: int) -> bool:
-    """Whether the bytes of the tensor in the type `target` depend on an importance."""
-    return target != t.type and (target in fmt.TYPES or target in ggml.USES_IMPORTANCE)
+def uses_importance(t: TensorInfo, target: int, model: Sequence[TensorInfo] = ()) -> bool:
+    """Whether the bytes of the tensor in the type `target` depend on an importance. model: all of its tensors."""
+    return target != t.type and (target in fmt.TYPES or target in ggml.USES_IMPORTANCE) and not looked_up(t, model)
+
+
+def looked_up(t: TensorInfo, model: Sequence[TensorInfo]) -> bool:
+    """Whether the tensor is the embedding of a model that has an output of its own.
+
+    Nothing is multiplied with such a one, so it has no inputs to weigh, whatever a file says (those of llama-imatrix
+    say nothing), and it comes out the same with and without the runtime, which alone quantizes Q4_0 by importance.
+    """
+    return t.name == EMBEDDING and any(o.name == OUTPUT for o in model)
 
 
 def validate(sums: F32, counts: F32, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -53,7 +54,7 @@ def make_plan(
     """
     if imatrix:
         imatrix.check(source.tensors)
-    of = imatrix.of if imatrix else lambda t, target: None
+    of = functools.partial(imatrix.of, model=source.tensors) if imatrix else lambda t, target: None
     if target_bpw is None:
         choices = recipe.plan(source.tensors)
     else:
@@ -66,7 +67,7 @@ def make_plan(
     require_importance(source.tensors, choices, lambda t, target: of(t, target) is not None, imatrix is not None)
     rows = [PlanRow(t, choices[t.name], role_of(t.name)) for t in source.tensors]
     for row in rows:
-        if imatrix and (lack := imatrix.unweighted(row.tensor, row.choice.type)):
+        if imatrix and (lack := imatrix.unweighted(row.tensor, row.choice.type, source.tensors)):
             row.choice = replace(row.choice, reason=f"{row.choice.reason}; {lack}")
     if target_bpw is not None and not any(r.choice.type in fmt.TYPES for r in rows):
         raise RecipeError(

@@ -11,6 +11,8 @@ pattern  regular expression that matches the WHOLE name of a tensor; the first r
 type     TP2_1, TP2_0, a ggml type that llama-quantize writes (some want --imatrix), "keep", or "{type}"; a tensor
          without a rule is kept
 layers   optional: only layers whose depth i/n lies in one of these half-open ranges
+with     optional: regular expression; only in a model that has a tensor whose WHOLE name it matches, as
+         "output\\\\.weight": where embedding and output are two tensors
 override optional: true for what --tensor-type asked for; its pattern is SEARCHED in the name, as llama-quantize does
 
 Before any rule, tensors that llama-quantize never quantizes are kept (GUARDS). A tensor that cannot take the type that
@@ -63,13 +65,37 @@ class Rule:
     reason: str
     layers: tuple[tuple[float, float], ...] = ()
     override: bool = False
+    needs: str | None = None  # "with" in the file
 
-    def matches(self, name: str, depth: float | None = None) -> bool:
-        """Whether the rule speaks of this tensor. depth: layer / layers, None for a tensor outside the layers."""
+    def matches(self, name: str, model: Model) -> bool:
+        """Whether the rule speaks of the tensor of this name in this model."""
         found = _regex(self.pattern).search(name) if self.override else _regex(self.pattern).fullmatch(name)
-        if not found or not self.layers:
-            return found is not None
-        return depth is not None and any(a <= depth < b for a, b in self.layers)
+        if not found or not self.applies(model):
+            return False
+        depth = model.depths.get(name)
+        return not self.layers or (depth is not None and any(a <= depth < b for a, b in self.layers))
+
+    def applies(self, model: Model) -> bool:
+        """Whether the model has what the rule wants beside its tensor."""
+        return self.needs is None or model.has(self.needs)
+
+
+class Model:
+    """What rules ask about the tensors around one.
+
+    depths  name -> layer / layers, of those that stand in a layer
+    """
+
+    def __init__(self, tensors: Sequence[TensorInfo]) -> None:
+        self.depths = depths_of(tensors)
+        self._names = [t.name for t in tensors]
+        self._found: dict[str, bool] = {}
+
+    def has(self, pattern: str) -> bool:
+        """Whether the pattern matches the whole name of a tensor."""
+        if pattern not in self._found:  # so each pattern goes over the names once
+            self._found[pattern] = any(map(_regex(pattern).fullmatch, self._names))
+        return self._found[pattern]
 
 
 @functools.cache
@@ -152,6 +178,8 @@ class Recipe:
                 rule["layers"] = [list(span) for span in r.layers]
             if r.override:
                 rule["override"] = True
+            if r.needs is not None:
+                rule["with"] = r.needs
             rules.append(rule)
         whole = {"name": self.name, "description": self.description, "rules": rules}
         return json.dumps(whole, sort_keys=True, separators=(",", ":"))
@@ -163,8 +191,8 @@ class Recipe:
         runtime writes where there is none.
         """
         self.check_overrides(tensors)
-        depths = depths_of(tensors)
-        choices = {t.name: choose(t, self.rules, depths.get(t.name)) for t in tensors}
+        model = Model(tensors)
+        choices = {t.name: choose(t, self.rules, model) for t in tensors}
         for t in tensors:
             target = choices[t.name].type
             if target != t.type and target not in TYPES:
@@ -173,10 +201,10 @@ class Recipe:
 
     def check_overrides(self, tensors: Sequence[TensorInfo]) -> None:
         """Raise RecipeError for an override that reaches none of the tensors: a slip of the pen, most often."""
-        depths = depths_of(tensors)
+        model = Model(tensors)
         for rule in self.rules:
-            if rule.override:
-                found = [t for t in tensors if rule.matches(t.name, depths.get(t.name))]
+            if rule.override and rule.applies(model):
+                found = [t for t in tensors if rule.matches(t.name, model)]
                 if not found:
                     raise RecipeError(
                         f"{rule.reason}: matches no tensor; 'ptqtp-gguf inspect --tensors' lists the names"
@@ -268,18 +296,21 @@ _JSON_NAMES = {str: "string", list: "list", bool: "true or false"}
 
 
 def _rule(raw: object, where: str) -> Rule:
-    raw = _checked(raw, where, {"pattern": str, "type": str, "reason": str}, {"layers": list, "override": bool})
-    try:
-        compile_bounded(raw["pattern"])
-    except ValueError as e:
-        raise RecipeError(f"{where}: pattern '{raw['pattern']}' {e}") from None
+    may = {"layers": list, "override": bool, "with": str}
+    raw = _checked(raw, where, {"pattern": str, "type": str, "reason": str}, may)
+    for key in ("pattern", "with"):
+        try:
+            compile_bounded(raw.get(key, ""))
+        except ValueError as e:
+            raise RecipeError(f"{where}: {key} '{raw[key]}' {e}") from None
     layers = []
     for span in raw.get("layers", []):
         numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
         if not numbers or not 0 <= span[0] < span[1] <= 1:
             raise RecipeError(f"{where}: 'layers' must be a list of ranges of depth such as [0, 0.125]")
         layers.append((float(span[0]), float(span[1])))
-    return Rule(raw["pattern"], _target(raw["type"], where), raw["reason"], tuple(layers), raw.get("override", False))
+    target, override = _target(raw["type"], where), raw.get("override", False)
+    return Rule(raw["pattern"], target, raw["reason"], tuple(layers), override, raw.get("with"))
 
 
 def _target(name: str, where: str) -> str:
@@ -294,7 +325,7 @@ def _target(name: str, where: str) -> str:
 
 
 def default_rules(block_type: TensorType) -> list[Rule]:
-    """Rules of the recipe `default`: every block matrix in block_type, embedding and output in Q8_0."""
+    """Rules of the recipe `default`: every block matrix in block_type; see `recipes/default.json` for the rest."""
     return list(load("default").bind(block_type.name).rules)
 
 
@@ -326,16 +357,16 @@ def always_kept(t: TensorInfo) -> bool:
     return len(t.shape) < 2 or t.n_weights == t.shape[0] or _GUARD.fullmatch(t.name) is not None
 
 
-def rule_for(t: TensorInfo, rules: Sequence[Rule], depth: float | None = None) -> Rule | None:
-    """The rule that decides on a tensor; None for one that is kept."""
+def rule_for(t: TensorInfo, rules: Sequence[Rule], model: Model) -> Rule | None:
+    """The rule that decides on a tensor of the model; None for one that is kept."""
     if always_kept(t):
         return None
-    return next((r for r in rules if r.matches(t.name, depth)), None)
+    return next((r for r in rules if r.matches(t.name, model)), None)
 
 
-def choose(t: TensorInfo, rules: Sequence[Rule], depth: float | None = None) -> Choice:
-    """Apply the rules to one tensor; see depths_of for depth. Raises RecipeError for a rule with an unknown type."""
-    rule = rule_for(t, rules, depth)
+def choose(t: TensorInfo, rules: Sequence[Rule], model: Model) -> Choice:
+    """Apply the rules to one tensor of the model. Raises RecipeError for a rule with an unknown type."""
+    rule = rule_for(t, rules, model)
     if rule is None:
         guarded = _GUARD.fullmatch(t.name)
         why = WHY_GUARDED if guarded else "a vector, not a matrix" if always_kept(t) else "no rule names it"

@@ -143,7 +143,7 @@ def _tensor(
 ) -> dict[str, Any]:  # fmt: skip
     t, target = row.tensor, row.choice.type
     tally = Tally(below=Below(target))
-    importance = job.imatrix.of(t, target) if job.imatrix else None
+    importance = job.imatrix.of(t, target, job.source.tensors) if job.imatrix else None
     waiting: deque[tuple[U8, int, Pending]] = deque()
     first = 0
 

@@ -156,7 +156,7 @@ def each_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def check_types(m: Made, path: Path, kind: TensorType) -> None:
-    """Every block matrix is in planes or in its stated fallback; embedding and output Q8_0; all the rest F32."""
+    """Every block matrix is in planes or in its stated fallback; output Q8_0; embedding too, or Q4_0; the rest F32."""
     matrices = m.family.matrices()
     with Reader(path) as r, Reader(m.bf16) as source:
         assert r.get("general.architecture") == m.family.arch
@@ -166,7 +166,7 @@ def check_types(m: Made, path: Path, kind: TensorType) -> None:
         assert ("output.weight" in r.by_name) is not m.family.settings["tie_word_embeddings"]
         for t in r.tensors:
             if t.name in ("token_embd.weight", "output.weight"):
-                expected = "Q8_0"
+                expected = "Q4_0" if t.name[0] == "t" and "output.weight" in r.by_name else "Q8_0"
             elif t.name in matrices:
                 expected = m.family.fallback.get(t.name.split(".")[2], kind.name)
             else:

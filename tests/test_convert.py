@@ -20,7 +20,7 @@ from ptqtp_gguf.options import Options
 from ptqtp_gguf.quantize import find, quantize
 
 EXPECTED = {
-    "token_embd.weight": "Q8_0",
+    "token_embd.weight": "Q4_0",
     "blk.0.attn_q.weight": "TP2_1",
     "blk.0.attn_norm.weight": "F32",
     "blk.0.ffn_down.weight": "TP2_1",
@@ -78,6 +78,23 @@ def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
 
     parts = [quantize(TP2_0, find("paper"), e) for e in w["blk.0.exps.weight"]]
     assert np.array_equal(both, np.concatenate(parts))
+
+
+def test_an_untied_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Its embedding in Q4_0 beside an output in Q8_0, each with the bytes of gguf-py; without the output in Q8_0."""
+    bf16 = tmp_path / "bf16.gguf"
+    done = conversion.convert(tiny_checkpoint, tmp_path / "a.gguf", Options(keep_bf16=bf16))
+    with Reader(bf16) as source, Reader(tmp_path / "a.gguf") as got:
+        for name, kind in (("token_embd.weight", 2), ("output.weight", 8)):
+            w = source.rows_f32(source.by_name[name])
+            assert got.by_name[name].type == kind
+            assert np.array_equal(got.bytes_of(got.by_name[name]).reshape(-1), quantize_plain(w, kind).reshape(-1))
+        tied = {t.name: source.rows_f32(t) for t in source.tensors if t.name != "output.weight"}
+    assert not done.fallbacks
+    conversion.convert(write_gguf(tmp_path / "tied.gguf", tied), tmp_path / "b.gguf")
+    with Reader(tmp_path / "a.gguf") as a, Reader(tmp_path / "b.gguf") as b:
+        other = {t.name: t.type_name for t in b.tensors if t.type != a.by_name[t.name].type}
+        assert other == {"token_embd.weight": "Q8_0"}
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0", "Q4_1", "Q5_0"])

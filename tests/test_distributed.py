@@ -31,12 +31,15 @@ OPTIONS = {"one": Options(), "split": Options(split_max_size=SPLIT)}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 tensors of different sizes; one falls back."""
+    """20 tensors of different sizes, one falls back; an embedding and an output, which become stock types."""
     rng = np.random.default_rng(5)
     tensors = {
         f"blk.{i}.w.weight": (rng.normal(size=(64 + 64 * (i % 5), 1024)) * 0.05).astype(np.float32) for i in range(20)
     }
     tensors["blk.7.w.weight"][3, 5] = 50
+    tensors |= {
+        n: (rng.normal(size=(96, 1024)) * 0.05).astype(np.float32) for n in ("token_embd.weight", "output.weight")
+    }
     return write_gguf(tmp_path_factory.mktemp("source") / "s.gguf", tensors)
 
 
@@ -250,7 +253,7 @@ def test_shares_that_are_not_what_they_say(
         journals[2].write_bytes(journals[2].read_bytes().replace(b'"of":"', b'"of":"x'))
     summary = conversion.convert(source, out, OPTIONS[kind])
     assert files(out.parent) == whole
-    assert summary.resumed and [r.choice.fallback for r in summary.rows] == [i == 7 for i in range(20)]
+    assert summary.resumed and [r.choice.fallback for r in summary.rows] == [i == 7 for i in range(22)]
 
 
 def leave_shares(source: Path, out: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from ptqtp_gguf import conversion, ggml, runtime, transcode
 from ptqtp_gguf import quantize as methods
 from ptqtp_gguf.budget import fit_budget, spread
-from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError, ResumeError
+from ptqtp_gguf.errors import (
+    InputError,
+    Interrupted,
+    OutputError,
+    QuantizeError,
+    RecipeError,
+    ResumeError,
+    RuntimeMissing,
+)
 from ptqtp_gguf.format import TP2_0, TP2_1, TYPES, TensorType
 from ptqtp_gguf.gguf_io import TYPE_IDS, Reader, TensorInfo
 from ptqtp_gguf.imatrix import Imatrix, Importance, read
@@ -113,7 +121,7 @@ def test_experts_get_the_bytes_of_llama_quantize_and_of_quantize(
     wanted = ("blk.0.ffn_down_exps=Q5_0", "blk.0.attn_q=Q4_1", "blk.1.ffn_up_exps=IQ4_NL", "blk.1.attn_k=Q4_0")
     options = Options(imatrix=table, tensor_types=wanted)
     conversion.convert(model, out, Options(**{**vars(options), "force": True}))
-    args = [arg for w in wanted for arg in ("--tensor-type", w.lower())]
+    args = [arg for w in wanted for arg in ("--tensor-type", w.lower())] + ["--token-embedding-type", "q4_0"]
     runtime.run_tool(
         "llama-quantize", "--imatrix", str(table), *args, str(model), str(tmp_path / "stock.gguf"), "Q8_0", "2"
     )
@@ -131,7 +139,7 @@ def test_experts_get_the_bytes_of_llama_quantize_and_of_quantize(
                 expected = np.concatenate([methods.quantize(TP2_1, SEARCH, np.array(x), h) for x, h in pairs])
                 assert np.array_equal(ours.bytes_of(t), expected), t.name
                 assert not np.array_equal(expected, methods.quantize(TP2_1, SEARCH, w.reshape(-1, t.shape[0])))
-        assert weighted == 4
+        assert weighted == 5  # among them the embedding, of which llama-imatrix tells nothing
         keys = ("file", "dataset", "entries_count", "chunks_count")
         told = [stock.get(f"quantize.imatrix.{k}") for k in keys]
         assert [ours.get(f"quantize.imatrix.{k}") for k in keys] == [table.name, "readme.txt", *told[2:]]
@@ -197,6 +205,31 @@ def test_experts_and_what_goes_unweighted(
         name = "blk.0.ffn_down.weight"
         assert np.array_equal(rows_of(out, name), q(weights[name], None))
         assert lacks[name] == "unweighted, the imatrix has seen no token there"
+
+
+def test_default_conversion_without_the_runtime(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes, and no importance for an embedding that is only looked up, whatever the imatrix holds."""
+    table = {n: (np.arange(1.0, 65.0), np.array([1])) for n in ("token_embd.weight", "output.weight")}
+    table["blk.0.attn_q.weight"] = table["output.weight"]
+    both = [Options(), Options(imatrix=write_imatrix(tmp_path / "t.imatrix", table))]
+    for i, options in enumerate(both):
+        conversion.convert(tiny_gguf, tmp_path / f"with{i}.gguf", options)
+
+    def gone() -> None:
+        raise RuntimeMissing("the patched llama-cpp-python is not installed; build it")
+
+    monkeypatch.setattr(ggml.runtime, "ggml_library", gone)
+    for i, options in enumerate(both):
+        done = conversion.convert(tiny_gguf, tmp_path / f"without{i}.gguf", options)
+        assert (tmp_path / f"without{i}.gguf").read_bytes() == (tmp_path / f"with{i}.gguf").read_bytes()
+        assert not {"token_embd.weight", "output.weight"} & {name for name, _ in done.unweighted}
+    made = []
+    for i in range(2):
+        with Reader(tmp_path / f"without{i}.gguf") as r:
+            made.append({n: np.array(r.bytes_of(r.by_name[n])) for n in ("token_embd.weight", "blk.0.attn_q.weight")})
+    assert [np.array_equal(made[0][n], made[1][n]) for n in made[0]] == [True, False]
 
 
 def test_metadata_and_card(table: Path, tiny_gguf: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptqtp_gguf import ggml
+from ptqtp_gguf import recipe as recipes
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.format import TP2_0, TP2_1
 from ptqtp_gguf.gguf_io import TYPE_IDS, TensorInfo, type_name
 from ptqtp_gguf.recipe import (
     MAX_BYTES,
     SHIPPED,
+    Choice,
+    Model,
     Recipe,
     Rule,
     block_type,
@@ -30,6 +36,11 @@ from ptqtp_gguf.recipe import (
 
 def info(name: str, *shape: int, kind: str = "BF16") -> TensorInfo:
     return TensorInfo(name, shape, TYPE_IDS[kind], 0, 0)
+
+
+def alone(t: TensorInfo, rules: Sequence[Rule]) -> Choice:
+    """The choice for the only tensor of a model."""
+    return choose(t, rules, Model([t]))
 
 
 @pytest.mark.parametrize(
@@ -59,16 +70,16 @@ def info(name: str, *shape: int, kind: str = "BF16") -> TensorInfo:
     ],
 )
 def test_default_recipe(name: str, shape: tuple[int, ...], target: str) -> None:
-    choice = choose(info(name, *shape), default_rules(TP2_1))
+    choice = alone(info(name, *shape), default_rules(TP2_1))
     assert type_name(choice.type) == target
     assert choice.reason
 
 
 def test_rows_that_do_not_fit_fall_back_and_say_so() -> None:
-    choice = choose(info("blk.0.a.weight", 96, 8), default_rules(TP2_0))
+    choice = alone(info("blk.0.a.weight", 96, 8), default_rules(TP2_0))
     assert (type_name(choice.type), choice.fallback) == ("Q8_0", True)
     assert choice.reason == "rows of 96 are no multiple of 128 (TP2_0)"
-    choice = choose(info("blk.0.a.weight", 41, 8), default_rules(TP2_1))
+    choice = alone(info("blk.0.a.weight", 41, 8), default_rules(TP2_1))
     assert (type_name(choice.type), choice.fallback) == ("F16", True)
     assert "rows of 41 are no multiple of 32" in choice.reason
     choice = fall_back(info("blk.0.a.weight", 64, 8), "too large")
@@ -77,14 +88,14 @@ def test_rows_that_do_not_fit_fall_back_and_say_so() -> None:
 
 def test_a_quantized_embedding_stays_but_a_quantized_block_matrix_is_taken() -> None:
     rules = default_rules(TP2_1)
-    choice = choose(info("token_embd.weight", 576, 9, kind="Q6_K"), rules)
+    choice = alone(info("token_embd.weight", 576, 9, kind="Q6_K"), rules)
     assert type_name(choice.type) == "Q6_K" and "already Q6_K" in choice.reason
-    assert type_name(choose(info("blk.0.attn_q.weight", 576, 9, kind="Q5_0"), rules).type) == "TP2_1"
+    assert type_name(alone(info("blk.0.attn_q.weight", 576, 9, kind="Q5_0"), rules).type) == "TP2_1"
 
 
 def test_unknown_types() -> None:
     with pytest.raises(RecipeError, match="unknown tensor type NOPE"):
-        choose(info("blk.0.a.weight", 64, 8), [Rule(".*", "NOPE", "")])
+        alone(info("blk.0.a.weight", 64, 8), [Rule(".*", "NOPE", "")])
     with pytest.raises(RecipeError, match="no trit-plane type 'Q4_0'"):
         block_type("Q4_0")
     assert block_type("tp2_0") is TP2_0
@@ -109,7 +120,7 @@ def test_shipped_recipes(name: str) -> None:
     bound = recipe.bind("tp2_0")
     assert "{type}" in recipe.canonical() and "{type}" not in bound.canonical()
     assert bound.canonical() != recipe.bind("TP2_1").canonical()
-    choices = choose(info("blk.0.attn_q.weight", 512, 512), bound.rules)
+    choices = alone(info("blk.0.attn_q.weight", 512, 512), bound.rules)
     assert type_name(choices.type) == "TP2_0"
 
 
@@ -136,6 +147,75 @@ def test_layers_are_ranges_of_depth_of_each_stack() -> None:
     assert got["output.weight"] == "BF16"
 
 
+# ---- rules that ask what else there is ----
+
+
+def test_the_embedding_is_small_only_where_it_is_not_the_output_too() -> None:
+    untied, recipe = model(2), load("default").bind("TP2_1")
+    tied = untied[:-1]
+    assert untied[-1].name == "output.weight"
+    got, as_output = recipe.plan(untied), recipe.plan(tied)
+    assert [type_name(got[n].type) for n in ("token_embd.weight", "output.weight")] == ["Q4_0", "Q8_0"]
+    assert type_name(as_output["token_embd.weight"].type) == "Q8_0"
+    for choices, why in ((got, "an error reaches one token"), (as_output, "the output too")):
+        assert why in choices["token_embd.weight"].reason and not choices["token_embd.weight"].fallback
+    # all else is the same, in whatever order the tensors stand; an output's bias or norm is no output
+    assert {n: got[n] for n in as_output if n != "token_embd.weight"} == {
+        n: c for n, c in as_output.items() if n != "token_embd.weight"
+    }
+    assert recipe.plan(untied[::-1]) == got
+    near = [info("output.bias", 512), info("output_norm.weight", 512), info("xoutput.weight", 512, 9)]
+    assert types(recipe, [*tied, *near])["token_embd.weight"] == "Q8_0"
+    # rows that no block divides; a source that is quantized already; what the user says
+    odd = [info("token_embd.weight", 40, 9), info("output.weight", 40, 9)]
+    assert set(types(recipe, odd).values()) == {"F16"}
+    quantized = [info("token_embd.weight", 64, 9, kind="Q6_K"), untied[-1]]
+    kept = recipe.plan(quantized)["token_embd.weight"]
+    assert type_name(kept.type) == "Q6_K" and kept.reason.endswith("; already Q6_K in the source")
+    asked = recipe.with_overrides(["token_embd=Q8_0"])
+    assert types(asked, untied)["token_embd.weight"] == "Q8_0"
+
+
+NAMES = ["token_embd.weight", "output.weight", "blk.0.ffn_up.weight", "blk.1.ffn_up.weight"]
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=1), st.data())
+def test_a_rule_with_a_condition_is_there_or_is_not(names: set[str], data: st.DataObject) -> None:
+    """In a model that has what the rules want they decide as if they asked nothing; in another as if they were gone."""
+    kinds = st.sampled_from(["Q8_0", "Q4_0", "Q5_0", "keep"])
+    wants = st.sampled_from([*map(re.escape, NAMES), "none", "outpu", r"blk\..*", r".*\.1\..*"])
+    spans = st.sampled_from([(), ((0.0, 0.5),)])
+    rules = data.draw(st.lists(st.builds(Rule, st.sampled_from([".*", r"blk.*", *NAMES]), kinds, st.just("r"),
+                                         spans, st.booleans(), st.none() | wants), min_size=1, max_size=5))  # fmt: skip
+    tensors = [info(n, 64, 8) for n in sorted(names)]
+    met = [r for r in rules if r.needs is None or any(re.fullmatch(r.needs, n) for n in names)]
+    plain = [Rule(r.pattern, r.target, r.reason, r.layers, r.override) for r in met]
+    for t in tensors:
+        assert choose(t, rules, Model(tensors)) == choose(t, plain, Model(tensors))
+    recipe = Recipe("n", "d", tuple(rules))
+    assert parse(recipe.canonical().encode(), "x") == recipe
+
+
+def test_an_override_whose_condition_is_not_met_is_no_slip_of_the_pen() -> None:
+    rule = Rule("token_embd", "Q4_0", "asked for", override=True, needs=r"output\.weight")
+    recipe = Recipe("n", "d", (rule,))
+    assert types(recipe, model(1))["token_embd.weight"] == "Q4_0"
+    assert types(recipe, model(1)[1:-1])["blk.0.attn_q.weight"] == "BF16"
+    with pytest.raises(RecipeError, match=r"^asked for: matches no tensor"):
+        recipe.plan(model(1)[1:])
+
+
+def test_a_condition_goes_over_the_names_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once a tensor: a file from outside may have a thousand rules and a model a hundred thousand tensors."""
+    asked = Counter[str]()
+    original = recipes._regex
+    monkeypatch.setattr(recipes, "_regex", lambda pattern: asked.update([pattern]) or original(pattern))
+    rules = tuple(Rule(".*", "Q8_0", "r", needs=needs) for needs in ("no", "none", "no"))
+    recipe = Recipe("n", "d", rules)
+    assert set(types(recipe, [info(f"blk.{i}.ffn_up.weight", 64, 8) for i in range(50)]).values()) == {"BF16"}
+    assert (asked["no"], asked["none"], asked[".*"]) == (1, 1, 150)
+
+
 @pytest.mark.parametrize(
     "name",
     ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_inp.weight", "blk.0.ssm_conv1d.weight", "blk.0.ssm_a",
@@ -143,7 +223,7 @@ def test_layers_are_ranges_of_depth_of_each_stack() -> None:
 )  # fmt: skip
 def test_no_rule_reaches_what_the_graph_needs_as_it_is(name: str) -> None:
     t = info(name, 64, 64)
-    assert choose(t, [Rule(".*", "Q8_0", "all")]).type == t.type
+    assert alone(t, [Rule(".*", "Q8_0", "all")]).type == t.type
     with pytest.raises(RecipeError, match=f"tensor-type .*: all that it matches, as {name}, is always kept"):
         load("default").with_overrides([".=Q8_0"]).plan([t])
 
@@ -200,6 +280,12 @@ RULE = {"pattern": ".*", "type": "Q8_0", "reason": "r"}
         ([{**RULE, "layers": [[0, float("nan")]]}], "rule 1: 'layers' must be"),
         ([{**RULE, "layers": [[False, True]]}], "rule 1: 'layers' must be"),
         ([{**RULE, "override": 1}], "rule 1: 'override' must be a true or false"),
+        ([{**RULE, "with": "(x"}], "rule 1: with '.x' is no regular expression: missing"),
+        ([RULE, {**RULE, "with": "(a+)+b"}], "rule 2: with '.a...b' has a repeat within a repeat"),
+        ([{**RULE, "with": "a*" * 9}], "rule 1: with '(a[*]){9}' could take too long to match: 9 repeats"),
+        ([{**RULE, "with": ["x"]}], "rule 1: 'with' must be a string"),
+        ([{**RULE, "with": None}], "rule 1: 'with' must be a string"),
+        ([{**RULE, "with": ""}], "rule 1: 'with' must be one line of 1 to 1000"),
         ([RULE] * 1001, "1001 rules"),
     ],
 )
@@ -230,7 +316,7 @@ def test_bad_files(tmp_path: Path) -> None:
 @given(st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["Q8_0", ".*", "keep"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["name", "description", "rules", "pattern", "type", "reason", "layers", "override"]), inner
+        st.sampled_from("name description rules pattern type reason layers override with".split()), inner
     ),
 ))  # fmt: skip
 def test_a_recipe_is_read_or_refused(value: object) -> None:
@@ -268,4 +354,5 @@ def test_without_the_runtime_a_k_type_is_refused_in_the_plan(monkeypatch: pytest
         RuntimeMissing, match=r"^Q6_K is quantized by the patched runtime: the patched llama-cpp-python"
     ):
         load("quality").bind("TP2_1").plan(model(1))
-    assert types(load("default").bind("TP2_1"), model(1))["output.weight"] == "Q8_0"
+    got = types(load("default").bind("TP2_1"), model(1))
+    assert (got["token_embd.weight"], got["output.weight"]) == ("Q4_0", "Q8_0")
