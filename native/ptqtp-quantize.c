@@ -29,7 +29,7 @@ static inline double join_d(const double acc[LANES]) {
  * The scale is one of 256 codes, so instead of refitting it, try the codes: those around max|w|/5 (the largest weight
  * on the outer level; the optimum lies -9..+13 codes from it on Gaussian, Laplace and Student-t data), and those next
  * to max|w|/2 and max|w|, which make weights that are exact on the inner levels exact.
- * What is smallest is the sum of h * error^2: h is the importance, and without one mean|w| + |w|. */
+ * What is smallest is the sum of h * error^2: h is the importance, and without one 2 mean|w| + |w|. */
 
 /* The h of a group without an importance. */
 static void own_weights(const float * x, float * h) {
@@ -37,9 +37,9 @@ static void own_weights(const float * x, float * h) {
     for (int l = 0; l < LANES; l++) {
         acc[l] = fabsf(x[l]) + fabsf(x[l + 8]) + fabsf(x[l + 16]) + fabsf(x[l + 24]);
     }
-    const float mean = join_f(acc) * (1.0f / PTQTP_QK_TP2_1);
+    const float twice = join_f(acc) * (2.0f / PTQTP_QK_TP2_1);
     for (int i = 0; i < PTQTP_QK_TP2_1; i++) {
-        h[i] = mean + fabsf(x[i]);
+        h[i] = twice + fabsf(x[i]);
     }
 }
 

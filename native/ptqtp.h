@@ -135,7 +135,7 @@ PTQTP_API int ptqtp_validate(int type, const void * data, size_t nbytes, int64_t
 /* ---- quantizers without calibration (ptqtp-quantize.c, ptqtp-parallel.cpp) -------------------------------- */
 
 /* x: nrows x n_per_row floats, row-major. importance: n_per_row floats >= 0 (an imatrix column weight) or NULL,
- * which lets `search` for TP2_1 weight each squared error by mean|w| + |w| of its group, and all else weight none.
+ * which lets `search` for TP2_1 weight each squared error by 2 mean|w| + |w| of its group, and all else weight none.
  * dst: nrows * n_per_row / block * size bytes. Single thread. `paper` takes no importance (PTQTP_BAD_METHOD). */
 PTQTP_API int ptqtp_quantize_rows(int type, int method, const float * x, const float * importance, void * dst,
                                   int64_t nrows, int64_t n_per_row);

@@ -109,15 +109,15 @@ def test_search_reaches_the_table(t: fmt.TensorType, kind: str, table: float) ->
 
 
 def large_count_more(w: np.ndarray) -> np.ndarray:
-    """The documented h of TP2_1 without an importance, mean|w| + |w| of each group of 32, in float64."""
+    """The documented h of TP2_1 without an importance, 2 mean|w| + |w| of each group of 32, in float64."""
     a = np.abs(w.astype(np.float64)).reshape(-1, 32)
-    return (a.mean(axis=1, keepdims=True) + a).reshape(w.shape)
+    return (2 * a.mean(axis=1, keepdims=True) + a).reshape(w.shape)
 
 
 # Without an importance large weights count more: this relative MSE weighted so, and that one with all weights alike.
 @pytest.mark.parametrize(
     ("kind", "weighted", "alike"),
-    [("gaussian", 0.01584, 0.02101), ("laplace", 0.01657, 0.02902), ("t5", 0.01686, 0.02973)],
+    [("gaussian", 0.01710, 0.02084), ("laplace", 0.01912, 0.02872), ("t5", 0.01962, 0.02941)],
 )
 def test_search_tp2_1_alone_lets_large_weights_count_more(kind: str, weighted: float, alike: float) -> None:
     w = sample(kind, 1024)

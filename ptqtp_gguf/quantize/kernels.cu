@@ -234,15 +234,15 @@ __device__ float nearer(float best, float e) {
     return d < best ? d : best;
 }
 
-/* Each squared error times mean|w| + |w|. */
-__device__ float error_tp2_1(const float * x, float mean, float s) {
+/* Each squared error times 2 mean|w| + |w|; twice: 2 mean|w|. */
+__device__ float error_tp2_1(const float * x, float twice, float s) {
     const float s2 = 2 * s, s3 = 3 * s, s5 = 5 * s;
     float acc[8] = {};
 #pragma unroll
     for (int i = 0; i < UNIT; i++) {
         const float a = fabsf(x[i]);
         const float e = nearer(nearer(nearer(nearer(a, a - s), a - s2), a - s3), a - s5);
-        const float e2 = e * e * (mean + a);
+        const float e2 = e * e * (twice + a);
         acc[i % 8] = i < 8 ? e2 : acc[i % 8] + e2;
     }
     return join<8>(acc);
@@ -264,7 +264,7 @@ extern "C" __global__ void search_tp2_1(const u8 * src, int type, u32 groups, u6
     for (int i = 0; i < UNIT; i++) {
         acc[i % 8] = i < 8 ? fabsf(x[i]) : acc[i % 8] + fabsf(x[i]);
     }
-    const float mean = join<8>(acc) * (1.0f / UNIT);
+    const float twice = join<8>(acc) * (2.0f / UNIT);
 
     const int c5 = scale_code(top / 5), c2 = scale_code(top / 2), c1 = scale_code(top);
     float best = FLOAT_MAX;
@@ -272,7 +272,7 @@ extern "C" __global__ void search_tp2_1(const u8 * src, int type, u32 groups, u6
     for (int c = 0; c < 32; c++) { /* -12 .. +13 around max/5, the three next to max/2 and to max */
         int candidate = c < 26 ? c5 - 12 + c : c < 29 ? c2 - 27 + c : c1 - 30 + c;
         candidate = candidate < 0 ? 0 : candidate > 255 ? 255 : candidate;
-        const float err = error_tp2_1(x, mean, scale_value(candidate));
+        const float err = error_tp2_1(x, twice, scale_value(candidate));
         code = err < best ? candidate : code;
         best = err < best ? err : best;
     }
