@@ -156,17 +156,21 @@ def contents_table(first: list[Row]) -> str:
 
 
 def ours_table(first: list[Row]) -> str:
-    """What the peers need for the same KLD."""
+    """What the peers need for the same KLD, and the best of those that are no larger."""
     line = frontier(first)
     ours = [r for r in first if r["kind"] == "ours" and r["kld"]]
     if not ours or len(line) < 2:
         return ""
-    lines = ["| ours | bpw | KLD | stock types reach it at | difference |", "|---|---|---|---|---|"]
+    head = ["ours", "bpw", "KLD", "stock types reach it at", "difference", "best stock type no larger", "ours / its"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in ours:
         need = bits_for(r["kld"], line)
         past = f"beyond {line[-1][0]:.2f}" if r["kld"] < line[-1][1] else f"below {line[0][0]:.2f}"
         cells = [r["label"], f"{r['bpw']:.3f}", number(r["kld"]), f"{need:.3f} bpw" if need else f"{past} bpw"]
         cells.append(f"{r['bpw'] - need:+.3f} bpw ({100 * (r['bpw'] / need - 1):+.1f} %)" if need else "")
+        smaller = [p for p in first if p["kind"] == "stock" and p["kld"] and p["bpw"] <= r["bpw"]]
+        best = min(smaller, key=lambda p: p["kld"], default=None)
+        cells += [f"{best['label']}, {number(best['kld'])}", f"{r['kld'] / best['kld']:.2f}"] if best else ["none", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

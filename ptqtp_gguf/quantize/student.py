@@ -29,6 +29,7 @@ from ..errors import TuneError
 from ..format import MAX_LEVEL
 from .plane_ops import GROUP, Flat, PlaneEmbedding, PlaneLinear, Tensor, code_scales, latent_start
 
+_PLAIN = (nn.Linear, nn.Embedding)  # not what is derived from them: Gemma's embedding multiplies
 LOGIT_COPIES = 5  # float32 arrays of logits alive at a time in kl_of_chunks
 
 
@@ -83,9 +84,9 @@ class Student:
         for i, module in enumerate(planned):
             latent_leaf = self.latent.leaves[i] if self.latent else None
             leaves = self.scales.leaves[i], latent_leaf, self.level_views[i]
-            self._use_planes(module, *leaves)
-            if module is not self.head and module.weight is self.head.weight:
-                self._use_planes(self.head, *leaves)
+            for holder in self._holders(module.weight):
+                forward = self._look_up if type(holder) is nn.Embedding else self._multiply
+                holder.forward = functools.partial(forward, holder, *leaves)
         self.chunk = max(1, logits_bytes // (4 * LOGIT_COPIES * self.head.weight.shape[0]))
         self.embeddings = self.model.get_input_embeddings().weight.shape[0]
         self.use(teacher=False)
@@ -100,7 +101,7 @@ class Student:
                 raise TuneError(f"{self.folder}: planes for {name}, a parameter that this model does not have")
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
-            if type(module) not in (nn.Linear, nn.Embedding) or leaf != "weight":
+            if type(module) not in _PLAIN or leaf != "weight":
                 self.notes.append(
                     f"{name}: not tuned, its module is {type(module).__name__}, no linear layer or embedding"
                 )
@@ -147,10 +148,13 @@ class Student:
         for name, values in fixed.items():
             weight = parameters[name]
             rounded = torch.as_tensor(values).to(self.device, torch.float16 if self.dtype != torch.float32 else None)
-            for module in self.model.modules():
-                if getattr(module, "weight", None) is weight and type(module) in (nn.Linear, nn.Embedding):
-                    forward = self._look_up_fixed if type(module) is nn.Embedding else self._multiply_fixed
-                    module.forward = functools.partial(forward, module, rounded)
+            for holder in self._holders(weight):
+                forward = self._look_up_fixed if type(holder) is nn.Embedding else self._multiply_fixed
+                holder.forward = functools.partial(forward, holder, rounded)
+
+    def _holders(self, weight: Tensor) -> list[Any]:
+        """The linear layers and embeddings of one parameter: two where embedding and head are tied."""
+        return [m for m in self.model.modules() if type(m) in _PLAIN and m.weight is weight]
 
     def _multiply_fixed(self, linear: Any, rounded: Tensor, x: Tensor) -> Tensor:
         return _float_linear(x, (linear.weight if self._teaching else rounded).float(), linear.bias)
@@ -192,10 +196,6 @@ class Student:
             _Vector(name, module, leaf, nn.Parameter(p.detach().float(), requires_grad=False), student)
             for (name, module, leaf, p), student in zip(found, self.vector_values.leaves, strict=True)
         ]
-
-    def _use_planes(self, module: Any, *leaves: Tensor) -> None:
-        forward = self._look_up if type(module) is nn.Embedding else self._multiply
-        module.forward = functools.partial(forward, module, *leaves)
 
     def _multiply(self, linear: Any, scale: Tensor, latent: Tensor | None, levels: Tensor, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # or the head would be bf16

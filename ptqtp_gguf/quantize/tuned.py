@@ -5,6 +5,8 @@ gradient, and what GGUF keeps as float32: norm weights and biases, as a change i
 magnitude of their tensor). Adam with warm-up and a cosine rate. `train_planes` trains levels too: latent weights in
 units of their scale, rounded to the nearest level, straight-through.
 
+Embedding and head are trained likewise where they are planes; else the student has what the file will hold of them.
+
 Held-out windows are measured at the start and every `every` steps; the state that was best there is the result, and
 training ends when `patience` measures in a row did not improve it: the loss on the trained text falls far below.
 
