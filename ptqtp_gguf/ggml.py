@@ -47,11 +47,11 @@ REACH = 65504.0  # largest |weight|: scales are fp16, and beyond it some quantiz
 CHUNK = 1 << 15  # weights a call: small enough to share rows evenly and to let Ctrl-C through
 
 
-def require(type_id: int) -> None:
-    """Raise RuntimeMissing or QuantizeError unless `quantize` can write the type here."""
+def require(type_id: int, weighted: bool = False) -> None:
+    """Raise RuntimeMissing or QuantizeError unless `quantize` can write the type here. weighted: by an importance."""
     if type_id not in WRITABLE:
         raise QuantizeError(f"no weights can be written as {type_name(type_id)}")
-    if type_id not in _BY_PYTHON:
+    if type_id not in _BY_PYTHON or (weighted and type_id in USES_IMPORTANCE):
         try:
             _library(type_id)
         except RuntimeMissing as e:

@@ -216,7 +216,8 @@ class Recipe:
 def require_importance(
     tensors: Iterable[TensorInfo], choices: Mapping[str, Choice], has: Callable[[TensorInfo, int], bool], given: bool
 ) -> None:
-    """Raise RecipeError for a tensor whose type wants an importance matrix where there is none for it.
+    """Raise RecipeError for a tensor whose type wants an importance matrix where there is none for it, RuntimeMissing
+    where there is one and only the patched runtime could use it.
 
     has    has(tensor, type id): whether there is one
     given  whether there is any at all
@@ -229,6 +230,8 @@ def require_importance(
                 f"tensor {t.name}: {type_name(target)} needs an importance matrix; {lacks}, or take IQ3_S, "
                 "which does without"
             )
+        if target in ggml.USES_IMPORTANCE and target != t.type and has(t, target):
+            ggml.require(target, weighted=True)
 
 
 def load(name_or_path: str | Path) -> Recipe:

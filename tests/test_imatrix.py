@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -230,6 +231,10 @@ def test_default_conversion_without_the_runtime(
         with Reader(tmp_path / f"without{i}.gguf") as r:
             made.append({n: np.array(r.bytes_of(r.by_name[n])) for n in ("token_embd.weight", "blk.0.attn_q.weight")})
     assert [np.array_equal(made[0][n], made[1][n]) for n in made[0]] == [True, False]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(RuntimeMissing, match=r"^Q5_0 is quantized by the patched runtime"):  # at once
+        conversion.convert(tiny_gguf, tmp_path / "no.gguf", replace(both[1], tensor_types=("attn_q=Q5_0",)))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_metadata_and_card(table: Path, tiny_gguf: Path, tmp_path: Path) -> None:
