@@ -69,7 +69,7 @@ def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads:
     Raises QuantizeError for arguments or values that the type does not take, RuntimeMissing where only the patched
     runtime can write it.
     """
-    require(type_id)
+    require(type_id, importance is not None)
     name, block, size = TYPES[type_id]
     weights = np.ascontiguousarray(weights, dtype=np.float32)
     if weights.ndim != 2 or weights.shape[1] % block:
@@ -93,8 +93,6 @@ def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads:
     try:
         lib = _library(type_id)
     except RuntimeMissing:
-        if importance is not None:
-            raise
         return quantize_plain(weights, type_id)
 
     rows, cols = weights.shape

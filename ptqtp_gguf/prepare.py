@@ -28,7 +28,7 @@ from .inorder import Stage, has_streams, in_order
 from .moments import Moment, open_moments
 from .options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
 from .output import partial_file
-from .packing import F32
+from .packing import F32, U8
 from .plan import Below, PlanRow, Progress
 from .planes import PlaneStore, unpacked
 from .quantize import calibrated
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 MIN_TOKENS = 64  # an expert that saw fewer is quantized by search
 MAX_TOKENS = 1 << 32  # bytes of the tokens that are kept
 HELD_OUT = 16  # one window of so many is never tuned on, but measured
+ENDS = (Role.EMBEDDING, Role.OUTPUT)  # not in a block: no calibration sees them, tuning does
 MOST_HELD_OUT = 64  # windows; a measure of more would cost as much as the steps between
 
 
@@ -161,10 +162,13 @@ class _Work:
 
     def _begin(self, t: TensorInfo) -> bool:
         """Planes by search for an embedding or output, which tuning begins with; whether they were made."""
-        if role_of(t.name) not in (Role.EMBEDDING, Role.OUTPUT) or not self._fits(t, w := self._weights(t)):
+        if role_of(t.name) not in ENDS or not self._fits(t, w := self._weights(t)):
             return False
-        self.store.put(t, *unpacked(native.quantize(fmt.TP2_1, "search", w, None, self.options.threads)))
+        self.store.put(t, *self._searched(w))
         return True
+
+    def _searched(self, w: F32) -> tuple[NDArray[np.int8], U8]:
+        return unpacked(native.quantize(fmt.TP2_1, "search", w, None, self.options.threads))
 
     def _from_moments(self, folder: Path) -> None:
         for moments in self._moments(folder):
@@ -254,7 +258,7 @@ class _Work:
         levels, codes = [], []
         for e, part in enumerate(np.split(w, len(m.counts))):
             if e in few:
-                found, c = unpacked(native.quantize(fmt.TP2_1, "search", part, None, self.options.threads))
+                found, c = self._searched(part)
                 levels.append(found)
                 codes.append(c)
                 continue
@@ -275,10 +279,10 @@ class _Work:
     def _is_rounded(self, t: TensorInfo) -> bool:
         """Whether it is an embedding or output that a stock type rounds: tuning then sees what the file will hold."""
         known = self.types[t.name] in ggml.WRITABLE - ggml.NEEDS_IMPORTANCE - FLOAT_IDS
-        return known and role_of(t.name) in (Role.EMBEDDING, Role.OUTPUT)
+        return known and role_of(t.name) in ENDS
 
     def _rounded(self, t: TensorInfo) -> F32:
-        """What the type leaves of its values, float32 (R, C)."""
+        """What the type leaves of its values without an importance, float32 (R, C)."""
         kind, w = self.types[t.name], self._weights(t)
         return ggml.dequantize(kind, ggml.quantize(kind, w, None, self.options.threads), self.options.threads)
 

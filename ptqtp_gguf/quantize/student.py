@@ -143,24 +143,25 @@ class Student:
         self.given = _Given()
 
     def _fix(self, fixed: Mapping[str, Any]) -> None:
-        """The student's embedding and head are those of the file; on CUDA as near as float16 has them."""
+        """The student's embedding and head are those of the file."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, values in fixed.items():
-            weight = parameters[name]
-            rounded = torch.as_tensor(values).to(self.device, torch.float16 if self.dtype != torch.float32 else None)
+            weight, rounded = parameters[name], torch.as_tensor(values).to(self.device)
             for holder in self._holders(weight):
-                forward = self._look_up_fixed if type(holder) is nn.Embedding else self._multiply_fixed
-                holder.forward = functools.partial(forward, holder, rounded)
+                if type(holder) is nn.Embedding:
+                    holder.forward = functools.partial(self._look_up_fixed, weight, rounded)
+                else:  # float32 once, not for every piece of the logits
+                    holder.forward = functools.partial(self._multiply_fixed, weight.float(), rounded, holder.bias)
 
     def _holders(self, weight: Tensor) -> list[Any]:
         """The linear layers and embeddings of one parameter: two where embedding and head are tied."""
         return [m for m in self.model.modules() if type(m) in _PLAIN and m.weight is weight]
 
-    def _multiply_fixed(self, linear: Any, rounded: Tensor, x: Tensor) -> Tensor:
-        return _float_linear(x, (linear.weight if self._teaching else rounded).float(), linear.bias)
+    def _multiply_fixed(self, weight: Tensor, rounded: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        return _float_linear(x, weight if self._teaching else rounded, bias)
 
-    def _look_up_fixed(self, embedding: Any, rounded: Tensor, ids: Tensor) -> Tensor:
-        return (embedding.weight if self._teaching else rounded)[ids]
+    def _look_up_fixed(self, weight: Tensor, rounded: Tensor, ids: Tensor) -> Tensor:
+        return (weight if self._teaching else rounded)[ids]
 
     def _levels(self, planes: Mapping[str, Any], planned: list[Any], latent: float | None) -> None:
         levels = [torch.as_tensor(np.ascontiguousarray(planes[n][0])) for n in self.names]
