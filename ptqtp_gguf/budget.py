@@ -15,13 +15,14 @@ from math import ceil, floor, isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from . import format as fmt
-from . import ggml, native
+from . import ggml
 from . import quantize as methods
+from .codec import native
+from .codec import types as fmt
+from .codec.reference import F32
 from .errors import QuantizeError, RecipeError, RuntimeMissing
 from .gguf_io import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
 from .imatrix import Importance
-from .packing import F32
 from .recipe import KEEP, Choice, Model, Recipe, Rule, choose, rule_for
 
 SAMPLE = 1 << 16  # weights of a tensor that its errors are measured on

@@ -17,13 +17,13 @@ from typing import Any
 
 from . import __version__, machine, runtime
 from .bench import bench
+from .codec.types import BY_NAME
 from .conversion import local
 from .difference import tensor_errors
 from .document import SCHEMA
 from .errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
 from .evaltext import load_text, open_files
 from .evaluation import evaluate
-from .format import BY_NAME
 from .generation import generate
 from .histograms import plane_statistics
 from .inspect import inspect

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .codec.reference import U8
 from .encode import to_float
 from .errors import InputError
 from .gguf_io import TYPES, TensorInfo
-from .packing import U8
 from .source import Source, rows_together
 
 PIECE = 1 << 18  # weights that a thread decodes at a time: both versions stay in its cache

@@ -11,13 +11,14 @@ from typing import Protocol
 
 import numpy as np
 
-from . import format as fmt
-from . import ggml, native
+from . import ggml
 from . import quantize as methods
+from .codec import native
+from .codec import types as fmt
+from .codec.reference import F32, U8
 from .errors import QuantizeError
 from .gguf_io import FLOAT_IDS, Q8_0_ID
 from .imatrix import Importance
-from .packing import F32, U8
 from .quantize import cuda
 from .quantize.cuda import Encoded
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from . import format as fmt
 from . import runtime
+from .codec import types as fmt
+from .codec.reference import F32
 from .errors import InputError, Interrupted
 from .evaltext import BUILTIN_WARNING, File, TextFacts, load_text, open_files, windows_of
-from .packing import F32
 from .plan import Progress, no_progress
 from .records import Job, Records, finite
 from .runtime import I32, Context, Model

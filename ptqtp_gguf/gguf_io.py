@@ -20,8 +20,9 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 
-from . import format as fmt
-from . import native
+from .codec import native
+from .codec import types as fmt
+from .codec.reference import F32, U8
 from .errors import InputError
 from .gguf_values import ARRAY as ARRAY
 from .gguf_values import BOOL as BOOL
@@ -33,7 +34,6 @@ from .gguf_values import STRING as STRING
 from .gguf_values import UINT16 as UINT16
 from .gguf_values import UINT32 as UINT32
 from .gguf_values import UINT64 as UINT64
-from .packing import F32, U8
 from .reading import file_size, open_regular, read_bytes
 
 MAGIC = b"GGUF"

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from . import format as fmt
-from . import native, packing
+from .codec import native
+from .codec import reference as packing
+from .codec import types as fmt
+from .codec.reference import U8
 from .gguf_io import TensorInfo
-from .packing import U8
 from .plan import Progress, no_progress
 from .recipe import Role, role_of
 from .source import GgufSource, Source, rows_together

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import format as fmt
 from . import ggml
+from .codec import types as fmt
+from .codec.reference import F32, U8
 from .errors import InputError
 from .gguf_io import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo
-from .packing import F32, U8
 from .reading import open_regular, read_bytes, sha256_of
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import format as fmt
+from .codec import types as fmt
 from .errors import InputError
 from .gguf_io import KV, TensorInfo
 from .recipe import Role, layer_of, role_of

@@ -7,12 +7,12 @@ from enum import Enum
 
 from rich.table import Table
 
+from .codec.reference import T1_OF_DIGIT, T2_OF_DIGIT
 from .difference import SHOWN, Difference, TensorDifference
 from .errors import printable
 from .gguf_io import TensorInfo
 from .histograms import DIGIT_VALUES, PlaneStatistics, Statistics
 from .inspect import FEW, TEMPLATE, Report
-from .packing import T1_OF_DIGIT, T2_OF_DIGIT
 from .recipe import role_of
 from .terminal import cell, line, out_console, right, whole
 

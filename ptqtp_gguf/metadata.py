@@ -8,7 +8,7 @@ import struct
 from collections import Counter
 
 from . import __version__
-from . import format as fmt
+from .codec import types as fmt
 from .errors import RecipeError
 from .gguf_io import (
     BOOL,

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import __version__, checkpoint, conversion, native, runtime, texts
+from . import __version__, checkpoint, conversion, runtime, texts
+from .codec import native
+from .codec.types import BY_NAME
 from .errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
-from .format import BY_NAME
 from .gguf_io import Reader, type_name
 from .options import Options, decisive, recipe_of, resolved
 from .output import check_space, partial_file, write_text

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from . import format as fmt
 from .budget import fit_budget, spread
+from .codec import types as fmt
+from .codec.native import scan
+from .codec.reference import F32, U8
 from .encode import FLOOR, to_float
 from .errors import InputError, RecipeError
 from .gguf_io import FLOAT_IDS, OutTensor, TensorInfo
 from .imatrix import Imatrix
-from .native import scan
-from .packing import F32, U8
 from .recipe import Choice, Recipe, Role, fall_back, require_importance, role_of
 from .source import Source, rows_together
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from . import native
+from .codec import native
+from .codec.reference import F32, U8, digits_of_levels, scale_to_float
+from .codec.types import LEVELS, TP2_1
 from .encode import FLOOR, to_float
 from .errors import InputError, OutputError, PtqtpError, ResumeError
-from .format import LEVELS, TP2_1
 from .gguf_io import TensorInfo, row_size
 from .journal import Journal, is_count, is_text
 from .output import partial_file
-from .packing import F32, U8, digits_of_levels, scale_to_float
 from .quantize.cuda import Encoded
 from .reading import file_size, open_regular, read_bytes
 from .resume import changed_option

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checkpoint, ggml, mapping, native, texts
-from . import format as fmt
+from . import checkpoint, ggml, mapping, texts
 from .blocks import quiet
 from .calibration import walk
 from .checkpoint import Checkpoint
+from .codec import native
+from .codec import types as fmt
+from .codec.reference import F32, U8
 from .encode import FLOOR, to_float
 from .errors import CalibrationError, OutputError, QuantizeError
 from .gguf_io import F32_ID, FLOAT_IDS, TensorInfo
@@ -28,7 +30,6 @@ from .inorder import Stage, has_streams, in_order
 from .moments import Moment, open_moments
 from .options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
 from .output import partial_file
-from .packing import F32, U8
 from .plan import Below, PlanRow, Progress
 from .planes import PlaneStore, unpacked
 from .quantize import calibrated

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import __version__
-from . import format as fmt
 from .card import CardFacts, OutFile, TypeLine, origin_of
+from .codec import types as fmt
 from .gguf_io import KV, type_name
 from .options import Options, method_name, recipe_of, resolved
 from .parts import Part

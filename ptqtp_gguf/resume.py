@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, runtime
-from . import format as fmt
+from .codec import types as fmt
 from .encode import MASK, checksum
 from .errors import ResumeError, RuntimeMissing
 from .gguf_io import TensorInfo, type_block

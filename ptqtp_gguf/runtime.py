@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import rpc
+from .codec.reference import F32
 from .errors import ChatError, InputError, RuntimeMissing
 from .gguf_io import Reader
-from .packing import F32
 
 I32 = NDArray[np.int32]
 

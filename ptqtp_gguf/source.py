@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from . import checkpoint
+from .codec.reference import U8
 from .errors import InputError
 from .gguf_io import KV, Reader, TensorInfo, row_size
-from .packing import U8
 from .stream import ConverterStream
 
 PIECE = 1 << 22  # weights that travel together

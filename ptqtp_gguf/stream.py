@@ -26,9 +26,9 @@ import numpy as np
 from . import _converter_child as child
 from . import runtime
 from .checkpoint import Checkpoint, converter_reason, to_bf16_gguf
+from .codec.reference import U8
 from .errors import CheckpointError
 from .gguf_io import Header, TensorInfo, parse_header, read_header
-from .packing import U8
 from .reading import file_size, read_bytes
 
 PIPE = 1 << 20  # bytes; what an ordinary user may ask for

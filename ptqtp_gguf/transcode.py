@@ -14,15 +14,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from . import format as fmt
+from .codec import types as fmt
+from .codec.reference import U8
+from .codec.types import TP2_1
 from .encode import MASK, Done, Encoder, Pending, checksum
 from .errors import QuantizeError
-from .format import TP2_1
 from .gguf_io import F32_ID, TensorInfo
 from .imatrix import Imatrix, Importance
 from .journal import Journal
 from .output import write_all
-from .packing import U8
 from .parts import Part
 from .plan import Below, PlanRow, Progress, not_finite, rows_per_piece
 from .planes import PlaneStore

@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from . import format as fmt
-from . import native, packing
+from .codec import native
+from .codec import reference as packing
+from .codec import types as fmt
+from .codec.reference import U8
 from .distance import Meter
 from .encode import MASK, checksum
 from .errors import InputError, OutputError
 from .gguf_io import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
 from .output import system_errors
-from .packing import U8
 from .parts import Part
 from .plan import Progress, no_progress
 from .source import GgufSource, Source, rows_together

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptqtp_gguf.format import TP2_1
+from ptqtp_gguf.codec.types import TP2_1
 from ptqtp_gguf.gguf_io import FLOAT_IDS, Reader
 
 

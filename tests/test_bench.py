@@ -15,8 +15,9 @@ import gguf
 import numpy as np
 import pytest
 
-from ptqtp_gguf import _load_child, machine, native, rounds, runtime
+from ptqtp_gguf import _load_child, machine, rounds, runtime
 from ptqtp_gguf.bench import Bench, bench
+from ptqtp_gguf.codec import native
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.energy import Rapl
 from ptqtp_gguf.errors import BenchError, InputError

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ptqtp_gguf import native
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec.reference import scale_from_float, scale_to_float
+from ptqtp_gguf.codec.types import LEVELS, TP2_1
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.format import LEVELS, TP2_1
-from ptqtp_gguf.packing import scale_from_float, scale_to_float
 from ptqtp_gguf.planes import unpacked
 from ptqtp_gguf.quantize import blocks, calibrated
 from ptqtp_gguf.quantize.calibrated import Planes, Settings, calibrate

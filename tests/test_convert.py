@@ -12,8 +12,8 @@ import pytest
 from helpers import write_gguf
 
 from ptqtp_gguf import __version__, conversion, output, transcode
+from ptqtp_gguf.codec.types import TP2_1, Key
 from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError
-from ptqtp_gguf.format import TP2_1, Key
 from ptqtp_gguf.gguf_io import Reader, quantize_plain
 from ptqtp_gguf.journal import Journal
 from ptqtp_gguf.options import Options
@@ -74,7 +74,7 @@ def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
             assert 0.015 < (error**2).mean() < 0.04
             # experts are matrices of their own to the paper's stopping rule
             both = r.bytes_of(r.by_name["blk.0.exps.weight"])
-    from ptqtp_gguf.format import TP2_0
+    from ptqtp_gguf.codec.types import TP2_0
 
     parts = [quantize(TP2_0, find("paper"), e) for e in w["blk.0.exps.weight"]]
     assert np.array_equal(both, np.concatenate(parts))

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ptqtp_gguf import format as fmt
-from ptqtp_gguf import native
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec import types as fmt
+from ptqtp_gguf.codec.reference import scale_to_float
+from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.format import TP2_0, TP2_1
-from ptqtp_gguf.packing import scale_to_float
 from ptqtp_gguf.quantize import calibrated, cuda, find, nvidia, quantize
 from ptqtp_gguf.quantize.blocks import cd_block, gptq_block
 

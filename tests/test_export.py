@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
+from ptqtp_gguf.codec.reference import dequantize, pack_tp2_1
+from ptqtp_gguf.codec.types import TP2_1
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.export import export_q4_0, to_q4_0
-from ptqtp_gguf.format import TP2_1
 from ptqtp_gguf.gguf_io import Reader
 from ptqtp_gguf.options import Options
-from ptqtp_gguf.packing import dequantize, pack_tp2_1
 
 
 def test_every_scale_code_and_digit_is_exact(rng: np.random.Generator) -> None:

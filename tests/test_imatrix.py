@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ptqtp_gguf import conversion, ggml, runtime, transcode
 from ptqtp_gguf import quantize as methods
 from ptqtp_gguf.budget import fit_budget, spread
+from ptqtp_gguf.codec.types import TP2_0, TP2_1, TYPES, TensorType
 from ptqtp_gguf.errors import (
     InputError,
     Interrupted,
@@ -27,7 +28,6 @@ from ptqtp_gguf.errors import (
     ResumeError,
     RuntimeMissing,
 )
-from ptqtp_gguf.format import TP2_0, TP2_1, TYPES, TensorType
 from ptqtp_gguf.gguf_io import TYPE_IDS, Reader, TensorInfo
 from ptqtp_gguf.imatrix import Imatrix, Importance, read
 from ptqtp_gguf.journal import Journal

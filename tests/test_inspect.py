@@ -14,10 +14,12 @@ import pytest
 from helpers import rewritten, write_gguf
 from rich.console import Console
 
-from ptqtp_gguf import native, packing, terminal
+from ptqtp_gguf import terminal
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec import reference as packing
+from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, QuantizeError
-from ptqtp_gguf.format import TP2_0, TP2_1
 from ptqtp_gguf.gguf_io import KV, OutTensor, Reader, kv_string, kv_u32, write_stream
 from ptqtp_gguf.histograms import PlaneStatistics, plane_statistics
 from ptqtp_gguf.inspect import inspect

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ptqtp_gguf import format as fmt
-from ptqtp_gguf import native, packing
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec import reference as packing
+from ptqtp_gguf.codec import types as fmt
+from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.errors import InputError, QuantizeError
-from ptqtp_gguf.format import TP2_0, TP2_1
 
 GOLDEN = json.loads((REPO / "tests" / "golden" / "packing.json").read_text())
 any_units = hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(4 * 14)))

@@ -15,15 +15,16 @@ import pytest
 from test_calibration import VOCAB, distance, save, some_tokens
 from tiny_models import Family
 
-from ptqtp_gguf import checkpoint, mapping, native, prepare, texts
-from ptqtp_gguf import format as fmt
+from ptqtp_gguf import checkpoint, mapping, prepare, texts
 from ptqtp_gguf.calibration import walk
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec import types as fmt
+from ptqtp_gguf.codec.reference import digits_of_levels, pack_tp2_1, scale_to_float
 from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
 from ptqtp_gguf.gguf_io import Reader, TensorInfo
 from ptqtp_gguf.inorder import in_order
 from ptqtp_gguf.options import Calibration, Options, resolved
-from ptqtp_gguf.packing import digits_of_levels, pack_tp2_1, scale_to_float
 from ptqtp_gguf.planes import PlaneStore, planes_folder, remove_planes
 from ptqtp_gguf.prepare import HELD_OUT, MOST_HELD_OUT, _held_out
 from ptqtp_gguf.quantize import METHODS, quantize

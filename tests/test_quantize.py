@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ptqtp_gguf import format as fmt
-from ptqtp_gguf import native, packing
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec import reference as packing
+from ptqtp_gguf.codec import types as fmt
+from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.format import TP2_0, TP2_1
 from ptqtp_gguf.quantize import METHODS, find, paper, quantize, search
 
 SEARCH, PAPER = METHODS["search"], METHODS["paper"]

@@ -19,8 +19,9 @@ import pytest
 from helpers import REPO
 from reference_llama import Llama as Reference
 
-from ptqtp_gguf import checkpoint, conversion, native, runtime
-from ptqtp_gguf import format as fmt
+from ptqtp_gguf import checkpoint, conversion, runtime
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
 from ptqtp_gguf.gguf_io import Reader
 from ptqtp_gguf.options import Options

@@ -14,8 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from ptqtp_gguf import format as fmt  # noqa: E402
-from ptqtp_gguf import packing  # noqa: E402
+from ptqtp_gguf.codec import reference as packing  # noqa: E402
+from ptqtp_gguf.codec import types as fmt  # noqa: E402
 from ptqtp_gguf.errors import OutputError, TuneError  # noqa: E402
 from ptqtp_gguf.quantize import search  # noqa: E402
 from ptqtp_gguf.quantize.plane_ops import code_scales, nearest_levels, scale_codes  # noqa: E402

@@ -13,9 +13,9 @@ from helpers import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ptqtp_gguf.codec.types import TP2_1, Key
 from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.format import TP2_1, Key
 from ptqtp_gguf.gguf_io import OutTensor, Reader, kv_string
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.output import write_verified

@@ -29,9 +29,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ptqtp_gguf import native, runtime
+from ptqtp_gguf import runtime
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.encode import to_float
-from ptqtp_gguf.format import TP2_0, TP2_1
 from ptqtp_gguf.gguf_io import FLOAT_IDS, Reader
 
 console = Console(highlight=False)

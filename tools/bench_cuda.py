@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 import gguf
 import numpy as np
 
-from ptqtp_gguf import native
-from ptqtp_gguf.format import TP2_0, TP2_1
-from ptqtp_gguf.packing import scale_to_float
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec.reference import scale_to_float
+from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.quantize import cuda, find, quantize
 from ptqtp_gguf.quantize.nvidia import call
 

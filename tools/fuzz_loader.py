@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ptqtp_gguf import native
-from ptqtp_gguf.format import TYPES
+from ptqtp_gguf.codec import native
+from ptqtp_gguf.codec.types import TYPES
 from ptqtp_gguf.gguf_io import (
     ARRAY,
     FLOAT32,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ptqtp_gguf import packing
-from ptqtp_gguf.format import TP2_0, TP2_1, TensorType
+from ptqtp_gguf.codec import reference as packing
+from ptqtp_gguf.codec.types import TP2_0, TP2_1, TensorType
 
 TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden" / "packing.json"
 

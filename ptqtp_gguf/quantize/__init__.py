@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import native
+from ..codec import native
+from ..codec.reference import F32, U8
+from ..codec.types import TP2_0, TP2_1, TensorType
 from ..errors import QuantizeError
-from ..format import TP2_0, TP2_1, TensorType
-from ..packing import F32, U8
 from . import paper, search
 
 Reference = Callable[[TensorType, F32, "F32 | None"], U8]

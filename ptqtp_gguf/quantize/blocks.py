@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format import TP2_1
-from ..packing import F32, U8, scale_to_float
+from ..codec.reference import F32, U8, scale_to_float
+from ..codec.types import TP2_1
 from .lanes import ordered_sum
 from .search import best_code, nearest_level
 

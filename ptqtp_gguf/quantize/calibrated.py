@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .. import native
+from ..codec import native
+from ..codec.types import TP2_1
 from ..errors import QuantizeError
-from ..format import TP2_1
 from . import nvidia
 
 if TYPE_CHECKING:

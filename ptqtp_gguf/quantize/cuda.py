@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import native
+from ..codec import native
+from ..codec.reference import U8
+from ..codec.types import TP2_0, TP2_1, TYPES
 from ..errors import QuantizeError
-from ..format import TP2_0, TP2_1, TYPES
-from ..packing import U8
 from .nvidia import OUT_OF_MEMORY, Buffer, CudaError, Device, Unavailable, api, call
 
 _Q8_0 = 8

@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codec.reference import F32, U8, pack_tp2_0
+from ..codec.types import TP2_0, TensorType
 from ..errors import QuantizeError
-from ..format import TP2_0, TensorType
-from ..packing import F32, U8, pack_tp2_0
 from .lanes import lane_sum
 
 F64 = NDArray[np.float64]

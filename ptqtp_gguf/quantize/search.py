@@ -22,8 +22,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..format import TP2_0, TP2_1, TensorType
-from ..packing import (
+from ..codec.reference import (
     F32,
     T1_OF_DIGIT,
     T2_OF_DIGIT,
@@ -34,6 +33,7 @@ from ..packing import (
     scale_from_float,
     scale_to_float,
 )  # fmt: skip
+from ..codec.types import TP2_0, TP2_1, TensorType
 from . import paper
 from .lanes import lane_sum
 

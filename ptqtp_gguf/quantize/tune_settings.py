@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..packing import U8
+from ..codec.reference import U8
 
 
 class Planes(NamedTuple):

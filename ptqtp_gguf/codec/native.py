@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import format as fmt
-from .errors import QuantizeError, RuntimeMissing
-from .packing import F32, U8
+from ..errors import QuantizeError, RuntimeMissing
+from . import types as fmt
+from .reference import F32, U8
 
 _METHODS = {"paper": 0, "search": 1}
 _OK = 0
@@ -66,7 +66,7 @@ def library_path() -> Path:
     if sys.byteorder != "little":
         raise RuntimeMissing("ptqtp-gguf runs on little-endian machines only; this one is big-endian")
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    path = Path(__file__).parent / "_native" / f"libptqtp{suffix}"
+    path = Path(__file__).parents[1] / "_native" / f"libptqtp{suffix}"
     if not path.is_file():
         raise RuntimeMissing(f"native library {path} is missing; install the package with 'pip install .' or 'make'")
     return path

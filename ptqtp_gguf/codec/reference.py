@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import format as fmt
-from .errors import InputError, QuantizeError
+from ..errors import InputError, QuantizeError
+from . import types as fmt
 
 U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
