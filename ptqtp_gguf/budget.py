@@ -21,7 +21,7 @@ from .codec import native
 from .codec import types as fmt
 from .codec.reference import F32
 from .errors import QuantizeError, RecipeError, RuntimeMissing
-from .gguf_io import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
+from .files.gguf import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
 from .imatrix import Importance
 from .recipe import KEEP, Choice, Model, Recipe, Rule, choose, rule_for
 

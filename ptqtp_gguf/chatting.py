@@ -13,8 +13,8 @@ from typing import Any
 
 from . import runtime
 from .errors import ChatError, OutputError
-from .output import write_text
-from .reading import parse_json, read_whole
+from .files.reading import parse_json, read_whole
+from .files.writing import write_text
 
 SCHEMA = 1  # of a saved conversation
 MAX_SAVED = 64 << 20  # bytes of one

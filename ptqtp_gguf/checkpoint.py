@@ -21,8 +21,8 @@ from typing import Any
 from . import _converter_child as child
 from . import runtime
 from .errors import CheckpointError, InputError
+from .files.reading import open_regular, parse_json, read_whole
 from .pickles import bin_tensors
-from .reading import open_regular, parse_json, read_whole
 
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"

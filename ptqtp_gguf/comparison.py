@@ -24,14 +24,14 @@ from .document import SCHEMA
 from .errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
 from .evaltext import load_text, open_files
 from .evaluation import evaluate
+from .files.reading import file_sha256, parse_json, read_whole
+from .files.writing import cache_folder, write_text
 from .generation import generate
 from .histograms import plane_statistics
 from .inspect import inspect
 from .options import Options
-from .output import cache_folder, write_text
 from .peers import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
 from .plan import Progress, no_progress
-from .reading import file_sha256, parse_json, read_whole
 from .rounds import Round
 from .texts import load as load_calibration
 

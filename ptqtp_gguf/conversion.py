@@ -11,12 +11,12 @@ from pathlib import Path
 from . import checkpoint, hub, metadata, shares
 from .encode import make_encoder
 from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
-from .gguf_io import KV
+from .files.gguf import KV
+from .files.journal import Journal
+from .files.writing import check_space, check_target, scratch_path, system_errors
 from .imatrix import Imatrix
-from .journal import Journal
 from .memory import memory_need, piece_for
 from .options import Options, decisive, described, method_name, recipe_of, resolved
-from .output import check_space, check_target, scratch_path, system_errors
 from .parts import Part, discard, finish, lay_out, publish, share_files
 from .plan import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
 from .planes import PlaneStore, planes_folder, remove_planes

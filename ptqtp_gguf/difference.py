@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .distance import NONE, Distance, Meter, decodable
-from .gguf_io import KV, TensorInfo, type_name
+from .files.gguf import KV, TensorInfo, type_name
 from .inspect import plain, short, value_of
 from .plan import Progress, no_progress
 from .recipe import Role, layer_of, role_of

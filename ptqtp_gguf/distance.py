@@ -15,7 +15,7 @@ import numpy as np
 from .codec.reference import U8
 from .encode import to_float
 from .errors import InputError
-from .gguf_io import TYPES, TensorInfo
+from .files.gguf import TYPES, TensorInfo
 from .source import Source, rows_together
 
 PIECE = 1 << 18  # weights that a thread decodes at a time: both versions stay in its cache

@@ -20,11 +20,11 @@ from . import hub, metadata, shares
 from .conversion import convert_opened, imatrix_of, local, metadata_of, open_source, plan_of, ready_source
 from .encode import make_encoder
 from .errors import InputError, Interrupted, OutputError, PtqtpError, QuantizeError, RankError
+from .files.journal import Journal
+from .files.writing import check_space, check_target
 from .imatrix import Imatrix
-from .journal import Journal
 from .memory import piece_for
 from .options import Options, decisive, recipe_of, resolved
-from .output import check_space, check_target
 from .parts import Part, discard, finish, lay_out, share_files
 from .plan import PlanRow, Progress, check_values, no_progress, require_planes
 from .ranks import Ranks, number, own_gpu

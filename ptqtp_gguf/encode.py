@@ -17,7 +17,7 @@ from .codec import native
 from .codec import types as fmt
 from .codec.reference import F32, U8
 from .errors import QuantizeError
-from .gguf_io import FLOAT_IDS, Q8_0_ID
+from .files.gguf import FLOAT_IDS, Q8_0_ID
 from .imatrix import Importance
 from .quantize import cuda
 from .quantize.cuda import Encoded

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
+from .files.reading import file_sha256, read_whole
 from .plan import Progress, no_progress
-from .reading import file_sha256, read_whole
 from .runtime import I32, Model
 from .source import GgufSource
 

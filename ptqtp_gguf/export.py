@@ -16,8 +16,8 @@ import numpy as np
 from .codec import types as fmt
 from .codec.reference import LEVEL_OF_DIGIT, U8, scale_to_float, unpack_tp2_1
 from .errors import InputError, OutputError
-from .gguf_io import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32
-from .output import check_target, system_errors, write_verified
+from .files.gguf import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32
+from .files.writing import check_target, system_errors, write_verified
 from .plan import PlanRow as Row
 from .plan import Progress, no_progress
 from .recipe import Choice, role_of

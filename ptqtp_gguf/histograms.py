@@ -21,11 +21,11 @@ from .codec import native
 from .codec import reference as packing
 from .codec import types as fmt
 from .codec.reference import U8
-from .gguf_io import TensorInfo
+from .files.gguf import TensorInfo
+from .files.threads import ReadAhead
 from .plan import Progress, no_progress
 from .recipe import Role, role_of
 from .source import GgufSource, Source, rows_together
-from .stages import ReadAhead
 
 DIGIT_VALUES = tuple(range(-4, 5))  # digit - 4 = 3*t1 + t2
 BINS_AN_OCTAVE = 4

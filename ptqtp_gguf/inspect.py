@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .codec import types as fmt
 from .errors import InputError
-from .gguf_io import KV, TensorInfo
+from .files.gguf import KV, TensorInfo
 from .recipe import Role, layer_of, role_of
 from .source import GgufSource
 

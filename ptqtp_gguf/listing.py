@@ -10,7 +10,7 @@ from rich.table import Table
 from .codec.reference import T1_OF_DIGIT, T2_OF_DIGIT
 from .difference import SHOWN, Difference, TensorDifference
 from .errors import printable
-from .gguf_io import TensorInfo
+from .files.gguf import TensorInfo
 from .histograms import DIGIT_VALUES, PlaneStatistics, Statistics
 from .inspect import FEW, TEMPLATE, Report
 from .recipe import role_of

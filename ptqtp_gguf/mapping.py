@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .gguf_io import BF16_ID, F16_ID, F32_ID, TensorInfo, tensor_names
+from .files.gguf import BF16_ID, F16_ID, F32_ID, TensorInfo, tensor_names
 from .source import Source
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections import Counter
 from . import __version__
 from .codec import types as fmt
 from .errors import RecipeError
-from .gguf_io import (
+from .files.gguf import (
     BOOL,
     FLOAT32,
     INT64,

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
 from .errors import CalibrationError, OutputError
-from .output import check_space, sync_folder, write_text
-from .reading import open_regular, parse_json, read_whole
+from .files.reading import open_regular, parse_json, read_whole
+from .files.writing import check_space, sync_folder, write_text
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from . import quantize as methods
 from .errors import QuantizeError
+from .files.reading import open_regular, sha256_of
 from .imatrix import Imatrix
 from .quantize.calibrated import Settings
 from .quantize.tuned import TuneSettings
-from .reading import open_regular, sha256_of
 from .recipe import Recipe, block_type, load
 
 AUTO, CALIBRATED, TUNED = "auto", "calibrated", "tuned"

@@ -17,11 +17,11 @@ from . import __version__, checkpoint, conversion, runtime, texts
 from .codec import native
 from .codec.types import BY_NAME
 from .errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
-from .gguf_io import Reader, type_name
+from .files.gguf import Reader, type_name
+from .files.reading import file_sha256, parse_json, read_whole
+from .files.writing import check_space, partial_file, write_text
 from .options import Options, decisive, recipe_of, resolved
-from .output import check_space, partial_file, write_text
 from .plan import Progress
-from .reading import file_sha256, parse_json, read_whole
 from .recipe import Role, role_of
 from .results import FLOATS
 

@@ -14,7 +14,7 @@ from .codec.native import scan
 from .codec.reference import F32, U8
 from .encode import FLOOR, to_float
 from .errors import InputError, RecipeError
-from .gguf_io import FLOAT_IDS, OutTensor, TensorInfo
+from .files.gguf import FLOAT_IDS, OutTensor, TensorInfo
 from .imatrix import Imatrix
 from .recipe import Choice, Recipe, Role, fall_back, require_importance, role_of
 from .source import Source, rows_together

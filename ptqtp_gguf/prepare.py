@@ -25,16 +25,16 @@ from .codec import types as fmt
 from .codec.reference import F32, U8
 from .encode import FLOOR, to_float
 from .errors import CalibrationError, OutputError, QuantizeError
-from .gguf_io import F32_ID, FLOAT_IDS, TensorInfo
+from .files.gguf import F32_ID, FLOAT_IDS, TensorInfo
+from .files.reading import read_whole
+from .files.writing import partial_file
 from .inorder import Stage, has_streams, in_order
 from .moments import Moment, open_moments
 from .options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
-from .output import partial_file
 from .plan import Below, PlanRow, Progress
 from .planes import PlaneStore, unpacked
 from .quantize import calibrated
 from .quantize.tuned import tune
-from .reading import read_whole
 from .recipe import Role, role_of
 from .resume import fingerprint
 from .sensitivity import Weights, token_weights

@@ -11,7 +11,7 @@ from typing import Any
 from . import findings
 from .document import Document, Row, read_document
 from .errors import InputError, OutputError
-from .output import partial_file
+from .files.writing import partial_file
 from .plots import Plot, draw
 
 INSTALL = "pip install 'ptqtp-gguf[report]'"

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import __version__
 from .card import CardFacts, OutFile, TypeLine, origin_of
 from .codec import types as fmt
-from .gguf_io import KV, type_name
+from .files.gguf import KV, type_name
 from .options import Options, method_name, recipe_of, resolved
 from .parts import Part
 from .plan import PlanRow

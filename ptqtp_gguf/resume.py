@@ -10,8 +10,8 @@ from . import __version__, runtime
 from .codec import types as fmt
 from .encode import MASK, checksum
 from .errors import ResumeError, RuntimeMissing
-from .gguf_io import TensorInfo, type_block
-from .journal import Journal
+from .files.gguf import TensorInfo, type_block
+from .files.journal import Journal
 from .metadata import header_hash
 from .recipe import Choice
 from .source import Source

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from . import rpc
 from .codec.reference import F32
 from .errors import ChatError, InputError, RuntimeMissing
-from .gguf_io import Reader
+from .files.gguf import Reader
 
 I32 = NDArray[np.int32]
 

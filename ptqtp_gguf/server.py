@@ -19,9 +19,9 @@ from typing import IO, BinaryIO
 
 from . import runtime
 from .errors import InputError, OutputError, ServerError
-from .output import write_all
+from .files.reading import read_whole
+from .files.writing import write_all
 from .plan import Progress, no_progress
-from .reading import read_whole
 from .rpc import check, endpoints, lost
 
 STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save

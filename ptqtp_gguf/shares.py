@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import InputError
-from .gguf_io import OutTensor, type_block
-from .journal import MAX_BYTES, Journal, journal_path
-from .output import write_all
+from .files.gguf import OutTensor, type_block
+from .files.journal import MAX_BYTES, Journal, journal_path
+from .files.reading import parse_json, read_whole
+from .files.writing import write_all
 from .parts import Part, finish, lay_out, share_files
 from .plan import PlanRow, Progress
-from .reading import parse_json, read_whole
 from .resume import require_tensors
 from .source import Source
 from .transcode import Job, take_record, transcode

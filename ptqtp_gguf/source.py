@@ -18,7 +18,7 @@ from typing import TypeVar
 from . import checkpoint
 from .codec.reference import U8
 from .errors import InputError
-from .gguf_io import KV, Reader, TensorInfo, row_size
+from .files.gguf import KV, Reader, TensorInfo, row_size
 from .stream import ConverterStream
 
 PIECE = 1 << 22  # weights that travel together

@@ -28,8 +28,8 @@ from . import runtime
 from .checkpoint import Checkpoint, converter_reason, to_bf16_gguf
 from .codec.reference import U8
 from .errors import CheckpointError
-from .gguf_io import Header, TensorInfo, parse_header, read_header
-from .reading import file_size, read_bytes
+from .files.gguf import Header, TensorInfo, parse_header, read_header
+from .files.reading import file_size, read_bytes
 
 PIPE = 1 << 20  # bytes; what an ordinary user may ask for
 MAX_HEAD = 1 << 28  # bytes; far beyond any vocabulary

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .errors import OutputError, printable
-from .gguf_io import type_name
+from .files.gguf import type_name
 from .memory import resident
 from .results import Plan, Summary
 from .verify import Verdict

@@ -16,8 +16,8 @@ from . import hub
 from .blocks import require_transformers
 from .checkpoint import Checkpoint, show, transformers_reason
 from .errors import CalibrationError
+from .files.reading import parse_json
 from .plan import Progress, no_progress
-from .reading import parse_json
 from .sampling import written
 
 BUILTIN, SELF = "builtin", "self"

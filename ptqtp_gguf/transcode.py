@@ -19,17 +19,17 @@ from .codec.reference import U8
 from .codec.types import TP2_1
 from .encode import MASK, Done, Encoder, Pending, checksum
 from .errors import QuantizeError
-from .gguf_io import F32_ID, TensorInfo
+from .files.gguf import F32_ID, TensorInfo
+from .files.journal import Journal
+from .files.threads import ReadAhead, WriteBehind
+from .files.writing import write_all
 from .imatrix import Imatrix, Importance
-from .journal import Journal
-from .output import write_all
 from .parts import Part
 from .plan import Below, PlanRow, Progress, not_finite, rows_per_piece
 from .planes import PlaneStore
 from .quantize.cuda import Encoded
 from .recipe import Choice, fall_back
 from .source import Source
-from .stages import ReadAhead, WriteBehind
 
 
 class FallBack(Exception):

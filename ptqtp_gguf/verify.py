@@ -24,12 +24,12 @@ from .codec.reference import U8
 from .distance import Meter
 from .encode import MASK, checksum
 from .errors import InputError, OutputError
-from .gguf_io import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
-from .output import system_errors
+from .files.gguf import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
+from .files.threads import ReadAhead, WriteBehind
+from .files.writing import system_errors
 from .parts import Part
 from .plan import Progress, no_progress
 from .source import GgufSource, Source, rows_together
-from .stages import ReadAhead, WriteBehind
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
 GAP = 1 << 24  # bytes read at once between tensors, and behind the last

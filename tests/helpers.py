@@ -38,7 +38,7 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], kind: str = "F32", ar
 
 def rewritten(source: Path, out: Path, change: list, rename: dict[str, str] | None = None) -> Path:
     """A copy of a GGUF with other metadata and names, its tensors' bytes the same."""
-    from ptqtp_gguf.gguf_io import OutTensor, Reader, write_stream
+    from ptqtp_gguf.files.gguf import OutTensor, Reader, write_stream
 
     with Reader(source) as r, out.open("wb") as f:
         kvs = {**r.header.kvs, **{kv.key: kv for kv in change}}

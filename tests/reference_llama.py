@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ptqtp_gguf.codec.types import TP2_1
-from ptqtp_gguf.gguf_io import FLOAT_IDS, Reader
+from ptqtp_gguf.files.gguf import FLOAT_IDS, Reader
 
 
 def round_blocks(x: np.ndarray, scale: type[np.floating]) -> np.ndarray:

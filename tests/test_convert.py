@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf import __version__, conversion, output, transcode
+from ptqtp_gguf import __version__, conversion, transcode
 from ptqtp_gguf.codec.types import TP2_1, Key
 from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError
-from ptqtp_gguf.gguf_io import Reader, quantize_plain
-from ptqtp_gguf.journal import Journal
+from ptqtp_gguf.files import writing as output
+from ptqtp_gguf.files.gguf import Reader, quantize_plain
+from ptqtp_gguf.files.journal import Journal
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.quantize import find, quantize
 

@@ -16,8 +16,8 @@ from ptqtp_gguf import conversion, evaluation, generation, runtime
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
 from ptqtp_gguf.evaltext import BUILTIN_FILE, load_text
 from ptqtp_gguf.evaluation import evaluate
+from ptqtp_gguf.files.writing import cache_folder
 from ptqtp_gguf.options import Options
-from ptqtp_gguf.output import cache_folder
 
 pytestmark = pytest.mark.runtime
 CTX, WINDOWS = 64, 4

@@ -14,7 +14,7 @@ from ptqtp_gguf.codec.types import TP2_1
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.export import export_q4_0, to_q4_0
-from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.options import Options
 
 

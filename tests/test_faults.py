@@ -20,14 +20,16 @@ import numpy as np
 import pytest
 from helpers import REPO, safetensors_bytes, write_gguf
 
-from ptqtp_gguf import conversion, journal, output
+from ptqtp_gguf import conversion
 from ptqtp_gguf import export as export_module
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.export import export_q4_0
-from ptqtp_gguf.gguf_io import Reader
-from ptqtp_gguf.journal import Journal, journal_path
+from ptqtp_gguf.files import journal
+from ptqtp_gguf.files import writing as output
+from ptqtp_gguf.files.gguf import Reader
+from ptqtp_gguf.files.journal import Journal, journal_path
+from ptqtp_gguf.files.writing import partial_file, write_text
 from ptqtp_gguf.options import Options
-from ptqtp_gguf.output import partial_file, write_text
 from ptqtp_gguf.planes import PlaneStore
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -266,7 +268,7 @@ def test_a_file_that_is_cut_while_it_is_read(source: Path) -> None:
 def test_a_header_larger_than_the_first_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Reader(source) as r:
         expected = r.header
-    monkeypatch.setattr("ptqtp_gguf.gguf_io.HEAD", 16)
+    monkeypatch.setattr("ptqtp_gguf.files.gguf.HEAD", 16)
     with Reader(source) as r:
         assert r.header == expected
     data = source.read_bytes()

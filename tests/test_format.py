@@ -6,9 +6,9 @@ import gguf
 import numpy as np
 import pytest
 
-from ptqtp_gguf import gguf_io
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
+from ptqtp_gguf.files import gguf as gguf_io
 
 
 @pytest.mark.parametrize("t", fmt.TYPES.values(), ids=lambda t: t.name)

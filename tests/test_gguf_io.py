@@ -17,11 +17,11 @@ from helpers import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf import gguf_io
 from ptqtp_gguf.codec.reference import pack_tp2_1
 from ptqtp_gguf.codec.types import FORMAT_VERSION, TP2_1
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.gguf_io import KV, OutTensor, Reader, build_header, kv_string, kv_u32, parse_header
+from ptqtp_gguf.files import gguf as gguf_io
+from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, build_header, kv_string, kv_u32, parse_header
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])

@@ -28,9 +28,9 @@ from ptqtp_gguf.errors import (
     ResumeError,
     RuntimeMissing,
 )
-from ptqtp_gguf.gguf_io import TYPE_IDS, Reader, TensorInfo
+from ptqtp_gguf.files.gguf import TYPE_IDS, Reader, TensorInfo
+from ptqtp_gguf.files.journal import Journal
 from ptqtp_gguf.imatrix import Imatrix, Importance, read
-from ptqtp_gguf.journal import Journal
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.recipe import load
 from ptqtp_gguf.results import card_facts

@@ -20,7 +20,7 @@ from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, QuantizeError
-from ptqtp_gguf.gguf_io import KV, OutTensor, Reader, kv_string, kv_u32, write_stream
+from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, kv_string, kv_u32, write_stream
 from ptqtp_gguf.histograms import PlaneStatistics, plane_statistics
 from ptqtp_gguf.inspect import inspect
 from ptqtp_gguf.options import Options
@@ -224,7 +224,7 @@ def test_a_progress_bar_takes_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stock_reader_sees_the_same(converted: Path) -> None:
     """gguf-py's own reader of the file's metadata and tensors, as a witness."""
-    from ptqtp_gguf.gguf_io import register_types
+    from ptqtp_gguf.files.gguf import register_types
 
     register_types()
     stock, report = gguf.GGUFReader(converted), inspect(converted)

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, Family, build
 
 from ptqtp_gguf import checkpoint
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.gguf_io import dequantize
+from ptqtp_gguf.files.gguf import dequantize
 from ptqtp_gguf.mapping import Link, link, names
 from ptqtp_gguf.source import Source, StreamSource
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import write_gguf
 
 from ptqtp_gguf.commands.common import parse_size
-from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.files.gguf import Reader
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -10,11 +10,11 @@ import pytest
 
 from ptqtp_gguf import conversion, peers, runtime
 from ptqtp_gguf.errors import CalibrationError, InputError, RecipeError, RuntimeMissing
-from ptqtp_gguf.gguf_io import Reader
+from ptqtp_gguf.files.gguf import Reader
+from ptqtp_gguf.files.reading import file_sha256
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.peers import Item, Store, Workshop, check_apart, parse_items, reference_of
 from ptqtp_gguf.plan import no_progress
-from ptqtp_gguf.reading import file_sha256
 
 
 @pytest.fixture(scope="module")

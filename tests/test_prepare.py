@@ -22,7 +22,7 @@ from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.reference import digits_of_levels, pack_tp2_1, scale_to_float
 from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
-from ptqtp_gguf.gguf_io import Reader, TensorInfo
+from ptqtp_gguf.files.gguf import Reader, TensorInfo
 from ptqtp_gguf.inorder import in_order
 from ptqtp_gguf.options import Calibration, Options, resolved
 from ptqtp_gguf.planes import PlaneStore, planes_folder, remove_planes

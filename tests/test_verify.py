@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from ptqtp_gguf.codec.types import TP2_1, Key
 from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.gguf_io import OutTensor, Reader, kv_string
+from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
+from ptqtp_gguf.files.writing import write_verified
 from ptqtp_gguf.options import Options
-from ptqtp_gguf.output import write_verified
 from ptqtp_gguf.terminal import verdict_dict
 from ptqtp_gguf.verify import Verdict, verify
 

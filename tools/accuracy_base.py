@@ -18,7 +18,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ptqtp_gguf.gguf_io import TYPE_IDS, Reader, TensorInfo, type_block
+from ptqtp_gguf.files.gguf import TYPE_IDS, Reader, TensorInfo, type_block
 from ptqtp_gguf.inspect import inspect
 
 REPO = Path(__file__).resolve().parent.parent

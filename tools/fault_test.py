@@ -218,7 +218,7 @@ def model(path: Path) -> Path:
     """A GGUF with random weights: matrices that become trit planes, Q8_0, norms, and one that falls back."""
     import numpy as np
 
-    from ptqtp_gguf.gguf_io import OutTensor, kv_string, write_stream
+    from ptqtp_gguf.files.gguf import OutTensor, kv_string, write_stream
 
     rng = np.random.default_rng(1)
     tensors, data = [OutTensor("token_embd.weight", (128, 96), 0)], [rng.normal(size=(96, 128))]

@@ -28,7 +28,7 @@ import numpy as np
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.types import TYPES
-from ptqtp_gguf.gguf_io import (
+from ptqtp_gguf.files.gguf import (
     ARRAY,
     FLOAT32,
     INT32,

@@ -28,8 +28,8 @@ import numpy as np
 
 from ptqtp_gguf import checkpoint, imatrix, pickles, planes, recipe
 from ptqtp_gguf.errors import PtqtpError
-from ptqtp_gguf.gguf_io import OutTensor, build_header, kv_list, kv_string, kv_u32
-from ptqtp_gguf.journal import Journal, journal_path
+from ptqtp_gguf.files.gguf import OutTensor, build_header, kv_list, kv_string, kv_u32
+from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.source import GgufSource
 from ptqtp_gguf.verify import verify
 

@@ -34,7 +34,7 @@ IN_TIME = "ended before the kill"
 
 def model(path: Path, n_tensors: int = 24) -> Path:
     """A GGUF with random weights: matrices that become trit planes, Q8_0, and one that falls back halfway."""
-    from ptqtp_gguf.gguf_io import OutTensor, kv_string, write_stream
+    from ptqtp_gguf.files.gguf import OutTensor, kv_string, write_stream
 
     rng = np.random.default_rng(1)
     tensors, data = [OutTensor("token_embd.weight", (1024, 4096), 0)], [rng.normal(size=(4096, 1024))]

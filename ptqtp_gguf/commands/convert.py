@@ -12,9 +12,9 @@ from .. import conversion, distributed, ranks
 from ..card import card
 from ..errors import Interrupted
 from ..export import export_q4_0
-from ..journal import journal_path
+from ..files.journal import journal_path
+from ..files.writing import check_text_target, write_text
 from ..options import METHOD_NAMES, Calibration, Options
-from ..output import check_text_target, write_text
 from ..plan import Progress
 from ..recipe import SHIPPED
 from ..results import Summary, card_facts

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from ..errors import Interrupted
 from ..evaluation import Evaluation, evaluate
+from ..files.writing import cache_folder
 from ..generation import Generation, generate
-from ..output import cache_folder
 from ..terminal import err_console, event, line, out_console, right, whole
 from .common import AsJson, Quiet, Threads, fail, reporter
 

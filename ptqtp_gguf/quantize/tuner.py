@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import TuneError
-from ..output import check_text_target, partial_file
+from ..files.writing import check_text_target, partial_file
 from ..plan import Progress
 from .tune_settings import Measure, Planes, TuneSettings
 

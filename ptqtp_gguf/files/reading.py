@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .codec.reference import U8
-from .errors import InputError, PtqtpError
+from ..codec.reference import U8
+from ..errors import InputError, PtqtpError
 
 _CHUNK = 1 << 24
 MAX_VALUES = 1 << 22  # of a JSON text: each costs memory many times its bytes

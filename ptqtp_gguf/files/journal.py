@@ -23,10 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .errors import OutputError
-from .gguf_io import TYPES
-from .output import open_locked, write_all
+from ..errors import OutputError
+from .gguf import TYPES
 from .reading import parse_json
+from .writing import open_locked, write_all
 
 MAX_BYTES = 64 << 20
 MAX_LINE = 32 << 20  # the first one lists the source's files and the plan

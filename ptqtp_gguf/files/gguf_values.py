@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 
-from .errors import InputError
+from ..errors import InputError
 
 MAX_NESTING = 4  # arrays of arrays
 MAX_ARRAYS = 1 << 16  # that stand within arrays, of one file

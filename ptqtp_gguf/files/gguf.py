@@ -20,10 +20,10 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 
-from .codec import native
-from .codec import types as fmt
-from .codec.reference import F32, U8
-from .errors import InputError
+from ..codec import native
+from ..codec import types as fmt
+from ..codec.reference import F32, U8
+from ..errors import InputError
 from .gguf_values import ARRAY as ARRAY
 from .gguf_values import BOOL as BOOL
 from .gguf_values import FLOAT32 as FLOAT32
