@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .errors import PtqtpError as PtqtpError
     from .evaluation import evaluate as evaluate
     from .export import export_q4_0 as export_q4_0
+    from .llamacpp.runtime import generate as generate
+    from .llamacpp.runtime import load as load
     from .options import Calibration as Calibration
     from .options import Options as Options
-    from .runtime import generate as generate
-    from .runtime import load as load
     from .server import Server as Server
 
 __version__ = "0.1.0"

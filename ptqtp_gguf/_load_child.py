@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from . import runtime
 from .energy import Rapl
 from .errors import PtqtpError
+from .llamacpp import runtime
 
 CONTEXT = 2048  # the default of `run`; longer only for longer prompts
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import machine, runtime
+from . import machine
 from .errors import BenchError
+from .llamacpp import runtime
 from .machine import Machine
 from .memory import free_memory
 from .pairing import CONFIDENCE, ENOUGH, Spread, ratios, spread

@@ -15,7 +15,6 @@ from math import ceil, floor, isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from . import ggml
 from . import quantize as methods
 from .codec import native
 from .codec import types as fmt
@@ -23,6 +22,7 @@ from .codec.reference import F32
 from .errors import QuantizeError, RecipeError, RuntimeMissing
 from .files.gguf import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
 from .imatrix import Importance
+from .llamacpp import ggml
 from .recipe import KEEP, Choice, Model, Recipe, Rule, choose, rule_for
 
 SAMPLE = 1 << 16  # weights of a tensor that its errors are measured on

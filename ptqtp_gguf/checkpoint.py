@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from . import _converter_child as child
-from . import runtime
 from .errors import CheckpointError, InputError
 from .files.reading import open_regular, parse_json, read_whole
+from .llamacpp import runtime
 from .pickles import bin_tensors
 
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__, machine, runtime
+from . import __version__, machine
 from .bench import bench
 from .codec.types import BY_NAME
 from .conversion import local
@@ -29,6 +29,7 @@ from .files.writing import cache_folder, write_text
 from .generation import generate
 from .histograms import plane_statistics
 from .inspect import inspect
+from .llamacpp import runtime
 from .options import Options
 from .peers import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
 from .plan import Progress, no_progress

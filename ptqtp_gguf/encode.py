@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 
-from . import ggml
 from . import quantize as methods
 from .codec import native
 from .codec import types as fmt
@@ -19,6 +18,7 @@ from .codec.reference import F32, U8
 from .errors import QuantizeError
 from .files.gguf import FLOAT_IDS, Q8_0_ID
 from .imatrix import Importance
+from .llamacpp import ggml
 from .quantize import cuda
 from .quantize.cuda import Encoded
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from .errors import InputError
 from .files.reading import file_sha256, read_whole
+from .llamacpp.runtime import I32, Model
 from .plan import Progress, no_progress
-from .runtime import I32, Model
 from .source import GgufSource
 
 BUILTIN_FILE = Path(__file__).with_name("data") / "eval.txt.gz"

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from . import runtime
 from .codec import types as fmt
 from .codec.reference import F32
 from .errors import InputError, Interrupted
 from .evaltext import BUILTIN_WARNING, File, TextFacts, load_text, open_files, windows_of
+from .llamacpp import runtime
+from .llamacpp.runtime import I32, Context, Model
 from .plan import Progress, no_progress
 from .records import Job, Records, finite
-from .runtime import I32, Context, Model
 from .scoring import Logits, Quality, Rows, alone, score, summarize
 
 BATCH = 512  # tokens a call of the runtime; llama-perplexity's -ub

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import runtime
 from .errors import InputError, Interrupted
 from .evaltext import File, open_files
+from .llamacpp import runtime
+from .llamacpp.runtime import I32, Context, Model
 from .plan import Progress, no_progress
 from .records import Job, keep, kept
-from .runtime import I32, Context, Model
 from .scoring import Logits
 
 DATA = Path(__file__).with_name("data")

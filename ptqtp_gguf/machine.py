@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import runtime
 from .codec import native
 from .codec.reference import U8
 from .errors import BenchError, RuntimeMissing
+from .llamacpp import runtime
 from .memory import free_memory
 
 FEATURES = (  # of the flags in /proc/cpuinfo, those that kernels are chosen by

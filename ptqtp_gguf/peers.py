@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import __version__, checkpoint, conversion, runtime, texts
+from . import __version__, checkpoint, conversion, texts
 from .codec import native
 from .codec.types import BY_NAME
 from .errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from .files.gguf import Reader, type_name
 from .files.reading import file_sha256, parse_json, read_whole
 from .files.writing import check_space, partial_file, write_text
+from .llamacpp import runtime
 from .options import Options, decisive, recipe_of, resolved
 from .plan import Progress
 from .recipe import Role, role_of

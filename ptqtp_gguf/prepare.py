@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checkpoint, ggml, mapping, texts
+from . import checkpoint, mapping, texts
 from .blocks import quiet
 from .calibration import walk
 from .checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from .files.gguf import F32_ID, FLOAT_IDS, TensorInfo
 from .files.reading import read_whole
 from .files.writing import partial_file
 from .inorder import Stage, has_streams, in_order
+from .llamacpp import ggml
 from .moments import Moment, open_moments
 from .options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
 from .plan import Below, PlanRow, Progress

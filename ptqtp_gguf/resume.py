@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import __version__, runtime
+from . import __version__
 from .codec import types as fmt
 from .encode import MASK, checksum
 from .errors import ResumeError, RuntimeMissing
 from .files.gguf import TensorInfo, type_block
 from .files.journal import Journal
+from .llamacpp import runtime
 from .metadata import header_hash
 from .recipe import Choice
 from .source import Source

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import machine, runtime
+from . import machine
 from .errors import BenchError
+from .llamacpp import runtime
 
 Round = dict[str, Any]  # what a round measured, fit for JSON: see one_round
 

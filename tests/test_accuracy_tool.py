@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from helpers import REPO
 
-from ptqtp_gguf import runtime
 from ptqtp_gguf.conversion import convert
+from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.options import Options
 
 sys.path.insert(0, str(REPO / "tools"))

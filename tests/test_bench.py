@@ -15,12 +15,13 @@ import gguf
 import numpy as np
 import pytest
 
-from ptqtp_gguf import _load_child, machine, rounds, runtime
+from ptqtp_gguf import _load_child, machine, rounds
 from ptqtp_gguf.bench import Bench, bench
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.energy import Rapl
 from ptqtp_gguf.errors import BenchError, InputError
+from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.pairing import ratios, spread
 from ptqtp_gguf.roofline import token_bytes
 from ptqtp_gguf.rounds import File, Settings

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf import runtime
 from ptqtp_gguf.budget import Option, fit_budget, hull, spend, spread
 from ptqtp_gguf.errors import QuantizeError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TYPES, OutTensor, TensorInfo, build_header, total_size, type_name
+from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.recipe import Choice, load
 
 items = st.lists(

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from helpers import REPO
 
-from ptqtp_gguf import conversion, evaluation, generation, runtime
+from ptqtp_gguf import conversion, evaluation, generation
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
 from ptqtp_gguf.evaltext import BUILTIN_FILE, load_text
 from ptqtp_gguf.evaluation import evaluate
 from ptqtp_gguf.files.writing import cache_folder
+from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.options import Options
 
 pytestmark = pytest.mark.runtime

@@ -8,10 +8,10 @@ import gguf
 import numpy as np
 import pytest
 
-from ptqtp_gguf import ggml, runtime
 from ptqtp_gguf.errors import QuantizeError, RuntimeMissing
 from ptqtp_gguf.files import gguf as gguf_io
 from ptqtp_gguf.files.gguf import TYPE_IDS, TYPES, Reader, type_name
+from ptqtp_gguf.llamacpp import ggml, runtime
 
 STOCK = sorted(ggml.WRITABLE - ggml.NEEDS_IMPORTANCE)
 QUICK = [i for i in sorted(ggml.WRITABLE) if not type_name(i).startswith(("IQ1", "IQ2"))]  # their tables take 5 to 60 s

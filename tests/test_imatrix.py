@@ -15,7 +15,7 @@ from helpers import REPO, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf import conversion, ggml, runtime, transcode
+from ptqtp_gguf import conversion, transcode
 from ptqtp_gguf import quantize as methods
 from ptqtp_gguf.budget import fit_budget, spread
 from ptqtp_gguf.codec.types import TP2_0, TP2_1, TYPES, TensorType
@@ -31,6 +31,7 @@ from ptqtp_gguf.errors import (
 from ptqtp_gguf.files.gguf import TYPE_IDS, Reader, TensorInfo
 from ptqtp_gguf.files.journal import Journal
 from ptqtp_gguf.imatrix import Imatrix, Importance, read
+from ptqtp_gguf.llamacpp import ggml, runtime
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.recipe import load
 from ptqtp_gguf.results import card_facts

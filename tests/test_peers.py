@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ptqtp_gguf import conversion, peers, runtime
+from ptqtp_gguf import conversion, peers
 from ptqtp_gguf.errors import CalibrationError, InputError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.reading import file_sha256
+from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.peers import Item, Store, Workshop, check_apart, parse_items, reference_of
 from ptqtp_gguf.plan import no_progress

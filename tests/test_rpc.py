@@ -16,8 +16,9 @@ import pytest
 from helpers import REPO
 from talking_model import write_talking_model
 
-from ptqtp_gguf import conversion, rpc, runtime
+from ptqtp_gguf import conversion
 from ptqtp_gguf.errors import ServerError
+from ptqtp_gguf.llamacpp import rpc, runtime
 
 sys.path.insert(0, str(REPO / "tools"))
 tool = importlib.import_module("rpc_hosts")

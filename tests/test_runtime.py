@@ -19,11 +19,12 @@ import pytest
 from helpers import REPO
 from reference_llama import Llama as Reference
 
-from ptqtp_gguf import checkpoint, conversion, runtime
+from ptqtp_gguf import checkpoint, conversion
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
 from ptqtp_gguf.files.gguf import Reader
+from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.quantize import find, quantize
 from ptqtp_gguf.server import Server

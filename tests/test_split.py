@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf import runtime
 from ptqtp_gguf.codec.types import Key
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.files.gguf import Reader
+from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.source import GgufSource
 

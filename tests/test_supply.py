@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from helpers import REPO
 
-from ptqtp_gguf import runtime
+from ptqtp_gguf.llamacpp import runtime
 
 LOCKS = sorted((REPO / "requirements").glob("*.lock"))
 TOKEN = "hf_SecretSecretSecretSecretSecretSec"

@@ -370,7 +370,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def default_tools() -> Path:
-    from ptqtp_gguf import runtime
+    from ptqtp_gguf.llamacpp import runtime
 
     return runtime.tool("llama-perplexity").parent
 

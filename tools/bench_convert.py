@@ -29,11 +29,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ptqtp_gguf import runtime
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.encode import to_float
 from ptqtp_gguf.files.gguf import FLOAT_IDS, Reader
+from ptqtp_gguf.llamacpp import runtime
 
 console = Console(highlight=False)
 STOCK = ("Q4_0", "Q4_K_M", "IQ4_XS")

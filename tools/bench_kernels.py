@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ptqtp_gguf import runtime
+from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.roofline import token_bytes
 from ptqtp_gguf.source import GgufSource
 

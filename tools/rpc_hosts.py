@@ -91,7 +91,7 @@ def _namespaces(stack: contextlib.ExitStack) -> Hosts | None:
 @contextlib.contextmanager
 def rpc_server(on: Hosts, program: Path | None = None, *before: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """An rpc-server on the far host, the patched one unless told; its process and "host:port"."""
-    from ptqtp_gguf import runtime
+    from ptqtp_gguf.llamacpp import runtime
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -137,7 +137,7 @@ def _child(path: str, server: str | None, layers: int, rows: bool, out: str) -> 
     import llama_cpp
     import llama_cpp.llama as module
 
-    from ptqtp_gguf import runtime
+    from ptqtp_gguf.llamacpp import runtime
 
     lib = module.llama_cpp
     defaults = lib.llama_model_default_params

@@ -14,9 +14,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from .. import runtime
 from ..chatting import Chat, harmless
 from ..errors import PtqtpError
+from ..llamacpp import runtime
 from ..terminal import err_console, event
 from .common import AsJson, Quiet, Rpc, RpcLayers, Threads, fail, reporter
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .. import runtime
 from ..inspect import inspect
+from ..llamacpp import runtime
 from .common import Rpc, RpcLayers
 
 

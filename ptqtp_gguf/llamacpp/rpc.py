@@ -13,7 +13,7 @@ import struct
 import sys
 from collections.abc import Sequence
 
-from .errors import ServerError
+from ..errors import ServerError
 
 CONNECT_SECONDS = 10.0
 HELLO = 14  # RPC_CMD_HELLO, the same in every version

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codec.reference import F32
+from ..errors import ChatError, InputError, RuntimeMissing
+from ..files.gguf import Reader
 from . import rpc
-from .codec.reference import F32
-from .errors import ChatError, InputError, RuntimeMissing
-from .files.gguf import Reader
 
 I32 = NDArray[np.int32]
 

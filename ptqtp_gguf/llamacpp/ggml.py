@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ..codec import types as fmt
+from ..codec.reference import F32, U8
+from ..errors import QuantizeError, RuntimeMissing
+from ..files.gguf import BF16_ID, F16_ID, F32_ID, TYPE_IDS, TYPES, quantize_plain, type_name
+from ..files.gguf import dequantize as dequantize_python
 from . import runtime
-from .codec import types as fmt
-from .codec.reference import F32, U8
-from .errors import QuantizeError, RuntimeMissing
-from .files.gguf import BF16_ID, F16_ID, F32_ID, TYPE_IDS, TYPES, quantize_plain, type_name
-from .files.gguf import dequantize as dequantize_python
 
 # What llama-quantize writes, where this gguf-py knows the type; ours stand apart (native/).
 WRITABLE = frozenset(
