@@ -22,7 +22,7 @@ from .pairing import CONFIDENCE, ENOUGH, Spread, ratios, spread
 from .plan import Progress, no_progress
 from .roofline import token_bytes
 from .rounds import File, Round, Settings, fits, one_round
-from .source import GgufSource
+from .source.base import GgufSource
 
 BUSY = 0.1  # share of the CPUs' time used by others, from which figures are doubtful
 WIDE = 1.15  # high over low of a ratio's interval, from which it says nothing if 1 lies inside

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blocks import Blocks, require_transformers
-from .checkpoint import Checkpoint, transformers_reason
 from .errors import CalibrationError, OutputError
 from .files.reading import read_bytes
 from .mapping import names
 from .moments import Moment, Store, fingerprint
 from .plan import Progress, no_progress
+from .source.checkpoint import Checkpoint, transformers_reason
 
 if TYPE_CHECKING:
     import torch

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
-from . import checkpoint, hub, metadata, shares
+from . import metadata, shares
 from .encode import make_encoder
 from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
 from .files.gguf import KV
 from .files.journal import Journal
 from .files.writing import check_space, check_target, scratch_path, system_errors
-from .imatrix import Imatrix
 from .memory import memory_need, piece_for
 from .options import Options, decisive, described, method_name, recipe_of, resolved
 from .parts import Part, discard, finish, lay_out, publish, share_files
@@ -24,7 +23,9 @@ from .prepare import prepared
 from .recipe import Recipe, Role, role_of
 from .results import Plan, Summary
 from .resume import choices_of, fingerprint, require_same
-from .source import GgufSource, Source, StreamSource
+from .source import checkpoint, hub
+from .source.base import GgufSource, Source, StreamSource
+from .source.imatrix import Imatrix
 from .transcode import Job, take_record, transcode
 from .verify import intact_tensors, verify_written
 

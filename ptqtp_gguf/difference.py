@@ -16,7 +16,7 @@ from .files.gguf import KV, TensorInfo, type_name
 from .inspect import plain, short, value_of
 from .plan import Progress, no_progress
 from .recipe import Role, layer_of, role_of
-from .source import GgufSource
+from .source.base import GgufSource
 
 SHOWN = 60  # characters of a metadata value
 ARCHITECTURE = "general.architecture"

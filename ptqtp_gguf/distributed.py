@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import hub, metadata, shares
+from . import metadata, shares
 from .conversion import convert_opened, imatrix_of, local, metadata_of, open_source, plan_of, ready_source
 from .encode import make_encoder
 from .errors import InputError, Interrupted, OutputError, PtqtpError, QuantizeError, RankError
 from .files.journal import Journal
 from .files.writing import check_space, check_target
-from .imatrix import Imatrix
 from .memory import piece_for
 from .options import Options, decisive, recipe_of, resolved
 from .parts import Part, discard, finish, lay_out, share_files
@@ -32,7 +31,9 @@ from .recipe import Choice, Recipe, role_of
 from .results import Summary
 from .resume import changed_option, choices_of, fingerprint, require_same
 from .shares import Share
-from .source import GgufSource, Source
+from .source import hub
+from .source.base import GgufSource, Source
+from .source.imatrix import Imatrix
 from .transcode import Job
 from .verify import verify_written
 

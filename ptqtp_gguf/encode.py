@@ -17,10 +17,10 @@ from .codec import types as fmt
 from .codec.reference import F32, U8
 from .errors import QuantizeError
 from .files.gguf import FLOAT_IDS, Q8_0_ID
-from .imatrix import Importance
 from .llamacpp import ggml
 from .quantize import cuda
 from .quantize.cuda import Encoded
+from .source.imatrix import Importance
 
 MASK = (1 << 64) - 1  # checksums of pieces add up modulo 2^64
 FLOOR = fmt.MAX_LEVEL * fmt.SMALLEST_SCALE  # a group whose largest weight is smaller lies below the scales' range

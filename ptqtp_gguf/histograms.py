@@ -25,7 +25,7 @@ from .files.gguf import TensorInfo
 from .files.threads import ReadAhead
 from .plan import Progress, no_progress
 from .recipe import Role, role_of
-from .source import GgufSource, Source, rows_together
+from .source.base import GgufSource, Source, rows_together
 
 DIGIT_VALUES = tuple(range(-4, 5))  # digit - 4 = 3*t1 + t2
 BINS_AN_OCTAVE = 4

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from .blocks import Blocks, Stop
 from .calibration import Batches, Sums, targets
-from .checkpoint import Checkpoint
 from .errors import OutputError
 from .moments import Moment
 from .plan import Progress, no_progress
+from .source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

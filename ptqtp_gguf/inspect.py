@@ -15,7 +15,7 @@ from .codec import types as fmt
 from .errors import InputError
 from .files.gguf import KV, TensorInfo
 from .recipe import Role, layer_of, role_of
-from .source import GgufSource
+from .source.base import GgufSource
 
 FEW = 8  # entries up to which an array is told whole
 LONG = 1000  # characters up to which a text is told whole

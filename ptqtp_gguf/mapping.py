@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError
 from .files.gguf import BF16_ID, F16_ID, F32_ID, TensorInfo, tensor_names
-from .source import Source
+from .source.base import Source
 
 if TYPE_CHECKING:
     import torch

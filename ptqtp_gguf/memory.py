@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import OutputError
 from .plan import PlanRow, rows_per_piece
-from .source import PIECE, Source, StreamSource
+from .source.base import PIECE, Source, StreamSource
 
 BASE = 100 << 20  # Python, numpy, gguf-py, rich, the tokenizer's metadata
 CONVERTER = 500 << 20  # the converter's process: torch, transformers

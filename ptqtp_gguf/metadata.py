@@ -24,9 +24,9 @@ from .files.gguf import (
     kv_u32,
     kv_u32_list,
 )
-from .imatrix import Imatrix
 from .plan import PlanRow
-from .source import SPLIT_KEYS, Source
+from .source.base import SPLIT_KEYS, Source
+from .source.imatrix import Imatrix
 
 OURS = "ptqtp."
 IMATRIX = "quantize.imatrix."  # llama-quantize's

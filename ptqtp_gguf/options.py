@@ -8,10 +8,10 @@ from pathlib import Path
 from . import quantize as methods
 from .errors import QuantizeError
 from .files.reading import open_regular, sha256_of
-from .imatrix import Imatrix
 from .quantize.calibrated import Settings
 from .quantize.tuned import TuneSettings
 from .recipe import Recipe, block_type, load
+from .source.imatrix import Imatrix
 
 AUTO, CALIBRATED, TUNED = "auto", "calibrated", "tuned"
 TOKENS_GPU, TOKENS_CPU = 1 << 18, 1 << 15

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import __version__, checkpoint, conversion, texts
+from . import __version__, conversion, texts
 from .codec import native
 from .codec.types import BY_NAME
 from .errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
@@ -25,6 +25,7 @@ from .options import Options, decisive, recipe_of, resolved
 from .plan import Progress
 from .recipe import Role, role_of
 from .results import FLOATS
+from .source import checkpoint
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
 SHARED_LINES = 0.01  # of the calibration text's long lines; licence headers are shared by chance, articles are not

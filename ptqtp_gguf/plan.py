@@ -15,9 +15,9 @@ from .codec.reference import F32, U8
 from .encode import FLOOR, to_float
 from .errors import InputError, RecipeError
 from .files.gguf import FLOAT_IDS, OutTensor, TensorInfo
-from .imatrix import Imatrix
 from .recipe import Choice, Recipe, Role, fall_back, require_importance, role_of
-from .source import Source, rows_together
+from .source.base import Source, rows_together
+from .source.imatrix import Imatrix
 
 # stage, weights done, weights in all, what is being worked on
 Progress = Callable[[str, int, int, str], None]

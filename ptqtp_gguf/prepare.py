@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checkpoint, mapping, texts
+from . import mapping, texts
 from .blocks import quiet
 from .calibration import walk
-from .checkpoint import Checkpoint
 from .codec import native
 from .codec import types as fmt
 from .codec.reference import F32, U8
@@ -39,7 +38,9 @@ from .quantize.tuned import tune
 from .recipe import Role, role_of
 from .resume import fingerprint
 from .sensitivity import Weights, token_weights
-from .source import Source
+from .source import checkpoint
+from .source.base import Source
+from .source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

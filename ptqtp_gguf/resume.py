@@ -15,7 +15,7 @@ from .files.journal import Journal
 from .llamacpp import runtime
 from .metadata import header_hash
 from .recipe import Choice
-from .source import Source
+from .source.base import Source
 
 CHUNK = 1 << 24
 

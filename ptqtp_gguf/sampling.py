@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blocks import WAY_OUT, quiet
-from .checkpoint import Checkpoint, transformers_reason
 from .errors import CalibrationError
 from .plan import Progress, no_progress
+from .source.checkpoint import Checkpoint, transformers_reason
 
 BATCH = 32  # windows written together
 

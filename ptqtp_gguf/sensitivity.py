@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blocks import quiet
-from .checkpoint import transformers_reason
 from .errors import CalibrationError
 from .memory import free_memory
 from .plan import Progress, no_progress
+from .source.checkpoint import transformers_reason
 
 MAX_BATCH = 8  # windows
 LOGIT_COPIES = 6  # float32 arrays of logits alive at a time

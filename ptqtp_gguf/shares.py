@@ -27,7 +27,7 @@ from .files.writing import write_all
 from .parts import Part, finish, lay_out, share_files
 from .plan import PlanRow, Progress
 from .resume import require_tensors
-from .source import Source
+from .source.base import Source
 from .transcode import Job, take_record, transcode
 from .verify import intact_tensors, verify_written
 

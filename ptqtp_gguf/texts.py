@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import hub
 from .blocks import require_transformers
-from .checkpoint import Checkpoint, show, transformers_reason
 from .errors import CalibrationError
 from .files.reading import parse_json
 from .plan import Progress, no_progress
 from .sampling import written
+from .source import hub
+from .source.checkpoint import Checkpoint, show, transformers_reason
 
 BUILTIN, SELF = "builtin", "self"
 BUILTIN_FILE = Path(__file__).with_name("data") / "builtin.jsonl.gz"

@@ -23,13 +23,13 @@ from .files.gguf import F32_ID, TensorInfo
 from .files.journal import Journal
 from .files.threads import ReadAhead, WriteBehind
 from .files.writing import write_all
-from .imatrix import Imatrix, Importance
 from .parts import Part
 from .plan import Below, PlanRow, Progress, not_finite, rows_per_piece
 from .planes import PlaneStore
 from .quantize.cuda import Encoded
 from .recipe import Choice, fall_back
-from .source import Source
+from .source.base import Source
+from .source.imatrix import Imatrix, Importance
 
 
 class FallBack(Exception):

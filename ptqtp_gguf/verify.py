@@ -29,7 +29,7 @@ from .files.threads import ReadAhead, WriteBehind
 from .files.writing import system_errors
 from .parts import Part
 from .plan import Progress, no_progress
-from .source import GgufSource, Source, rows_together
+from .source.base import GgufSource, Source, rows_together
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
 GAP = 1 << 24  # bytes read at once between tensors, and behind the last

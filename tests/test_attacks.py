@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from helpers import REPO, load_tool, safetensors_bytes
 
-from ptqtp_gguf import checkpoint, imatrix, patterns, pickles, planes, recipe, texts
-from ptqtp_gguf.checkpoint import to_bf16_gguf
+from ptqtp_gguf import patterns, planes, recipe, texts
 from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.resume import choices_of
-from ptqtp_gguf.source import GgufSource
+from ptqtp_gguf.source import checkpoint, imatrix, pickles
+from ptqtp_gguf.source.base import GgufSource
+from ptqtp_gguf.source.checkpoint import to_bf16_gguf
 from ptqtp_gguf.verify import verify
 
 ATTACKS = load_tool("make_attacks")
@@ -249,7 +250,7 @@ def test_a_journal_whose_plan_does_not_fit_is_refused(tiny_gguf: Path, tmp_path:
 @pytest.mark.hf
 def test_python_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     """llama.cpp's converter loads some tokenizers with trust_remote_code=True; we keep that from it."""
-    from ptqtp_gguf.stream import ConverterStream
+    from ptqtp_gguf.source.converter import ConverterStream
 
     folder = tmp_path / "evil"
     folder.mkdir()

@@ -25,7 +25,7 @@ from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.pairing import ratios, spread
 from ptqtp_gguf.roofline import token_bytes
 from ptqtp_gguf.rounds import File, Settings
-from ptqtp_gguf.source import GgufSource
+from ptqtp_gguf.source.base import GgufSource
 
 command = importlib.import_module("ptqtp_gguf.commands.bench")
 bench_module = importlib.import_module("ptqtp_gguf.bench")

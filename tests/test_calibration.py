@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, Family
 
-from ptqtp_gguf import checkpoint
 from ptqtp_gguf.calibration import OUTPUT, Layer, walk
 from ptqtp_gguf.errors import CalibrationError
 from ptqtp_gguf.mapping import names
+from ptqtp_gguf.source import checkpoint
 
 pytestmark = pytest.mark.hf
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from helpers import safetensors_bytes
 
-from ptqtp_gguf.checkpoint import BIN_INDEX, INDEX, check, converter_reason, is_gguf, shard_tensors, stamp
 from ptqtp_gguf.errors import CheckpointError, InputError
-from ptqtp_gguf.pickles import bin_tensors
+from ptqtp_gguf.source.checkpoint import BIN_INDEX, INDEX, check, converter_reason, is_gguf, shard_tensors, stamp
+from ptqtp_gguf.source.pickles import bin_tensors
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
         "b": {"dtype": "BF16", "shape": [3], "data_offsets": [16, 22]}}  # fmt: skip

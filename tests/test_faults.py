@@ -221,7 +221,7 @@ def test_killed_while_the_bf16_gets_its_name(source: Path, out: Path, monkeypatc
         shutil.copy(source, work)
         return []
 
-    monkeypatch.setattr("ptqtp_gguf.checkpoint.to_bf16_gguf", converter)
+    monkeypatch.setattr("ptqtp_gguf.source.checkpoint.to_bf16_gguf", converter)
     real = Path.replace
     for renamed in (False, True):
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from helpers import safetensors_bytes
 
-from ptqtp_gguf.checkpoint import check
-from ptqtp_gguf.hub import looks_like_id
+from ptqtp_gguf.source.checkpoint import check
+from ptqtp_gguf.source.hub import looks_like_id
 
 pytest.importorskip("huggingface_hub")
 

@@ -30,11 +30,11 @@ from ptqtp_gguf.errors import (
 )
 from ptqtp_gguf.files.gguf import TYPE_IDS, Reader, TensorInfo
 from ptqtp_gguf.files.journal import Journal
-from ptqtp_gguf.imatrix import Imatrix, Importance, read
 from ptqtp_gguf.llamacpp import ggml, runtime
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.recipe import load
 from ptqtp_gguf.results import card_facts
+from ptqtp_gguf.source.imatrix import Imatrix, Importance, read
 
 SEARCH = methods.find("search")
 Sums = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> sums (k, C), counts (k,)

@@ -15,7 +15,7 @@ import pytest
 from test_calibration import VOCAB, distance, save, some_tokens
 from tiny_models import Family
 
-from ptqtp_gguf import checkpoint, mapping, prepare, texts
+from ptqtp_gguf import mapping, prepare, texts
 from ptqtp_gguf.calibration import walk
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
@@ -30,7 +30,8 @@ from ptqtp_gguf.prepare import HELD_OUT, MOST_HELD_OUT, _held_out
 from ptqtp_gguf.quantize import METHODS, quantize
 from ptqtp_gguf.quantize.tune_settings import TuneSettings
 from ptqtp_gguf.sensitivity import token_weights
-from ptqtp_gguf.source import GgufSource
+from ptqtp_gguf.source import checkpoint
+from ptqtp_gguf.source.base import GgufSource
 from ptqtp_gguf.verify import verify
 
 pytestmark = pytest.mark.hf

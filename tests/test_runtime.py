@@ -19,7 +19,7 @@ import pytest
 from helpers import REPO
 from reference_llama import Llama as Reference
 
-from ptqtp_gguf import checkpoint, conversion
+from ptqtp_gguf import conversion
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
@@ -28,6 +28,7 @@ from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.options import Options
 from ptqtp_gguf.quantize import find, quantize
 from ptqtp_gguf.server import Server
+from ptqtp_gguf.source import checkpoint
 
 pytestmark = pytest.mark.runtime
 TEXT = "The tide table on the harbour wall is printed every December by the same small firm."

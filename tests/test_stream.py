@@ -17,11 +17,11 @@ import gguf
 import numpy as np
 import pytest
 
-from ptqtp_gguf import _converter_child as child
-from ptqtp_gguf.checkpoint import BIN_INDEX, INDEX, check
 from ptqtp_gguf.errors import CheckpointError
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.stream import ConverterStream, header_only
+from ptqtp_gguf.source import _converter_child as child
+from ptqtp_gguf.source.checkpoint import BIN_INDEX, INDEX, check
+from ptqtp_gguf.source.converter import ConverterStream, header_only
 
 pytestmark = [pytest.mark.runtime, pytest.mark.hf]
 

@@ -11,9 +11,9 @@ import pytest
 from helpers import copy_tokenizer
 
 from ptqtp_gguf import texts
-from ptqtp_gguf.checkpoint import Checkpoint, check
 from ptqtp_gguf.errors import CalibrationError, InputError
 from ptqtp_gguf.sampling import written
+from ptqtp_gguf.source.checkpoint import Checkpoint, check
 from ptqtp_gguf.texts import Text, load, tokens
 
 pytestmark = pytest.mark.hf

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.roofline import token_bytes
-from ptqtp_gguf.source import GgufSource
+from ptqtp_gguf.source.base import GgufSource
 
 
 @dataclass

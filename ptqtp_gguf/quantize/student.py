@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoint import transformers_reason
 from ..codec.types import MAX_LEVEL
 from ..errors import TuneError
+from ..source.checkpoint import transformers_reason
 from .plane_ops import GROUP, Flat, PlaneEmbedding, PlaneLinear, Tensor, code_scales, latent_start
 
 _PLAIN = (nn.Linear, nn.Embedding)  # not what is derived from them: Gemma's embedding multiplies

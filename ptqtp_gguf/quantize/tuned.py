@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..checkpoint import stamp
 from ..errors import TuneError
 from ..plan import Progress, no_progress
+from ..source.checkpoint import stamp
 from .tune_settings import Measure, Planes, TuneSettings
 from .tuner import Batches, Run
 

@@ -22,12 +22,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec import types as fmt
-from .codec.reference import F32, U8
-from .errors import InputError
-from .files.gguf import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo
-from .files.reading import open_regular, read_bytes, sha256_of
-from .llamacpp import ggml
+from ..codec import types as fmt
+from ..codec.reference import F32, U8
+from ..errors import InputError
+from ..files.gguf import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo
+from ..files.reading import open_regular, read_bytes, sha256_of
+from ..llamacpp import ggml
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 SUMS, COUNTS = ".in_sum2", ".counts"  # suffixes of a tensor's name

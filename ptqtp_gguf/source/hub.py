@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from ..errors import InputError
 
 # of the top folder only: weights, what the tokenizer is made of, and the card, which names the model in the metadata
 COMMON = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from ..codec.reference import U8
+from ..errors import InputError
+from ..files.gguf import KV, Reader, TensorInfo, row_size
 from . import checkpoint
-from .codec.reference import U8
-from .errors import InputError
-from .files.gguf import KV, Reader, TensorInfo, row_size
-from .stream import ConverterStream
+from .converter import ConverterStream
 
 PIECE = 1 << 22  # weights that travel together
 

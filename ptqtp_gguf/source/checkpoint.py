@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError, InputError
+from ..files.reading import open_regular, parse_json, read_whole
+from ..llamacpp import runtime
 from . import _converter_child as child
-from .errors import CheckpointError, InputError
-from .files.reading import open_regular, parse_json, read_whole
-from .llamacpp import runtime
 from .pickles import bin_tensors
 
 INDEX = "model.safetensors.index.json"

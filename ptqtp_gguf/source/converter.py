@@ -23,13 +23,13 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
+from ..codec.reference import U8
+from ..errors import CheckpointError
+from ..files.gguf import Header, TensorInfo, parse_header, read_header
+from ..files.reading import file_size, read_bytes
+from ..llamacpp import runtime
 from . import _converter_child as child
 from .checkpoint import Checkpoint, converter_reason, to_bf16_gguf
-from .codec.reference import U8
-from .errors import CheckpointError
-from .files.gguf import Header, TensorInfo, parse_header, read_header
-from .files.reading import file_size, read_bytes
-from .llamacpp import runtime
 
 PIPE = 1 << 20  # bytes; what an ordinary user may ask for
 MAX_HEAD = 1 << 28  # bytes; far beyond any vocabulary
