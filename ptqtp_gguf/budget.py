@@ -15,13 +15,13 @@ from math import ceil, floor, isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from . import quantize as methods
 from .codec import native
 from .codec import types as fmt
 from .codec.reference import F32
 from .errors import QuantizeError, RecipeError, RuntimeMissing
 from .files.gguf import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
 from .llamacpp import ggml
+from .quantize import methods
 from .recipe import KEEP, Choice, Model, Recipe, Rule, choose, rule_for
 from .source.imatrix import Importance
 

@@ -9,7 +9,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from . import metadata, shares
-from .encode import make_encoder
 from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
 from .files.gguf import KV
 from .files.journal import Journal
@@ -20,6 +19,7 @@ from .parts import Part, discard, finish, lay_out, publish, share_files
 from .plan import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
 from .planes import PlaneStore, planes_folder, remove_planes
 from .prepare import prepared
+from .quantize.encode import make_encoder
 from .recipe import Recipe, Role, role_of
 from .results import Plan, Summary
 from .resume import choices_of, fingerprint, require_same

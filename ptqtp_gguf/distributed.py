@@ -18,7 +18,6 @@ from typing import Any
 
 from . import metadata, shares
 from .conversion import convert_opened, imatrix_of, local, metadata_of, open_source, plan_of, ready_source
-from .encode import make_encoder
 from .errors import InputError, Interrupted, OutputError, PtqtpError, QuantizeError, RankError
 from .files.journal import Journal
 from .files.writing import check_space, check_target
@@ -26,6 +25,7 @@ from .memory import piece_for
 from .options import Options, decisive, recipe_of, resolved
 from .parts import Part, discard, finish, lay_out, share_files
 from .plan import PlanRow, Progress, check_values, no_progress, require_planes
+from .quantize.encode import make_encoder
 from .ranks import Ranks, number, own_gpu
 from .recipe import Choice, Recipe, role_of
 from .results import Summary

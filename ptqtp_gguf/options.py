@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import quantize as methods
 from .errors import QuantizeError
 from .files.reading import open_regular, sha256_of
-from .quantize.calibrated import Settings
+from .quantize import methods
+from .quantize.gptq import Settings
 from .quantize.tuned import TuneSettings
 from .recipe import Recipe, block_type, load
 from .source.imatrix import Imatrix

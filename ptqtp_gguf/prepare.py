@@ -22,7 +22,6 @@ from .calibration import walk
 from .codec import native
 from .codec import types as fmt
 from .codec.reference import F32, U8
-from .encode import FLOOR, to_float
 from .errors import CalibrationError, OutputError, QuantizeError
 from .files.gguf import F32_ID, FLOAT_IDS, TensorInfo
 from .files.reading import read_whole
@@ -33,7 +32,8 @@ from .moments import Moment, open_moments
 from .options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
 from .plan import Below, PlanRow, Progress
 from .planes import PlaneStore, unpacked
-from .quantize import calibrated
+from .quantize import gptq as calibrated
+from .quantize.encode import FLOOR, to_float
 from .quantize.tuned import tune
 from .recipe import Role, role_of
 from .resume import fingerprint

@@ -8,12 +8,12 @@ from typing import Any
 
 from . import __version__
 from .codec import types as fmt
-from .encode import MASK, checksum
 from .errors import ResumeError, RuntimeMissing
 from .files.gguf import TensorInfo, type_block
 from .files.journal import Journal
 from .llamacpp import runtime
 from .metadata import header_hash
+from .quantize.encode import MASK, checksum
 from .recipe import Choice
 from .source.base import Source
 

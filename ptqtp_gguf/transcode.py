@@ -17,7 +17,6 @@ import numpy as np
 from .codec import types as fmt
 from .codec.reference import U8
 from .codec.types import TP2_1
-from .encode import MASK, Done, Encoder, Pending, checksum
 from .errors import QuantizeError
 from .files.gguf import F32_ID, TensorInfo
 from .files.journal import Journal
@@ -26,7 +25,8 @@ from .files.writing import write_all
 from .parts import Part
 from .plan import Below, PlanRow, Progress, not_finite, rows_per_piece
 from .planes import PlaneStore
-from .quantize.cuda import Encoded
+from .quantize.cuda.encoder import Encoded
+from .quantize.encode import MASK, Done, Encoder, Pending, checksum
 from .recipe import Choice, fall_back
 from .source.base import Source
 from .source.imatrix import Imatrix, Importance

@@ -22,13 +22,13 @@ from .codec import reference as packing
 from .codec import types as fmt
 from .codec.reference import U8
 from .distance import Meter
-from .encode import MASK, checksum
 from .errors import InputError, OutputError
 from .files.gguf import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
 from .files.threads import ReadAhead, WriteBehind
 from .files.writing import system_errors
 from .parts import Part
 from .plan import Progress, no_progress
+from .quantize.encode import MASK, checksum
 from .source.base import GgufSource, Source, rows_together
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3

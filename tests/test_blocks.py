@@ -16,8 +16,8 @@ from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.reference import scale_to_float
 from ptqtp_gguf.codec.types import TP2_1
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.quantize import METHODS, quantize
-from ptqtp_gguf.quantize.blocks import cd_block, gptq_block
+from ptqtp_gguf.quantize.gptq_reference import cd_block, gptq_block
+from ptqtp_gguf.quantize.methods import METHODS, quantize
 
 Outcome = tuple[np.ndarray, np.ndarray, np.ndarray]
 

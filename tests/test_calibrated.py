@@ -12,8 +12,9 @@ from ptqtp_gguf.codec.reference import scale_from_float, scale_to_float
 from ptqtp_gguf.codec.types import LEVELS, TP2_1
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.planes import unpacked
-from ptqtp_gguf.quantize import blocks, calibrated
-from ptqtp_gguf.quantize.calibrated import Planes, Settings, calibrate
+from ptqtp_gguf.quantize import gptq as calibrated
+from ptqtp_gguf.quantize import gptq_reference as blocks
+from ptqtp_gguf.quantize.gptq import Planes, Settings, calibrate
 from ptqtp_gguf.quantize.plane_ops import code_scales, scale_codes
 
 torch = pytest.importorskip("torch")

@@ -18,7 +18,7 @@ from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader, quantize_plain
 from ptqtp_gguf.files.journal import Journal
 from ptqtp_gguf.options import Options
-from ptqtp_gguf.quantize import find, quantize
+from ptqtp_gguf.quantize.methods import find, quantize
 
 EXPECTED = {
     "token_embd.weight": "Q4_0",

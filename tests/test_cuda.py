@@ -25,8 +25,11 @@ from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.reference import scale_to_float
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.quantize import calibrated, cuda, find, nvidia, quantize
-from ptqtp_gguf.quantize.blocks import cd_block, gptq_block
+from ptqtp_gguf.quantize import gptq as calibrated
+from ptqtp_gguf.quantize.cuda import driver as nvidia
+from ptqtp_gguf.quantize.cuda import encoder as cuda
+from ptqtp_gguf.quantize.gptq_reference import cd_block, gptq_block
+from ptqtp_gguf.quantize.methods import find, quantize
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 CASES = [(TP2_1, "search"), (TP2_0, "search"), (TP2_0, "paper")]

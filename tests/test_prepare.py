@@ -27,7 +27,7 @@ from ptqtp_gguf.inorder import in_order
 from ptqtp_gguf.options import Calibration, Options, resolved
 from ptqtp_gguf.planes import PlaneStore, planes_folder, remove_planes
 from ptqtp_gguf.prepare import HELD_OUT, MOST_HELD_OUT, _held_out
-from ptqtp_gguf.quantize import METHODS, quantize
+from ptqtp_gguf.quantize.methods import METHODS, quantize
 from ptqtp_gguf.quantize.tune_settings import TuneSettings
 from ptqtp_gguf.sensitivity import token_weights
 from ptqtp_gguf.source import checkpoint

@@ -15,7 +15,8 @@ from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.quantize import METHODS, find, paper, quantize, search
+from ptqtp_gguf.quantize import paper, search
+from ptqtp_gguf.quantize.methods import METHODS, find, quantize
 
 SEARCH, PAPER = METHODS["search"], METHODS["paper"]
 CASES = [(TP2_1, SEARCH), (TP2_0, SEARCH), (TP2_0, PAPER)]

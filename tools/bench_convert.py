@@ -31,9 +31,9 @@ from rich.table import Table
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
-from ptqtp_gguf.encode import to_float
 from ptqtp_gguf.files.gguf import FLOAT_IDS, Reader
 from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.quantize.encode import to_float
 
 console = Console(highlight=False)
 STOCK = ("Q4_0", "Q4_K_M", "IQ4_XS")

@@ -22,8 +22,9 @@ import numpy as np
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.reference import scale_to_float
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
-from ptqtp_gguf.quantize import cuda, find, quantize
-from ptqtp_gguf.quantize.nvidia import call
+from ptqtp_gguf.quantize.cuda import encoder as cuda
+from ptqtp_gguf.quantize.cuda.driver import call
+from ptqtp_gguf.quantize.methods import find, quantize
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 CASES = [(TP2_1.id, "search"), (TP2_0.id, "search"), (TP2_0.id, "paper"), (Q8_0, "")]

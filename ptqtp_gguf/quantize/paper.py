@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..codec.reference import F32, U8, pack_tp2_0
 from ..codec.types import TP2_0, TensorType
 from ..errors import QuantizeError
-from .lanes import lane_sum
+from .sums import lane_sum
 
 F64 = NDArray[np.float64]
 

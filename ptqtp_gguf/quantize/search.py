@@ -35,7 +35,7 @@ from ..codec.reference import (
 )  # fmt: skip
 from ..codec.types import TP2_0, TP2_1, TensorType
 from . import paper
-from .lanes import lane_sum
+from .sums import lane_sum
 
 I64 = NDArray[np.int64]
 

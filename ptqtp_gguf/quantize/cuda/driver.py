@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..codec.reference import U8
-from ..errors import QuantizeError
+from ...codec.reference import U8
+from ...errors import QuantizeError
 
 THREADS = 128  # a block
 OUT_OF_MEMORY = 2

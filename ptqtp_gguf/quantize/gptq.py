@@ -30,7 +30,7 @@ import numpy as np
 from ..codec import native
 from ..codec.types import TP2_1
 from ..errors import QuantizeError
-from . import nvidia
+from .cuda import driver as nvidia
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ..codec.reference import F32, U8, scale_to_float
 from ..codec.types import TP2_1
-from .lanes import ordered_sum
 from .search import best_code, nearest_level
+from .sums import ordered_sum
 
 I8 = NDArray[np.int8]
 

@@ -11,16 +11,16 @@ from typing import Protocol
 
 import numpy as np
 
-from . import quantize as methods
-from .codec import native
-from .codec import types as fmt
-from .codec.reference import F32, U8
-from .errors import QuantizeError
-from .files.gguf import FLOAT_IDS, Q8_0_ID
-from .llamacpp import ggml
-from .quantize import cuda
-from .quantize.cuda import Encoded
-from .source.imatrix import Importance
+from ..codec import native
+from ..codec import types as fmt
+from ..codec.reference import F32, U8
+from ..errors import QuantizeError
+from ..files.gguf import FLOAT_IDS, Q8_0_ID
+from ..llamacpp import ggml
+from ..source.imatrix import Importance
+from . import methods
+from .cuda import encoder as cuda
+from .cuda.encoder import Encoded
 
 MASK = (1 << 64) - 1  # checksums of pieces add up modulo 2^64
 FLOOR = fmt.MAX_LEVEL * fmt.SMALLEST_SCALE  # a group whose largest weight is smaller lies below the scales' range

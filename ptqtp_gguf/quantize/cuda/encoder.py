@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..codec import native
-from ..codec.reference import U8
-from ..codec.types import TP2_0, TP2_1, TYPES
-from ..errors import QuantizeError
-from .nvidia import OUT_OF_MEMORY, Buffer, CudaError, Device, Unavailable, api, call
+from ...codec import native
+from ...codec.reference import U8
+from ...codec.types import TP2_0, TP2_1, TYPES
+from ...errors import QuantizeError
+from .driver import OUT_OF_MEMORY, Buffer, CudaError, Device, Unavailable, api, call
 
 _Q8_0 = 8
 SOURCES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), _Q8_0: ("Q8_0", 32, 34)}  # ggml's id: block, bytes
