@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .export import export_q4_0 as export_q4_0
     from .llamacpp.runtime import generate as generate
     from .llamacpp.runtime import load as load
-    from .options import Calibration as Calibration
-    from .options import Options as Options
+    from .plan.options import Calibration as Calibration
+    from .plan.options import Options as Options
     from .server import Server as Server
 
 __version__ = "0.1.0"

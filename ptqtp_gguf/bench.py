@@ -17,9 +17,9 @@ from . import machine
 from .errors import BenchError
 from .llamacpp import runtime
 from .machine import Machine
-from .memory import free_memory
 from .pairing import CONFIDENCE, ENOUGH, Spread, ratios, spread
-from .plan import Progress, no_progress
+from .plan.memory import free_memory
+from .plan.rows import Progress, no_progress
 from .roofline import token_bytes
 from .rounds import File, Round, Settings, fits, one_round
 from .source.base import GgufSource

@@ -25,7 +25,7 @@ from .errors import CalibrationError, OutputError
 from .files.reading import read_bytes
 from .mapping import names
 from .moments import Moment, Store, fingerprint
-from .plan import Progress, no_progress
+from .plan.rows import Progress, no_progress
 from .source.checkpoint import Checkpoint, transformers_reason
 
 if TYPE_CHECKING:

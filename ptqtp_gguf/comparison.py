@@ -30,9 +30,9 @@ from .generation import generate
 from .histograms import plane_statistics
 from .inspect import inspect
 from .llamacpp import runtime
-from .options import Options
 from .peers import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
-from .plan import Progress, no_progress
+from .plan.options import Options
+from .plan.rows import Progress, no_progress
 from .rounds import Round
 from .texts import load as load_calibration
 

@@ -13,14 +13,14 @@ from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeErro
 from .files.gguf import KV
 from .files.journal import Journal
 from .files.writing import check_space, check_target, scratch_path, system_errors
-from .memory import memory_need, piece_for
-from .options import Options, decisive, described, method_name, recipe_of, resolved
 from .parts import Part, discard, finish, lay_out, publish, share_files
-from .plan import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
+from .plan.memory import memory_need, piece_for
+from .plan.options import Options, decisive, described, method_name, recipe_of, resolved
+from .plan.recipe import Recipe, Role, role_of
+from .plan.rows import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
 from .planes import PlaneStore, planes_folder, remove_planes
 from .prepare import prepared
 from .quantize.encode import make_encoder
-from .recipe import Recipe, Role, role_of
 from .results import Plan, Summary
 from .resume import choices_of, fingerprint, require_same
 from .source import checkpoint, hub

@@ -14,8 +14,8 @@ from pathlib import Path
 from .distance import NONE, Distance, Meter, decodable
 from .files.gguf import KV, TensorInfo, type_name
 from .inspect import plain, short, value_of
-from .plan import Progress, no_progress
-from .recipe import Role, layer_of, role_of
+from .plan.recipe import Role, layer_of, role_of
+from .plan.rows import Progress, no_progress
 from .source.base import GgufSource
 
 SHOWN = 60  # characters of a metadata value

@@ -21,13 +21,13 @@ from .conversion import convert_opened, imatrix_of, local, metadata_of, open_sou
 from .errors import InputError, Interrupted, OutputError, PtqtpError, QuantizeError, RankError
 from .files.journal import Journal
 from .files.writing import check_space, check_target
-from .memory import piece_for
-from .options import Options, decisive, recipe_of, resolved
 from .parts import Part, discard, finish, lay_out, share_files
-from .plan import PlanRow, Progress, check_values, no_progress, require_planes
+from .plan.memory import piece_for
+from .plan.options import Options, decisive, recipe_of, resolved
+from .plan.recipe import Choice, Recipe, role_of
+from .plan.rows import PlanRow, Progress, check_values, no_progress, require_planes
 from .quantize.encode import make_encoder
 from .ranks import Ranks, number, own_gpu
-from .recipe import Choice, Recipe, role_of
 from .results import Summary
 from .resume import changed_option, choices_of, fingerprint, require_same
 from .shares import Share

@@ -21,7 +21,7 @@ from .errors import InputError, Interrupted
 from .evaltext import BUILTIN_WARNING, File, TextFacts, load_text, open_files, windows_of
 from .llamacpp import runtime
 from .llamacpp.runtime import I32, Context, Model
-from .plan import Progress, no_progress
+from .plan.rows import Progress, no_progress
 from .records import Job, Records, finite
 from .scoring import Logits, Quality, Rows, alone, score, summarize
 

@@ -25,7 +25,7 @@ from .errors import InputError, Interrupted
 from .evaltext import File, open_files
 from .llamacpp import runtime
 from .llamacpp.runtime import I32, Context, Model
-from .plan import Progress, no_progress
+from .plan.rows import Progress, no_progress
 from .records import Job, keep, kept
 from .scoring import Logits
 

@@ -23,8 +23,8 @@ from .codec import types as fmt
 from .codec.reference import U8
 from .files.gguf import TensorInfo
 from .files.threads import ReadAhead
-from .plan import Progress, no_progress
-from .recipe import Role, role_of
+from .plan.recipe import Role, role_of
+from .plan.rows import Progress, no_progress
 from .source.base import GgufSource, Source, rows_together
 
 DIGIT_VALUES = tuple(range(-4, 5))  # digit - 4 = 3*t1 + t2

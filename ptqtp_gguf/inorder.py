@@ -25,7 +25,7 @@ from .blocks import Blocks, Stop
 from .calibration import Batches, Sums, targets
 from .errors import OutputError
 from .moments import Moment
-from .plan import Progress, no_progress
+from .plan.rows import Progress, no_progress
 from .source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:

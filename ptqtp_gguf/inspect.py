@@ -14,7 +14,7 @@ from pathlib import Path
 from .codec import types as fmt
 from .errors import InputError
 from .files.gguf import KV, TensorInfo
-from .recipe import Role, layer_of, role_of
+from .plan.recipe import Role, layer_of, role_of
 from .source.base import GgufSource
 
 FEW = 8  # entries up to which an array is told whole

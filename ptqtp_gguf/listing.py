@@ -13,7 +13,7 @@ from .errors import printable
 from .files.gguf import TensorInfo
 from .histograms import DIGIT_VALUES, PlaneStatistics, Statistics
 from .inspect import FEW, TEMPLATE, Report
-from .recipe import role_of
+from .plan.recipe import role_of
 from .terminal import cell, line, out_console, right, whole
 
 BAR = 40  # characters of the longest bar

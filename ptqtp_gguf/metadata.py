@@ -24,7 +24,7 @@ from .files.gguf import (
     kv_u32,
     kv_u32_list,
 )
-from .plan import PlanRow
+from .plan.rows import PlanRow
 from .source.base import SPLIT_KEYS, Source
 from .source.imatrix import Imatrix
 

@@ -21,9 +21,9 @@ from .files.gguf import Reader, type_name
 from .files.reading import file_sha256, parse_json, read_whole
 from .files.writing import check_space, partial_file, write_text
 from .llamacpp import runtime
-from .options import Options, decisive, recipe_of, resolved
-from .plan import Progress
-from .recipe import Role, role_of
+from .plan.options import Options, decisive, recipe_of, resolved
+from .plan.recipe import Role, role_of
+from .plan.rows import Progress
 from .results import FLOATS
 from .source import checkpoint
 

@@ -29,13 +29,13 @@ from .files.writing import partial_file
 from .inorder import Stage, has_streams, in_order
 from .llamacpp import ggml
 from .moments import Moment, open_moments
-from .options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
-from .plan import Below, PlanRow, Progress
+from .plan.options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
+from .plan.recipe import Role, role_of
+from .plan.rows import Below, PlanRow, Progress
 from .planes import PlaneStore, unpacked
 from .quantize import gptq as calibrated
 from .quantize.encode import FLOOR, to_float
 from .quantize.tuned import tune
-from .recipe import Role, role_of
 from .resume import fingerprint
 from .sensitivity import Weights, token_weights
 from .source import checkpoint

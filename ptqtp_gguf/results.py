@@ -10,10 +10,10 @@ from . import __version__
 from .card import CardFacts, OutFile, TypeLine, origin_of
 from .codec import types as fmt
 from .files.gguf import KV, type_name
-from .options import Options, method_name, recipe_of, resolved
 from .parts import Part
-from .plan import PlanRow
-from .recipe import Recipe
+from .plan.options import Options, method_name, recipe_of, resolved
+from .plan.recipe import Recipe
+from .plan.rows import PlanRow
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 

@@ -13,8 +13,8 @@ from .files.gguf import TensorInfo, type_block
 from .files.journal import Journal
 from .llamacpp import runtime
 from .metadata import header_hash
+from .plan.recipe import Choice
 from .quantize.encode import MASK, checksum
-from .recipe import Choice
 from .source.base import Source
 
 CHUNK = 1 << 24

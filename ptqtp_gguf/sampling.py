@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from .blocks import WAY_OUT, quiet
 from .errors import CalibrationError
-from .plan import Progress, no_progress
+from .plan.rows import Progress, no_progress
 from .source.checkpoint import Checkpoint, transformers_reason
 
 BATCH = 32  # windows written together

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from .blocks import quiet
 from .errors import CalibrationError
-from .memory import free_memory
-from .plan import Progress, no_progress
+from .plan.memory import free_memory
+from .plan.rows import Progress, no_progress
 from .source.checkpoint import transformers_reason
 
 MAX_BATCH = 8  # windows

@@ -25,7 +25,7 @@ from .files.journal import MAX_BYTES, Journal, journal_path
 from .files.reading import parse_json, read_whole
 from .files.writing import write_all
 from .parts import Part, finish, lay_out, share_files
-from .plan import PlanRow, Progress
+from .plan.rows import PlanRow, Progress
 from .resume import require_tensors
 from .source.base import Source
 from .transcode import Job, take_record, transcode

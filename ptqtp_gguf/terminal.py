@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .errors import OutputError, printable
 from .files.gguf import type_name
-from .memory import resident
+from .plan.memory import resident
 from .results import Plan, Summary
 from .verify import Verdict
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .blocks import require_transformers
 from .errors import CalibrationError
 from .files.reading import parse_json
-from .plan import Progress, no_progress
+from .plan.rows import Progress, no_progress
 from .sampling import written
 from .source import hub
 from .source.checkpoint import Checkpoint, show, transformers_reason

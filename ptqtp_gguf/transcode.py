@@ -23,11 +23,11 @@ from .files.journal import Journal
 from .files.threads import ReadAhead, WriteBehind
 from .files.writing import write_all
 from .parts import Part
-from .plan import Below, PlanRow, Progress, not_finite, rows_per_piece
+from .plan.recipe import Choice, fall_back
+from .plan.rows import Below, PlanRow, Progress, not_finite, rows_per_piece
 from .planes import PlaneStore
 from .quantize.cuda.encoder import Encoded
 from .quantize.encode import MASK, Done, Encoder, Pending, checksum
-from .recipe import Choice, fall_back
 from .source.base import Source
 from .source.imatrix import Imatrix, Importance
 

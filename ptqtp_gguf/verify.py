@@ -27,7 +27,7 @@ from .files.gguf import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align,
 from .files.threads import ReadAhead, WriteBehind
 from .files.writing import system_errors
 from .parts import Part
-from .plan import Progress, no_progress
+from .plan.rows import Progress, no_progress
 from .quantize.encode import MASK, checksum
 from .source.base import GgufSource, Source, rows_together
 

@@ -120,7 +120,7 @@ def demo_files(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The demo model through the whole path: its bf16 GGUF, ours, and the Q4_0 twin."""
     from ptqtp_gguf.conversion import convert
     from ptqtp_gguf.export import export_q4_0
-    from ptqtp_gguf.options import Options
+    from ptqtp_gguf.plan.options import Options
 
     folder = tmp_path_factory.mktemp("demo")
     files = {name: folder / f"{name}.gguf" for name in ("bf16", "ours", "twin")}

@@ -18,7 +18,7 @@ from helpers import REPO
 
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 
 sys.path.insert(0, str(REPO / "tools"))
 accuracy, base, page = (importlib.import_module(name) for name in ("accuracy", "accuracy_base", "accuracy_page"))

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from helpers import REPO, load_tool, safetensors_bytes
 
-from ptqtp_gguf import patterns, planes, recipe, texts
+from ptqtp_gguf import planes, texts
 from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.plan import patterns, recipe
 from ptqtp_gguf.resume import choices_of
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
 from ptqtp_gguf.source.base import GgufSource

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.budget import Option, fit_budget, hull, spend, spread
 from ptqtp_gguf.errors import QuantizeError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TYPES, OutTensor, TensorInfo, build_header, total_size, type_name
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.recipe import Choice, load
+from ptqtp_gguf.plan.budget import Option, fit_budget, hull, spend, spread
+from ptqtp_gguf.plan.recipe import Choice, load
 
 items = st.lists(
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=4), min_size=1, max_size=5

@@ -17,7 +17,7 @@ from ptqtp_gguf.document import read_document
 from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, RecipeError
 from ptqtp_gguf.evaluation import evaluate
 from ptqtp_gguf.inspect import inspect
-from ptqtp_gguf.options import Calibration, Options
+from ptqtp_gguf.plan.options import Calibration, Options
 
 pytestmark = pytest.mark.runtime
 

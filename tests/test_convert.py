@@ -17,7 +17,7 @@ from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeErro
 from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader, quantize_plain
 from ptqtp_gguf.files.journal import Journal
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.quantize.methods import find, quantize
 
 EXPECTED = {

@@ -16,8 +16,8 @@ from ptqtp_gguf.distance import Meter, decodable
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.export import export_q4_0
 from ptqtp_gguf.files.gguf import TYPE_IDS, OutTensor, Reader, kv_string, kv_u32, write_stream
-from ptqtp_gguf.options import Options
-from ptqtp_gguf.recipe import Role
+from ptqtp_gguf.plan.options import Options
+from ptqtp_gguf.plan.recipe import Role
 from ptqtp_gguf.source.base import GgufSource
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ptqtp_gguf import conversion, distributed, ranks, shares
 from ptqtp_gguf.errors import Interrupted, QuantizeError
 from ptqtp_gguf.files.journal import Journal, journal_path
-from ptqtp_gguf.options import Calibration, Options
+from ptqtp_gguf.plan.options import Calibration, Options
 
 pytest.importorskip("torch.distributed")
 

@@ -18,7 +18,7 @@ from ptqtp_gguf.evaltext import BUILTIN_FILE, load_text
 from ptqtp_gguf.evaluation import evaluate
 from ptqtp_gguf.files.writing import cache_folder
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 
 pytestmark = pytest.mark.runtime
 CTX, WINDOWS = 64, 4

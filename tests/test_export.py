@@ -15,7 +15,7 @@ from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.export import export_q4_0, to_q4_0
 from ptqtp_gguf.files.gguf import Reader
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 
 
 def test_every_scale_code_and_digit_is_exact(rng: np.random.Generator) -> None:

@@ -29,7 +29,7 @@ from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.files.writing import partial_file, write_text
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.planes import PlaneStore
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptqtp_gguf import conversion, transcode
-from ptqtp_gguf.budget import fit_budget, spread
 from ptqtp_gguf.codec.types import TP2_0, TP2_1, TYPES, TensorType
 from ptqtp_gguf.errors import (
     InputError,
@@ -30,9 +29,10 @@ from ptqtp_gguf.errors import (
 from ptqtp_gguf.files.gguf import TYPE_IDS, Reader, TensorInfo
 from ptqtp_gguf.files.journal import Journal
 from ptqtp_gguf.llamacpp import ggml, runtime
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.budget import fit_budget, spread
+from ptqtp_gguf.plan.options import Options
+from ptqtp_gguf.plan.recipe import load
 from ptqtp_gguf.quantize import methods
-from ptqtp_gguf.recipe import load
 from ptqtp_gguf.results import card_facts
 from ptqtp_gguf.source.imatrix import Imatrix, Importance, read
 

@@ -23,8 +23,8 @@ from ptqtp_gguf.errors import InputError, QuantizeError
 from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, kv_string, kv_u32, write_stream
 from ptqtp_gguf.histograms import PlaneStatistics, plane_statistics
 from ptqtp_gguf.inspect import inspect
-from ptqtp_gguf.options import Options
-from ptqtp_gguf.recipe import Role
+from ptqtp_gguf.plan.options import Options
+from ptqtp_gguf.plan.recipe import Role
 
 MARKUP = "[red]a[/nothing]"
 HOSTILE = MARKUP + "\x1b[31m\nb\x07\u202e"

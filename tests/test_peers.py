@@ -13,9 +13,9 @@ from ptqtp_gguf.errors import CalibrationError, InputError, RecipeError, Runtime
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.reading import file_sha256
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.options import Options
 from ptqtp_gguf.peers import Item, Store, Workshop, check_apart, parse_items, reference_of
-from ptqtp_gguf.plan import no_progress
+from ptqtp_gguf.plan.options import Options
+from ptqtp_gguf.plan.rows import no_progress
 
 
 @pytest.fixture(scope="module")

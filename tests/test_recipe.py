@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptqtp_gguf import recipe as recipes
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TensorInfo, type_name
 from ptqtp_gguf.llamacpp import ggml
-from ptqtp_gguf.recipe import (
+from ptqtp_gguf.plan import recipe as recipes
+from ptqtp_gguf.plan.recipe import (
     MAX_BYTES,
     SHIPPED,
     Choice,

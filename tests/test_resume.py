@@ -19,7 +19,7 @@ from helpers import REPO, write_gguf
 from ptqtp_gguf import conversion, transcode
 from ptqtp_gguf.errors import Interrupted, OutputError, ResumeError
 from ptqtp_gguf.files.journal import Journal, journal_path
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 
 N = 8
 

@@ -25,7 +25,7 @@ from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.quantize.methods import find, quantize
 from ptqtp_gguf.server import Server
 from ptqtp_gguf.source import checkpoint

@@ -14,7 +14,7 @@ from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.source.base import GgufSource
 
 LIMIT = 20_000

@@ -18,7 +18,7 @@ from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
 from ptqtp_gguf.files.writing import write_verified
-from ptqtp_gguf.options import Options
+from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.terminal import verdict_dict
 from ptqtp_gguf.verify import Verdict, verify
 

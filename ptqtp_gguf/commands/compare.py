@@ -13,7 +13,7 @@ from ..comparison import PEERS, WINDOWS, Settings, Stopped
 from ..comparison import compare as compare_files
 from ..errors import OutputError, PtqtpError
 from ..files.reading import parse_json, read_whole
-from ..options import Calibration, Options
+from ..plan.options import Calibration, Options
 from ..report import check_tools, write_report
 from ..tables import print_comparison
 from ..terminal import event, line

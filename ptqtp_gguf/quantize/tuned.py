@@ -28,7 +28,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import TuneError
-from ..plan import Progress, no_progress
+from ..plan.rows import Progress, no_progress
 from ..source.checkpoint import stamp
 from .tune_settings import Measure, Planes, TuneSettings
 from .tuner import Batches, Run

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import TuneError
 from ..files.writing import check_text_target, partial_file
-from ..plan import Progress
+from ..plan.rows import Progress
 from .tune_settings import Measure, Planes, TuneSettings
 
 if TYPE_CHECKING:

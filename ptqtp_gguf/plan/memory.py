@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import OutputError
-from .plan import PlanRow, rows_per_piece
-from .source.base import PIECE, Source, StreamSource
+from ..errors import OutputError
+from ..source.base import PIECE, Source, StreamSource
+from .rows import PlanRow, rows_per_piece
 
 BASE = 100 << 20  # Python, numpy, gguf-py, rich, the tokenizer's metadata
 CONVERTER = 500 << 20  # the converter's process: torch, transformers

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..codec import types as fmt
+from ..codec.native import scan
+from ..codec.reference import F32, U8
+from ..errors import InputError, RecipeError
+from ..files.gguf import FLOAT_IDS, OutTensor, TensorInfo
+from ..quantize.encode import FLOOR, to_float
+from ..source.base import Source, rows_together
+from ..source.imatrix import Imatrix
 from .budget import fit_budget, spread
-from .codec import types as fmt
-from .codec.native import scan
-from .codec.reference import F32, U8
-from .errors import InputError, RecipeError
-from .files.gguf import FLOAT_IDS, OutTensor, TensorInfo
-from .quantize.encode import FLOOR, to_float
 from .recipe import Choice, Recipe, Role, fall_back, require_importance, role_of
-from .source.base import Source, rows_together
-from .source.imatrix import Imatrix
 
 # stage, weights done, weights in all, what is being worked on
 Progress = Callable[[str, int, int, str], None]

@@ -32,11 +32,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .codec.types import BY_NAME, TP2_0, TP2_1, TYPES, TensorType
-from .errors import RecipeError
-from .files.gguf import F16_ID, FLOAT_IDS, Q8_0_ID, TYPE_IDS, TensorInfo, type_block, type_name
-from .files.reading import open_regular, parse_json
-from .llamacpp import ggml
+from ..codec.types import BY_NAME, TP2_0, TP2_1, TYPES, TensorType
+from ..errors import RecipeError
+from ..files.gguf import F16_ID, FLOAT_IDS, Q8_0_ID, TYPE_IDS, TensorInfo, type_block, type_name
+from ..files.reading import open_regular, parse_json
+from ..llamacpp import ggml
 from .patterns import compile_bounded
 
 KEEP = "keep"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .errors import QuantizeError
-from .files.reading import open_regular, sha256_of
-from .quantize import methods
-from .quantize.gptq import Settings
-from .quantize.tuned import TuneSettings
+from ..errors import QuantizeError
+from ..files.reading import open_regular, sha256_of
+from ..quantize import methods
+from ..quantize.gptq import Settings
+from ..quantize.tuned import TuneSettings
+from ..source.imatrix import Imatrix
 from .recipe import Recipe, block_type, load
-from .source.imatrix import Imatrix
 
 AUTO, CALIBRATED, TUNED = "auto", "calibrated", "tuned"
 TOKENS_GPU, TOKENS_CPU = 1 << 18, 1 << 15
