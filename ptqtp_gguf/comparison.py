@@ -19,7 +19,6 @@ from . import __version__, machine
 from .bench import bench
 from .codec.types import BY_NAME
 from .conversion import local
-from .difference import tensor_errors
 from .document import SCHEMA
 from .errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
 from .evaltext import load_text, open_files
@@ -27,8 +26,9 @@ from .evaluation import evaluate
 from .files.reading import file_sha256, parse_json, read_whole
 from .files.writing import cache_folder, write_text
 from .generation import generate
-from .histograms import plane_statistics
-from .inspect import inspect
+from .inspect.contents import inspect
+from .inspect.diff import tensor_errors
+from .inspect.histograms import plane_statistics
 from .llamacpp import runtime
 from .peers import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
 from .plan.options import Options

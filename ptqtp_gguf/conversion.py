@@ -13,6 +13,7 @@ from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeErro
 from .files.gguf import KV
 from .files.journal import Journal
 from .files.writing import check_space, check_target, scratch_path, system_errors
+from .inspect.verify import intact_tensors, verify_written
 from .parts import Part, discard, finish, lay_out, publish, share_files
 from .plan.memory import memory_need, piece_for
 from .plan.options import Options, decisive, described, method_name, recipe_of, resolved
@@ -27,7 +28,6 @@ from .source import checkpoint, hub
 from .source.base import GgufSource, Source, StreamSource
 from .source.imatrix import Imatrix
 from .transcode import Job, take_record, transcode
-from .verify import intact_tensors, verify_written
 
 
 def convert(

@@ -21,6 +21,7 @@ from .conversion import convert_opened, imatrix_of, local, metadata_of, open_sou
 from .errors import InputError, Interrupted, OutputError, PtqtpError, QuantizeError, RankError
 from .files.journal import Journal
 from .files.writing import check_space, check_target
+from .inspect.verify import verify_written
 from .parts import Part, discard, finish, lay_out, share_files
 from .plan.memory import piece_for
 from .plan.options import Options, decisive, recipe_of, resolved
@@ -35,7 +36,6 @@ from .source import hub
 from .source.base import GgufSource, Source
 from .source.imatrix import Imatrix
 from .transcode import Job
-from .verify import verify_written
 
 KEPT = "what is finished is kept; run the same command again to go on"
 

@@ -8,11 +8,11 @@ from enum import Enum
 from rich.table import Table
 
 from .codec.reference import T1_OF_DIGIT, T2_OF_DIGIT
-from .difference import SHOWN, Difference, TensorDifference
 from .errors import printable
 from .files.gguf import TensorInfo
-from .histograms import DIGIT_VALUES, PlaneStatistics, Statistics
-from .inspect import FEW, TEMPLATE, Report
+from .inspect.contents import FEW, TEMPLATE, Report
+from .inspect.diff import SHOWN, Difference, TensorDifference
+from .inspect.histograms import DIGIT_VALUES, PlaneStatistics, Statistics
 from .plan.recipe import role_of
 from .terminal import cell, line, out_console, right, whole
 

@@ -24,12 +24,12 @@ from .files.gguf import OutTensor, type_block
 from .files.journal import MAX_BYTES, Journal, journal_path
 from .files.reading import parse_json, read_whole
 from .files.writing import write_all
+from .inspect.verify import intact_tensors, verify_written
 from .parts import Part, finish, lay_out, share_files
 from .plan.rows import PlanRow, Progress
 from .resume import require_tensors
 from .source.base import Source
 from .transcode import Job, take_record, transcode
-from .verify import intact_tensors, verify_written
 
 SHARES = 128  # of a single file, about: enough to be distributed evenly, few enough to cost nothing
 CHUNK = 1 << 24  # bytes copied at a time

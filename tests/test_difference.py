@@ -11,11 +11,11 @@ import pytest
 from helpers import rewritten, write_gguf
 
 from ptqtp_gguf.conversion import convert
-from ptqtp_gguf.difference import difference, tensor_errors
-from ptqtp_gguf.distance import Meter, decodable
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.export import export_q4_0
 from ptqtp_gguf.files.gguf import TYPE_IDS, OutTensor, Reader, kv_string, kv_u32, write_stream
+from ptqtp_gguf.inspect.diff import difference, tensor_errors
+from ptqtp_gguf.inspect.tensor_error import Meter, decodable
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.recipe import Role
 from ptqtp_gguf.source.base import GgufSource

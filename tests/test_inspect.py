@@ -21,8 +21,8 @@ from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.conversion import convert
 from ptqtp_gguf.errors import InputError, QuantizeError
 from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, kv_string, kv_u32, write_stream
-from ptqtp_gguf.histograms import PlaneStatistics, plane_statistics
-from ptqtp_gguf.inspect import inspect
+from ptqtp_gguf.inspect.contents import inspect
+from ptqtp_gguf.inspect.histograms import PlaneStatistics, plane_statistics
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.recipe import Role
 

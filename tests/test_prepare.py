@@ -24,6 +24,7 @@ from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
 from ptqtp_gguf.files.gguf import Reader, TensorInfo
 from ptqtp_gguf.inorder import in_order
+from ptqtp_gguf.inspect.verify import verify
 from ptqtp_gguf.plan.options import Calibration, Options, resolved
 from ptqtp_gguf.planes import PlaneStore, planes_folder, remove_planes
 from ptqtp_gguf.prepare import HELD_OUT, MOST_HELD_OUT, _held_out
@@ -32,7 +33,6 @@ from ptqtp_gguf.quantize.tune_settings import TuneSettings
 from ptqtp_gguf.sensitivity import token_weights
 from ptqtp_gguf.source import checkpoint
 from ptqtp_gguf.source.base import GgufSource
-from ptqtp_gguf.verify import verify
 
 pytestmark = pytest.mark.hf
 

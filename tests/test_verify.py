@@ -18,9 +18,9 @@ from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
 from ptqtp_gguf.files.writing import write_verified
+from ptqtp_gguf.inspect.verify import Verdict, verify
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.terminal import verdict_dict
-from ptqtp_gguf.verify import Verdict, verify
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,10 @@ from ptqtp_gguf import planes
 from ptqtp_gguf.errors import PtqtpError
 from ptqtp_gguf.files.gguf import OutTensor, build_header, kv_list, kv_string, kv_u32
 from ptqtp_gguf.files.journal import Journal, journal_path
+from ptqtp_gguf.inspect.verify import verify
 from ptqtp_gguf.plan import recipe
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
 from ptqtp_gguf.source.base import GgufSource
-from ptqtp_gguf.verify import verify
 
 SECONDS = 5  # that one input may take
 MEMORY = 3 << 30

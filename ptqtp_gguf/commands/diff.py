@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..difference import difference
+from ..inspect.diff import difference
 from ..listing import print_difference
 from ..terminal import event
 from .common import AsJson, Quiet, Threads, reporter

@@ -10,12 +10,12 @@ import typer
 
 from ..conversion import open_source
 from ..errors import InputError
-from ..histograms import plane_statistics
-from ..inspect import TEMPLATE, Report, plain
-from ..inspect import inspect as inspect_file
+from ..inspect.contents import TEMPLATE, Report, plain
+from ..inspect.contents import inspect as inspect_file
+from ..inspect.histograms import plane_statistics
+from ..inspect.verify import verify as verify_file
 from ..listing import Sort, print_histograms, print_report, print_tensors, print_text
 from ..terminal import event, print_verdict, verdict_dict
-from ..verify import verify as verify_file
 from .common import AsJson, Quiet, Threads, TrustCode, fail, reporter
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..inspect import inspect
+from ..inspect.contents import inspect
 from ..llamacpp import runtime
 from .common import Rpc, RpcLayers
 

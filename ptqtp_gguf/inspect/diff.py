@@ -11,12 +11,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .distance import NONE, Distance, Meter, decodable
-from .files.gguf import KV, TensorInfo, type_name
-from .inspect import plain, short, value_of
-from .plan.recipe import Role, layer_of, role_of
-from .plan.rows import Progress, no_progress
-from .source.base import GgufSource
+from ..files.gguf import KV, TensorInfo, type_name
+from ..plan.recipe import Role, layer_of, role_of
+from ..plan.rows import Progress, no_progress
+from ..source.base import GgufSource
+from .contents import plain, short, value_of
+from .tensor_error import NONE, Distance, Meter, decodable
 
 SHOWN = 60  # characters of a metadata value
 ARCHITECTURE = "general.architecture"

@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from .codec import native
-from .codec import reference as packing
-from .codec import types as fmt
-from .codec.reference import U8
-from .distance import Meter
-from .errors import InputError, OutputError
-from .files.gguf import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
-from .files.threads import ReadAhead, WriteBehind
-from .files.writing import system_errors
-from .parts import Part
-from .plan.rows import Progress, no_progress
-from .quantize.encode import MASK, checksum
-from .source.base import GgufSource, Source, rows_together
+from ..codec import native
+from ..codec import reference as packing
+from ..codec import types as fmt
+from ..codec.reference import U8
+from ..errors import InputError, OutputError
+from ..files.gguf import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
+from ..files.threads import ReadAhead, WriteBehind
+from ..files.writing import system_errors
+from ..parts import Part
+from ..plan.rows import Progress, no_progress
+from ..quantize.encode import MASK, checksum
+from ..source.base import GgufSource, Source, rows_together
+from .tensor_error import Meter
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
 GAP = 1 << 24  # bytes read at once between tensors, and behind the last

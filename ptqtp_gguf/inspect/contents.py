@@ -11,11 +11,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from .codec import types as fmt
-from .errors import InputError
-from .files.gguf import KV, TensorInfo
-from .plan.recipe import Role, layer_of, role_of
-from .source.base import GgufSource
+from ..codec import types as fmt
+from ..errors import InputError
+from ..files.gguf import KV, TensorInfo
+from ..plan.recipe import Role, layer_of, role_of
+from ..source.base import GgufSource
 
 FEW = 8  # entries up to which an array is told whole
 LONG = 1000  # characters up to which a text is told whole
