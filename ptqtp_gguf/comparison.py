@@ -17,6 +17,7 @@ from typing import Any
 
 from . import __version__, machine
 from .bench import bench
+from .calibrate.texts import load as load_calibration
 from .codec.types import BY_NAME
 from .conversion import local
 from .document import SCHEMA
@@ -34,7 +35,6 @@ from .peers import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_i
 from .plan.options import Options
 from .plan.rows import Progress, no_progress
 from .rounds import Round
-from .texts import load as load_calibration
 
 PEERS = ("Q4_0", "Q4_K_M", "IQ4_XS", "Q3_K_M")
 WINDOWS = 32

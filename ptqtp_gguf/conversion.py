@@ -9,6 +9,8 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from . import metadata, shares
+from .calibrate.run import prepared
+from .calibrate.store import PlaneStore, planes_folder, remove_planes
 from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
 from .files.gguf import KV
 from .files.journal import Journal
@@ -19,8 +21,6 @@ from .plan.memory import memory_need, piece_for
 from .plan.options import Options, decisive, described, method_name, recipe_of, resolved
 from .plan.recipe import Recipe, Role, role_of
 from .plan.rows import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
-from .planes import PlaneStore, planes_folder, remove_planes
-from .prepare import prepared
 from .quantize.encode import make_encoder
 from .results import Plan, Summary
 from .resume import choices_of, fingerprint, require_same

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import __version__, conversion, texts
+from . import __version__, conversion
+from .calibrate import texts
 from .codec import native
 from .codec.types import BY_NAME
 from .errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError

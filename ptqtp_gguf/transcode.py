@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .calibrate.store import PlaneStore
 from .codec import types as fmt
 from .codec.reference import U8
 from .codec.types import TP2_1
@@ -25,7 +26,6 @@ from .files.writing import write_all
 from .parts import Part
 from .plan.recipe import Choice, fall_back
 from .plan.rows import Below, PlanRow, Progress, not_finite, rows_per_piece
-from .planes import PlaneStore
 from .quantize.cuda.encoder import Encoded
 from .quantize.encode import MASK, Done, Encoder, Pending, checksum
 from .source.base import Source

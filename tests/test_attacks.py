@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import REPO, load_tool, safetensors_bytes
 
-from ptqtp_gguf import planes, texts
+from ptqtp_gguf.calibrate import store as planes
+from ptqtp_gguf.calibrate import texts
 from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ptqtp_gguf.calibrate.store import unpacked
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.reference import scale_from_float, scale_to_float
 from ptqtp_gguf.codec.types import LEVELS, TP2_1
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.planes import unpacked
 from ptqtp_gguf.quantize import gptq as calibrated
 from ptqtp_gguf.quantize import gptq_reference as blocks
 from ptqtp_gguf.quantize.gptq import Planes, Settings, calibrate

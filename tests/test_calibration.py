@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, Family
 
-from ptqtp_gguf.calibration import OUTPUT, Layer, walk
+from ptqtp_gguf.calibrate.gather import OUTPUT, Layer, walk
+from ptqtp_gguf.calibrate.names import names
 from ptqtp_gguf.errors import CalibrationError
-from ptqtp_gguf.mapping import names
 from ptqtp_gguf.source import checkpoint
 
 pytestmark = pytest.mark.hf
@@ -105,7 +105,7 @@ def gather(layers: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_a_forward_of_the_whole_model(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, tokens = MODELS[name], some_tokens()
-    monkeypatch.setattr("ptqtp_gguf.calibration.MAX_BATCH", 2)
+    monkeypatch.setattr("ptqtp_gguf.calibrate.gather.MAX_BATCH", 2)
     found = checkpoint.check(save(family, tmp_path))
     got = gather(walk(found, tokens, family.arch))
     expected = whole_model(tmp_path, family, tokens)

@@ -22,6 +22,7 @@ from helpers import REPO, safetensors_bytes, write_gguf
 
 from ptqtp_gguf import conversion
 from ptqtp_gguf import export as export_module
+from ptqtp_gguf.calibrate.store import PlaneStore
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.export import export_q4_0
 from ptqtp_gguf.files import journal
@@ -30,7 +31,6 @@ from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.files.writing import partial_file, write_text
 from ptqtp_gguf.plan.options import Options
-from ptqtp_gguf.planes import PlaneStore
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -15,22 +15,24 @@ import pytest
 from test_calibration import VOCAB, distance, save, some_tokens
 from tiny_models import Family
 
-from ptqtp_gguf import mapping, prepare, texts
-from ptqtp_gguf.calibration import walk
+from ptqtp_gguf.calibrate import names as mapping
+from ptqtp_gguf.calibrate import run as prepare
+from ptqtp_gguf.calibrate import texts
+from ptqtp_gguf.calibrate.gather import walk
+from ptqtp_gguf.calibrate.in_order import in_order
+from ptqtp_gguf.calibrate.run import HELD_OUT, MOST_HELD_OUT, _held_out
+from ptqtp_gguf.calibrate.store import PlaneStore, planes_folder, remove_planes
+from ptqtp_gguf.calibrate.token_weights import token_weights
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.reference import digits_of_levels, pack_tp2_1, scale_to_float
 from ptqtp_gguf.conversion import convert, open_source
 from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
 from ptqtp_gguf.files.gguf import Reader, TensorInfo
-from ptqtp_gguf.inorder import in_order
 from ptqtp_gguf.inspect.verify import verify
 from ptqtp_gguf.plan.options import Calibration, Options, resolved
-from ptqtp_gguf.planes import PlaneStore, planes_folder, remove_planes
-from ptqtp_gguf.prepare import HELD_OUT, MOST_HELD_OUT, _held_out
 from ptqtp_gguf.quantize.methods import METHODS, quantize
 from ptqtp_gguf.quantize.tune_settings import TuneSettings
-from ptqtp_gguf.sensitivity import token_weights
 from ptqtp_gguf.source import checkpoint
 from ptqtp_gguf.source.base import GgufSource
 

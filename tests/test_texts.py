@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from helpers import copy_tokenizer
 
-from ptqtp_gguf import texts
+from ptqtp_gguf.calibrate import texts
+from ptqtp_gguf.calibrate.sampling import written
+from ptqtp_gguf.calibrate.texts import Text, load, tokens
 from ptqtp_gguf.errors import CalibrationError, InputError
-from ptqtp_gguf.sampling import written
 from ptqtp_gguf.source.checkpoint import Checkpoint, check
-from ptqtp_gguf.texts import Text, load, tokens
 
 pytestmark = pytest.mark.hf
 

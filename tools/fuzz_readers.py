@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptqtp_gguf import planes
+from ptqtp_gguf.calibrate import store as planes
 from ptqtp_gguf.errors import PtqtpError
 from ptqtp_gguf.files.gguf import OutTensor, build_header, kv_list, kv_string, kv_u32
 from ptqtp_gguf.files.journal import Journal, journal_path

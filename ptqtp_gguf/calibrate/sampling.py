@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import WAY_OUT, quiet
-from .errors import CalibrationError
-from .plan.rows import Progress, no_progress
-from .source.checkpoint import Checkpoint, transformers_reason
+from ..errors import CalibrationError
+from ..plan.rows import Progress, no_progress
+from ..source.checkpoint import Checkpoint, transformers_reason
+from .model import WAY_OUT, quiet
 
 BATCH = 32  # windows written together
 

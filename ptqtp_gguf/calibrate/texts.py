@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import require_transformers
-from .errors import CalibrationError
-from .files.reading import parse_json
-from .plan.rows import Progress, no_progress
+from ..errors import CalibrationError
+from ..files.reading import parse_json
+from ..plan.rows import Progress, no_progress
+from ..source import hub
+from ..source.checkpoint import Checkpoint, show, transformers_reason
+from .model import require_transformers
 from .sampling import written
-from .source import hub
-from .source.checkpoint import Checkpoint, show, transformers_reason
 
 BUILTIN, SELF = "builtin", "self"
 BUILTIN_FILE = Path(__file__).with_name("data") / "builtin.jsonl.gz"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
-from .files.gguf import BF16_ID, F16_ID, F32_ID, TensorInfo, tensor_names
-from .source.base import Source
+from ..errors import InputError
+from ..files.gguf import BF16_ID, F16_ID, F32_ID, TensorInfo, tensor_names
+from ..source.base import Source
 
 if TYPE_CHECKING:
     import torch

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CalibrationError, OutputError
-from .files.reading import open_regular, parse_json, read_whole
-from .files.writing import check_space, sync_folder, write_text
-from .source.checkpoint import Checkpoint
+from ..errors import CalibrationError, OutputError
+from ..files.reading import open_regular, parse_json, read_whole
+from ..files.writing import check_space, sync_folder, write_text
+from ..source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

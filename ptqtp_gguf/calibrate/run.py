@@ -16,31 +16,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import mapping, texts
-from .blocks import quiet
-from .calibration import walk
-from .codec import native
-from .codec import types as fmt
-from .codec.reference import F32, U8
-from .errors import CalibrationError, OutputError, QuantizeError
-from .files.gguf import F32_ID, FLOAT_IDS, TensorInfo
-from .files.reading import read_whole
-from .files.writing import partial_file
-from .inorder import Stage, has_streams, in_order
-from .llamacpp import ggml
+from ..codec import native
+from ..codec import types as fmt
+from ..codec.reference import F32, U8
+from ..errors import CalibrationError, OutputError, QuantizeError
+from ..files.gguf import F32_ID, FLOAT_IDS, TensorInfo
+from ..files.reading import read_whole
+from ..files.writing import partial_file
+from ..llamacpp import ggml
+from ..plan.options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
+from ..plan.recipe import Role, role_of
+from ..plan.rows import Below, PlanRow, Progress
+from ..quantize import gptq as calibrated
+from ..quantize.encode import FLOOR, to_float
+from ..quantize.tuned import tune
+from ..resume import fingerprint
+from ..source import checkpoint
+from ..source.base import Source
+from ..source.checkpoint import Checkpoint
+from . import names as mapping
+from . import texts
+from .gather import walk
+from .in_order import Stage, has_streams, in_order
+from .model import quiet
 from .moments import Moment, open_moments
-from .plan.options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
-from .plan.recipe import Role, role_of
-from .plan.rows import Below, PlanRow, Progress
-from .planes import PlaneStore, unpacked
-from .quantize import gptq as calibrated
-from .quantize.encode import FLOOR, to_float
-from .quantize.tuned import tune
-from .resume import fingerprint
-from .sensitivity import Weights, token_weights
-from .source import checkpoint
-from .source.base import Source
-from .source.checkpoint import Checkpoint
+from .store import PlaneStore, unpacked
+from .token_weights import Weights, token_weights
 
 if TYPE_CHECKING:
     import torch

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import Blocks, Stop
-from .calibration import Batches, Sums, targets
-from .errors import OutputError
+from ..errors import OutputError
+from ..plan.rows import Progress, no_progress
+from ..source.checkpoint import Checkpoint
+from .gather import Batches, Sums, targets
+from .model import Blocks, Stop
 from .moments import Moment
-from .plan.rows import Progress, no_progress
-from .source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import Blocks, require_transformers
-from .errors import CalibrationError, OutputError
-from .files.reading import read_bytes
-from .mapping import names
+from ..errors import CalibrationError, OutputError
+from ..files.reading import read_bytes
+from ..plan.rows import Progress, no_progress
+from ..source.checkpoint import Checkpoint, transformers_reason
+from .model import Blocks, require_transformers
 from .moments import Moment, Store, fingerprint
-from .plan.rows import Progress, no_progress
-from .source.checkpoint import Checkpoint, transformers_reason
+from .names import names
 
 if TYPE_CHECKING:
     import torch

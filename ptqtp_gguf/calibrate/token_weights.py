@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import quiet
-from .errors import CalibrationError
-from .plan.memory import free_memory
-from .plan.rows import Progress, no_progress
-from .source.checkpoint import transformers_reason
+from ..errors import CalibrationError
+from ..plan.memory import free_memory
+from ..plan.rows import Progress, no_progress
+from ..source.checkpoint import transformers_reason
+from .model import quiet
 
 MAX_BATCH = 8  # windows
 LOGIT_COPIES = 6  # float32 arrays of logits alive at a time
