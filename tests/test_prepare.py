@@ -32,9 +32,9 @@ from ptqtp_gguf.files.gguf import Reader, TensorInfo
 from ptqtp_gguf.inspect.verify import verify
 from ptqtp_gguf.plan.options import Calibration, Options, resolved
 from ptqtp_gguf.quantize.methods import METHODS, quantize
-from ptqtp_gguf.quantize.tune_settings import TuneSettings
 from ptqtp_gguf.source import checkpoint
 from ptqtp_gguf.source.base import GgufSource
+from ptqtp_gguf.tune.settings import TuneSettings
 
 pytestmark = pytest.mark.hf
 

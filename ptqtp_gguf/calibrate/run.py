@@ -29,11 +29,11 @@ from ..plan.recipe import Role, role_of
 from ..plan.rows import Below, PlanRow, Progress
 from ..quantize import gptq as calibrated
 from ..quantize.encode import FLOOR, to_float
-from ..quantize.tuned import tune
 from ..resume import fingerprint
 from ..source import checkpoint
 from ..source.base import Source
 from ..source.checkpoint import Checkpoint
+from ..tune.run import tune
 from . import names as mapping
 from . import texts
 from .gather import walk

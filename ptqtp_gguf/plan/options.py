@@ -9,8 +9,8 @@ from ..errors import QuantizeError
 from ..files.reading import open_regular, sha256_of
 from ..quantize import methods
 from ..quantize.gptq import Settings
-from ..quantize.tuned import TuneSettings
 from ..source.imatrix import Imatrix
+from ..tune.run import TuneSettings
 from .recipe import Recipe, block_type, load
 
 AUTO, CALIBRATED, TUNED = "auto", "calibrated", "tuned"

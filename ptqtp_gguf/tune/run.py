@@ -30,8 +30,8 @@ from .. import __version__
 from ..errors import TuneError
 from ..plan.rows import Progress, no_progress
 from ..source.checkpoint import stamp
-from .tune_settings import Measure, Planes, TuneSettings
-from .tuner import Batches, Run
+from .settings import Measure, Planes, TuneSettings
+from .trainer import Batches, Run
 
 if TYPE_CHECKING:
     from .student import Student

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import TuneError
 from ..files.writing import check_text_target, partial_file
 from ..plan.rows import Progress
-from .tune_settings import Measure, Planes, TuneSettings
+from .settings import Measure, Planes, TuneSettings
 
 if TYPE_CHECKING:
     from .student import Student
@@ -77,7 +77,7 @@ class Run:
     def __init__(self, student: Student, settings: TuneSettings, train: Any, held: Any, progress: Progress) -> None:
         import torch
 
-        from .plane_ops import change_unit
+        from .layers import change_unit
 
         self.student, self.settings, self.train, self.held = student, settings, train, held
         self.progress, self.batches = progress, Batches(student, settings)
@@ -182,7 +182,7 @@ class Run:
 
     def apply(self) -> None:
         """Put the variables into the student: rounded scales, vectors, levels."""
-        from .plane_ops import code_scales, nearest_levels, scale_codes
+        from .layers import code_scales, nearest_levels, scale_codes
 
         student, d = self.student, self.d["scales"][0]
         wanted = self.scale0 * (d.exp() if self.settings.form == "log" else 1 + d)
@@ -208,7 +208,7 @@ class Run:
 
     def snapshot(self) -> dict[str, Any]:
         """What the student is made of now, on the CPU."""
-        from .plane_ops import scale_codes
+        from .layers import scale_codes
 
         s = self.student
         kept = {"codes": scale_codes(s.scales.value), "vectors": s.vector_values.value}
