@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .chatting import Chat as Chat
-    from .conversion import convert as convert
-    from .conversion import dry_run as dry_run
+    from .conversion.export import export_q4_0 as export_q4_0
+    from .conversion.pipeline import convert as convert
+    from .conversion.pipeline import dry_run as dry_run
     from .errors import Interrupted as Interrupted
     from .errors import PtqtpError as PtqtpError
     from .evaluation import evaluate as evaluate
-    from .export import export_q4_0 as export_q4_0
     from .llamacpp.runtime import generate as generate
     from .llamacpp.runtime import load as load
     from .plan.options import Calibration as Calibration

@@ -19,7 +19,7 @@ from . import __version__, machine
 from .bench import bench
 from .calibrate.texts import load as load_calibration
 from .codec.types import BY_NAME
-from .conversion import local
+from .conversion.pipeline import local
 from .document import SCHEMA
 from .errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
 from .evaltext import load_text, open_files

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import __version__, conversion
+from . import __version__
 from .calibrate import texts
 from .codec import native
 from .codec.types import BY_NAME
+from .conversion import pipeline as conversion
+from .conversion.summary import FLOATS
 from .errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from .files.gguf import Reader, type_name
 from .files.reading import file_sha256, parse_json, read_whole
@@ -25,7 +27,6 @@ from .llamacpp import runtime
 from .plan.options import Options, decisive, recipe_of, resolved
 from .plan.recipe import Role, role_of
 from .plan.rows import Progress
-from .results import FLOATS
 from .source import checkpoint
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS

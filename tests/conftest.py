@@ -118,8 +118,8 @@ def demo_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def demo_files(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo model through the whole path: its bf16 GGUF, ours, and the Q4_0 twin."""
-    from ptqtp_gguf.conversion import convert
-    from ptqtp_gguf.export import export_q4_0
+    from ptqtp_gguf.conversion.export import export_q4_0
+    from ptqtp_gguf.conversion.pipeline import convert
     from ptqtp_gguf.plan.options import Options
 
     folder = tmp_path_factory.mktemp("demo")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import REPO
 
-from ptqtp_gguf.conversion import convert
+from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.plan.options import Options
 

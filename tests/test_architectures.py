@@ -18,11 +18,11 @@ import pytest
 from tiny_models import FAMILIES, Family, build
 
 from ptqtp_gguf.codec.types import TP2_0, TP2_1, TensorType
-from ptqtp_gguf.conversion import convert
-from ptqtp_gguf.export import export_q4_0
+from ptqtp_gguf.conversion.export import export_q4_0
+from ptqtp_gguf.conversion.pipeline import convert
+from ptqtp_gguf.conversion.summary import Summary
 from ptqtp_gguf.files.gguf import F32_ID, OutTensor, Reader, TensorInfo, write_stream
 from ptqtp_gguf.plan.options import Options
-from ptqtp_gguf.results import Summary
 from ptqtp_gguf.source import checkpoint
 
 pytestmark = [pytest.mark.runtime, pytest.mark.hf]

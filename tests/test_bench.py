@@ -18,7 +18,7 @@ import pytest
 from ptqtp_gguf import _load_child, machine, rounds
 from ptqtp_gguf.bench import Bench, bench
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.conversion import convert
+from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.energy import Rapl
 from ptqtp_gguf.errors import BenchError, InputError
 from ptqtp_gguf.llamacpp import runtime

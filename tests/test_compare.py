@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from helpers import REPO, write_gguf
 
-from ptqtp_gguf import comparison, conversion, peers
+from ptqtp_gguf import comparison, peers
 from ptqtp_gguf.comparison import ROUNDS_FILE, Settings, Stopped, compare
+from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.document import read_document
 from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, RecipeError
 from ptqtp_gguf.evaluation import evaluate

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf import __version__, conversion, transcode
+from ptqtp_gguf import __version__
 from ptqtp_gguf.codec.types import TP2_1, Key
+from ptqtp_gguf.conversion import loop as transcode
+from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError
 from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader, quantize_plain

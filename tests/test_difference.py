@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from helpers import rewritten, write_gguf
 
-from ptqtp_gguf.conversion import convert
+from ptqtp_gguf.conversion.export import export_q4_0
+from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.export import export_q4_0
 from ptqtp_gguf.files.gguf import TYPE_IDS, OutTensor, Reader, kv_string, kv_u32, write_stream
 from ptqtp_gguf.inspect.diff import difference, tensor_errors
 from ptqtp_gguf.inspect.tensor_error import Meter, decodable

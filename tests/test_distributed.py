@@ -17,7 +17,9 @@ from helpers import write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptqtp_gguf import conversion, distributed, ranks, shares
+from ptqtp_gguf import distributed, ranks
+from ptqtp_gguf.conversion import pipeline as conversion
+from ptqtp_gguf.conversion import shares
 from ptqtp_gguf.errors import Interrupted, QuantizeError
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.plan.options import Calibration, Options

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from helpers import REPO
 
-from ptqtp_gguf import conversion, evaluation, generation
+from ptqtp_gguf import evaluation, generation
+from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
 from ptqtp_gguf.evaltext import BUILTIN_FILE, load_text
 from ptqtp_gguf.evaluation import evaluate

@@ -11,9 +11,9 @@ from helpers import write_gguf
 
 from ptqtp_gguf.codec.reference import dequantize, pack_tp2_1
 from ptqtp_gguf.codec.types import TP2_1
-from ptqtp_gguf.conversion import convert
+from ptqtp_gguf.conversion.export import export_q4_0, to_q4_0
+from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError, OutputError
-from ptqtp_gguf.export import export_q4_0, to_q4_0
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.plan.options import Options
 

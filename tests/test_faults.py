@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from helpers import REPO, safetensors_bytes, write_gguf
 
-from ptqtp_gguf import conversion
-from ptqtp_gguf import export as export_module
 from ptqtp_gguf.calibrate.store import PlaneStore
+from ptqtp_gguf.conversion import export as export_module
+from ptqtp_gguf.conversion import pipeline as conversion
+from ptqtp_gguf.conversion.export import export_q4_0
 from ptqtp_gguf.errors import InputError, OutputError
-from ptqtp_gguf.export import export_q4_0
 from ptqtp_gguf.files import journal
 from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader

@@ -15,8 +15,10 @@ from helpers import REPO, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf import conversion, transcode
 from ptqtp_gguf.codec.types import TP2_0, TP2_1, TYPES, TensorType
+from ptqtp_gguf.conversion import loop as transcode
+from ptqtp_gguf.conversion import pipeline as conversion
+from ptqtp_gguf.conversion.summary import card_facts
 from ptqtp_gguf.errors import (
     InputError,
     Interrupted,
@@ -33,7 +35,6 @@ from ptqtp_gguf.plan.budget import fit_budget, spread
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.recipe import load
 from ptqtp_gguf.quantize import methods
-from ptqtp_gguf.results import card_facts
 from ptqtp_gguf.source.imatrix import Imatrix, Importance, read
 
 SEARCH = methods.find("search")

@@ -18,7 +18,7 @@ from ptqtp_gguf import terminal
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
-from ptqtp_gguf.conversion import convert
+from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError, QuantizeError
 from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, kv_string, kv_u32, write_stream
 from ptqtp_gguf.inspect.contents import inspect

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ptqtp_gguf import conversion, peers
+from ptqtp_gguf import peers
+from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import CalibrationError, InputError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.reading import file_sha256

@@ -26,7 +26,7 @@ from ptqtp_gguf.calibrate.token_weights import token_weights
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.reference import digits_of_levels, pack_tp2_1, scale_to_float
-from ptqtp_gguf.conversion import convert, open_source
+from ptqtp_gguf.conversion.pipeline import convert, open_source
 from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
 from ptqtp_gguf.files.gguf import Reader, TensorInfo
 from ptqtp_gguf.inspect.verify import verify
@@ -66,7 +66,7 @@ def in_order_file(folder: Path, how: Options, tiny_checkpoint: Path) -> tuple[Pa
 def converted_before(bf16: Path) -> Iterator[None]:
     """The checkpoint's GGUF is there already, as with --keep-bf16: llama.cpp's converter takes seconds."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ptqtp_gguf.conversion.open_source", lambda source, *_: GgufSource(bf16, source))
+        m.setattr("ptqtp_gguf.conversion.pipeline.open_source", lambda source, *_: GgufSource(bf16, source))
         yield
 
 
@@ -330,7 +330,7 @@ def test_interrupted_again_and_again(
     seen = go("quantizing blk.0.attn_q.weight")
     assert "calibrating block 1" in seen and "calibrating block 0" not in seen
     with monkeypatch.context() as m:
-        m.setattr("ptqtp_gguf.conversion.transcode", lambda *_: pytest.fail("begun"))
+        m.setattr("ptqtp_gguf.conversion.pipeline.transcode", lambda *_: pytest.fail("begun"))
         with pytest.raises(ResumeError, match="--calib-tokens 1024"):
             convert(tiny_checkpoint, out, with_(how, tokens=512))
     convert(tiny_checkpoint, out, how)

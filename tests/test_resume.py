@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from helpers import REPO, write_gguf
 
-from ptqtp_gguf import conversion, transcode
+from ptqtp_gguf.conversion import loop as transcode
+from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import Interrupted, OutputError, ResumeError
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.plan.options import Options
@@ -115,7 +116,7 @@ def test_another_version_is_refused(source: Path, out: Path, monkeypatch: pytest
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         stop_after(2, m)
         conversion.convert(source, out)
-    monkeypatch.setattr("ptqtp_gguf.resume.__version__", "9.9")
+    monkeypatch.setattr("ptqtp_gguf.conversion.records.__version__", "9.9")
     with pytest.raises(ResumeError, match=r"begun with ptqtp-gguf 0\.\d\.\d \(now 9\.9\)"):
         conversion.convert(source, out)
 

@@ -16,7 +16,7 @@ import pytest
 from helpers import REPO
 from talking_model import write_talking_model
 
-from ptqtp_gguf import conversion
+from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import ServerError
 from ptqtp_gguf.llamacpp import rpc, runtime
 

@@ -19,9 +19,9 @@ import pytest
 from helpers import REPO
 from reference_llama import Llama as Reference
 
-from ptqtp_gguf import conversion
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
+from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.llamacpp import runtime

@@ -14,7 +14,7 @@ import pytest
 from helpers import REPO
 from talking_model import write_talking_model
 
-from ptqtp_gguf import conversion
+from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.server import Server
 
 sys.path.insert(0, str(REPO / "tools"))

@@ -10,7 +10,7 @@ import pytest
 from helpers import write_gguf
 
 from ptqtp_gguf.codec.types import Key
-from ptqtp_gguf.conversion import convert
+from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.llamacpp import runtime

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptqtp_gguf.codec.types import TP2_1, Key
-from ptqtp_gguf.conversion import convert, open_source
+from ptqtp_gguf.conversion.pipeline import convert, open_source
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
 from ptqtp_gguf.files.writing import write_verified

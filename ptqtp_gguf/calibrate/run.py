@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..codec import native
 from ..codec import types as fmt
 from ..codec.reference import F32, U8
+from ..conversion.records import fingerprint
 from ..errors import CalibrationError, OutputError, QuantizeError
 from ..files.gguf import F32_ID, FLOAT_IDS, TensorInfo
 from ..files.reading import read_whole
@@ -29,7 +30,6 @@ from ..plan.recipe import Role, role_of
 from ..plan.rows import Below, PlanRow, Progress
 from ..quantize import gptq as calibrated
 from ..quantize.encode import FLOOR, to_float
-from ..resume import fingerprint
 from ..source import checkpoint
 from ..source.base import Source
 from ..source.checkpoint import Checkpoint

@@ -8,16 +8,17 @@ from typing import Annotated
 
 import typer
 
-from .. import conversion, distributed, ranks
-from ..card import card
+from .. import distributed, ranks
+from ..conversion import pipeline as conversion
+from ..conversion.card import card
+from ..conversion.export import export_q4_0
+from ..conversion.summary import Summary, card_facts
 from ..errors import Interrupted
-from ..export import export_q4_0
 from ..files.journal import journal_path
 from ..files.writing import check_text_target, write_text
 from ..plan.options import METHOD_NAMES, Calibration, Options
 from ..plan.recipe import SHIPPED
 from ..plan.rows import Progress
-from ..results import Summary, card_facts
 from ..terminal import Bar, event, line, plan_dict, print_plan, print_summary, summary_dict
 from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, parse_size, reporter
 

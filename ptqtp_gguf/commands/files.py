@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversion import open_source
+from ..conversion.pipeline import open_source
 from ..errors import InputError
 from ..inspect.contents import TEMPLATE, Report, plain
 from ..inspect.contents import inspect as inspect_file

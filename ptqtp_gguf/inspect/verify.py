@@ -21,11 +21,11 @@ from ..codec import native
 from ..codec import reference as packing
 from ..codec import types as fmt
 from ..codec.reference import U8
+from ..conversion.output_files import Part
 from ..errors import InputError, OutputError
 from ..files.gguf import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
 from ..files.threads import ReadAhead, WriteBehind
 from ..files.writing import system_errors
-from ..parts import Part
 from ..plan.rows import Progress, no_progress
 from ..quantize.encode import MASK, checksum
 from ..source.base import GgufSource, Source, rows_together

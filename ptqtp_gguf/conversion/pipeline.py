@@ -8,26 +8,26 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+from ..calibrate.run import prepared
+from ..calibrate.store import PlaneStore, planes_folder, remove_planes
+from ..errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
+from ..files.gguf import KV
+from ..files.journal import Journal
+from ..files.writing import check_space, check_target, scratch_path, system_errors
+from ..inspect.verify import intact_tensors, verify_written
+from ..plan.memory import memory_need, piece_for
+from ..plan.options import Options, decisive, described, method_name, recipe_of, resolved
+from ..plan.recipe import Recipe, Role, role_of
+from ..plan.rows import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
+from ..quantize.encode import make_encoder
+from ..source import checkpoint, hub
+from ..source.base import GgufSource, Source, StreamSource
+from ..source.imatrix import Imatrix
 from . import metadata, shares
-from .calibrate.run import prepared
-from .calibrate.store import PlaneStore, planes_folder, remove_planes
-from .errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
-from .files.gguf import KV
-from .files.journal import Journal
-from .files.writing import check_space, check_target, scratch_path, system_errors
-from .inspect.verify import intact_tensors, verify_written
-from .parts import Part, discard, finish, lay_out, publish, share_files
-from .plan.memory import memory_need, piece_for
-from .plan.options import Options, decisive, described, method_name, recipe_of, resolved
-from .plan.recipe import Recipe, Role, role_of
-from .plan.rows import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
-from .quantize.encode import make_encoder
-from .results import Plan, Summary
-from .resume import choices_of, fingerprint, require_same
-from .source import checkpoint, hub
-from .source.base import GgufSource, Source, StreamSource
-from .source.imatrix import Imatrix
-from .transcode import Job, take_record, transcode
+from .loop import Job, take_record, transcode
+from .output_files import Part, discard, finish, lay_out, publish, share_files
+from .records import choices_of, fingerprint, require_same
+from .summary import Plan, Summary
 
 
 def convert(

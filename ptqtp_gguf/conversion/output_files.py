@@ -8,10 +8,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import OutputError
-from .files.gguf import INT32, KV, UINT16, OutTensor, align, build_header, kv_scalar
-from .files.writing import sync_folder
-from .source.base import part_path
+from ..errors import OutputError
+from ..files.gguf import INT32, KV, UINT16, OutTensor, align, build_header, kv_scalar
+from ..files.writing import sync_folder
+from ..source.base import part_path
 
 MAX_PARTS = 65535
 

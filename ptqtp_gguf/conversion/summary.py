@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import __version__
+from .. import __version__
+from ..codec import types as fmt
+from ..files.gguf import KV, type_name
+from ..plan.options import Options, method_name, recipe_of, resolved
+from ..plan.recipe import Recipe
+from ..plan.rows import PlanRow
 from .card import CardFacts, OutFile, TypeLine, origin_of
-from .codec import types as fmt
-from .files.gguf import KV, type_name
-from .parts import Part
-from .plan.options import Options, method_name, recipe_of, resolved
-from .plan.recipe import Recipe
-from .plan.rows import PlanRow
+from .output_files import Part
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 

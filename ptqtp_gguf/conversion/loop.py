@@ -14,22 +14,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .calibrate.store import PlaneStore
-from .codec import types as fmt
-from .codec.reference import U8
-from .codec.types import TP2_1
-from .errors import QuantizeError
-from .files.gguf import F32_ID, TensorInfo
-from .files.journal import Journal
-from .files.threads import ReadAhead, WriteBehind
-from .files.writing import write_all
-from .parts import Part
-from .plan.recipe import Choice, fall_back
-from .plan.rows import Below, PlanRow, Progress, not_finite, rows_per_piece
-from .quantize.cuda.encoder import Encoded
-from .quantize.encode import MASK, Done, Encoder, Pending, checksum
-from .source.base import Source
-from .source.imatrix import Imatrix, Importance
+from ..calibrate.store import PlaneStore
+from ..codec import types as fmt
+from ..codec.reference import U8
+from ..codec.types import TP2_1
+from ..errors import QuantizeError
+from ..files.gguf import F32_ID, TensorInfo
+from ..files.journal import Journal
+from ..files.threads import ReadAhead, WriteBehind
+from ..files.writing import write_all
+from ..plan.recipe import Choice, fall_back
+from ..plan.rows import Below, PlanRow, Progress, not_finite, rows_per_piece
+from ..quantize.cuda.encoder import Encoded
+from ..quantize.encode import MASK, Done, Encoder, Pending, checksum
+from ..source.base import Source
+from ..source.imatrix import Imatrix, Importance
+from .output_files import Part
 
 
 class FallBack(Exception):

@@ -7,10 +7,10 @@ import json
 import struct
 from collections import Counter
 
-from . import __version__
-from .codec import types as fmt
-from .errors import RecipeError
-from .files.gguf import (
+from .. import __version__
+from ..codec import types as fmt
+from ..errors import RecipeError
+from ..files.gguf import (
     BOOL,
     FLOAT32,
     INT64,
@@ -24,9 +24,9 @@ from .files.gguf import (
     kv_u32,
     kv_u32_list,
 )
-from .plan.rows import PlanRow
-from .source.base import SPLIT_KEYS, Source
-from .source.imatrix import Imatrix
+from ..plan.rows import PlanRow
+from ..source.base import SPLIT_KEYS, Source
+from ..source.imatrix import Imatrix
 
 OURS = "ptqtp."
 IMATRIX = "quantize.imatrix."  # llama-quantize's

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .codec import types as fmt
+from ..codec import types as fmt
 
 WORST = 8  # tensors in the table of errors
 MOST_FALLBACKS = 20

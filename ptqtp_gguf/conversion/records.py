@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .codec import types as fmt
-from .errors import ResumeError, RuntimeMissing
-from .files.gguf import TensorInfo, type_block
-from .files.journal import Journal
-from .llamacpp import runtime
+from .. import __version__
+from ..codec import types as fmt
+from ..errors import ResumeError, RuntimeMissing
+from ..files.gguf import TensorInfo, type_block
+from ..files.journal import Journal
+from ..llamacpp import runtime
+from ..plan.recipe import Choice
+from ..quantize.encode import MASK, checksum
+from ..source.base import Source
 from .metadata import header_hash
-from .plan.recipe import Choice
-from .quantize.encode import MASK, checksum
-from .source.base import Source
 
 CHUNK = 1 << 24
 

@@ -19,17 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import InputError
-from .files.gguf import OutTensor, type_block
-from .files.journal import MAX_BYTES, Journal, journal_path
-from .files.reading import parse_json, read_whole
-from .files.writing import write_all
-from .inspect.verify import intact_tensors, verify_written
-from .parts import Part, finish, lay_out, share_files
-from .plan.rows import PlanRow, Progress
-from .resume import require_tensors
-from .source.base import Source
-from .transcode import Job, take_record, transcode
+from ..errors import InputError
+from ..files.gguf import OutTensor, type_block
+from ..files.journal import MAX_BYTES, Journal, journal_path
+from ..files.reading import parse_json, read_whole
+from ..files.writing import write_all
+from ..inspect.verify import intact_tensors, verify_written
+from ..plan.rows import PlanRow, Progress
+from ..source.base import Source
+from .loop import Job, take_record, transcode
+from .output_files import Part, finish, lay_out, share_files
+from .records import require_tensors
 
 SHARES = 128  # of a single file, about: enough to be distributed evenly, few enough to cost nothing
 CHUNK = 1 << 24  # bytes copied at a time
