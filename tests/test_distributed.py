@@ -17,9 +17,10 @@ from helpers import write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptqtp_gguf import distributed, ranks
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion import shares
+from ptqtp_gguf.distributed import ranks
+from ptqtp_gguf.distributed import run as distributed
 from ptqtp_gguf.errors import Interrupted, QuantizeError
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.plan.options import Calibration, Options

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from .. import distributed, ranks
 from ..conversion import pipeline as conversion
 from ..conversion.card import card
 from ..conversion.export import export_q4_0
 from ..conversion.summary import Summary, card_facts
+from ..distributed import ranks
+from ..distributed import run as distributed
 from ..errors import Interrupted
 from ..files.journal import journal_path
 from ..files.writing import check_text_target, write_text
