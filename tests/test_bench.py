@@ -15,20 +15,20 @@ import gguf
 import numpy as np
 import pytest
 
-from ptqtp_gguf import _load_child, machine, rounds
-from ptqtp_gguf.bench import Bench, bench
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.conversion.pipeline import convert
-from ptqtp_gguf.energy import Rapl
 from ptqtp_gguf.errors import BenchError, InputError
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.pairing import ratios, spread
-from ptqtp_gguf.roofline import token_bytes
-from ptqtp_gguf.rounds import File, Settings
+from ptqtp_gguf.measure import _load_child, machine, rounds
+from ptqtp_gguf.measure.energy import Rapl
+from ptqtp_gguf.measure.roofline import token_bytes
+from ptqtp_gguf.measure.rounds import File, Settings
+from ptqtp_gguf.measure.speed import Bench, bench
+from ptqtp_gguf.measure.statistics import ratios, spread
 from ptqtp_gguf.source.base import GgufSource
 
 command = importlib.import_module("ptqtp_gguf.commands.bench")
-bench_module = importlib.import_module("ptqtp_gguf.bench")
+bench_module = importlib.import_module("ptqtp_gguf.measure.speed")
 VOCAB, WIDTH, FFN = 64, 64, 96
 HERE = machine.Machine("cpu", 2, 2, 1 << 34, "os", (), "scalar", None)
 

@@ -16,8 +16,8 @@ from ptqtp_gguf.comparison import ROUNDS_FILE, Settings, Stopped, compare
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.document import read_document
 from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, RecipeError
-from ptqtp_gguf.evaluation import evaluate
 from ptqtp_gguf.inspect.contents import inspect
+from ptqtp_gguf.measure.quality import evaluate
 from ptqtp_gguf.plan.options import Calibration, Options
 
 pytestmark = pytest.mark.runtime

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from helpers import REPO
 
-from ptqtp_gguf import evaluation, generation
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
-from ptqtp_gguf.evaltext import BUILTIN_FILE, load_text
-from ptqtp_gguf.evaluation import evaluate
 from ptqtp_gguf.files.writing import cache_folder
 from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.measure import generation
+from ptqtp_gguf.measure import quality as evaluation
+from ptqtp_gguf.measure.quality import evaluate
+from ptqtp_gguf.measure.text import BUILTIN_FILE, load_text
 from ptqtp_gguf.plan.options import Options
 
 pytestmark = pytest.mark.runtime

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ptqtp_gguf.errors import OutputError
-from ptqtp_gguf.records import Job, Records, finite, keep, kept
-from ptqtp_gguf.scoring import RECORD, Logits, Rows, alone, score, summarize
+from ptqtp_gguf.measure.cache import Job, Records, finite, keep, kept
+from ptqtp_gguf.measure.scoring import RECORD, Logits, Rows, alone, score, summarize
 
 
 def logs(*rows: tuple[float, ...]) -> np.ndarray:

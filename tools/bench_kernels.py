@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.roofline import token_bytes
+from ptqtp_gguf.measure.roofline import token_bytes
 from ptqtp_gguf.source.base import GgufSource
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..bench import Bench
-from ..bench import bench as measure
-from ..rounds import File, Round
+from ..measure.rounds import File, Round
+from ..measure.speed import Bench
+from ..measure.speed import bench as measure
 from ..terminal import event, line, out_console, right, whole
 from .common import AsJson, Quiet, fail, numbers, reporter
 

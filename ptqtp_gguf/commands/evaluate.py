@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from ..errors import Interrupted
-from ..evaluation import Evaluation, evaluate
 from ..files.writing import cache_folder
-from ..generation import Generation, generate
+from ..measure.generation import Generation, generate
+from ..measure.quality import Evaluation, evaluate
 from ..terminal import err_console, event, line, out_console, right, whole
 from .common import AsJson, Quiet, Threads, fail, reporter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .source.base import Source
+from ..source.base import Source
 
 LOOKED_UP = ("position_embd.weight", "token_types.weight", "per_layer_token_embd.weight")  # only rows of them are read
 

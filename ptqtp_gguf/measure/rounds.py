@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import BenchError
+from ..llamacpp import runtime
 from . import machine
-from .errors import BenchError
-from .llamacpp import runtime
 
 Round = dict[str, Any]  # what a round measured, fit for JSON: see one_round
 
@@ -154,6 +154,6 @@ def parse(text: str, settings: Settings, threads: int, path: Path) -> dict[str, 
 def _first_token(file: File, settings: Settings) -> dict[str, float | None]:
     """What _load_child tells."""
     numbers = max(settings.threads), settings.first, max(settings.generate, default=0)
-    args = [sys.executable, "-c", LOAD, str(Path(__file__).parent.parent), str(file.path), *map(str, numbers)]
+    args = [sys.executable, "-c", LOAD, str(Path(__file__).parents[2]), str(file.path), *map(str, numbers)]
     result: dict[str, float | None] = json.loads(_run(args, file, "loading").splitlines()[-1])
     return result

@@ -13,16 +13,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..errors import BenchError
+from ..llamacpp import runtime
+from ..plan.memory import free_memory
+from ..plan.rows import Progress, no_progress
+from ..source.base import GgufSource
 from . import machine
-from .errors import BenchError
-from .llamacpp import runtime
 from .machine import Machine
-from .pairing import CONFIDENCE, ENOUGH, Spread, ratios, spread
-from .plan.memory import free_memory
-from .plan.rows import Progress, no_progress
 from .roofline import token_bytes
 from .rounds import File, Round, Settings, fits, one_round
-from .source.base import GgufSource
+from .statistics import CONFIDENCE, ENOUGH, Spread, ratios, spread
 
 BUSY = 0.1  # share of the CPUs' time used by others, from which figures are doubtful
 WIDE = 1.15  # high over low of a ratio's interval, from which it says nothing if 1 lies inside

@@ -1,6 +1,6 @@
 """A process of its own that opens a GGUF file as a user of llama-cpp-python does, and tells what that took.
 
-    python -m ptqtp_gguf._load_child FILE THREADS PROMPT GENERATE      (rounds.py runs it)
+    python -m ptqtp_gguf.measure._load_child FILE THREADS PROMPT GENERATE      (rounds.py runs it)
 
 Prints one JSON object: load_s, the time to open the file; ttft_s, from a prompt of PROMPT tokens to the first token of
 the answer; peak_memory, bytes at the peak until then, Python's own (some 60 MB) counted; energy, J a token over
@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from ..errors import PtqtpError
+from ..llamacpp import runtime
 from .energy import Rapl
-from .errors import PtqtpError
-from .llamacpp import runtime
 
 CONTEXT = 2048  # the default of `run`; longer only for longer prompts
 

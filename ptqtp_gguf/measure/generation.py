@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError, Interrupted
-from .evaltext import File, open_files
-from .llamacpp import runtime
-from .llamacpp.runtime import I32, Context, Model
-from .plan.rows import Progress, no_progress
-from .records import Job, keep, kept
+from ..errors import InputError, Interrupted
+from ..llamacpp import runtime
+from ..llamacpp.runtime import I32, Context, Model
+from ..plan.rows import Progress, no_progress
+from .cache import Job, keep, kept
 from .scoring import Logits
+from .text import File, open_files
 
 DATA = Path(__file__).with_name("data")
 LIMIT = 64  # tokens that are continued

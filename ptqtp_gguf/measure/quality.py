@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .codec import types as fmt
-from .codec.reference import F32
-from .errors import InputError, Interrupted
-from .evaltext import BUILTIN_WARNING, File, TextFacts, load_text, open_files, windows_of
-from .llamacpp import runtime
-from .llamacpp.runtime import I32, Context, Model
-from .plan.rows import Progress, no_progress
-from .records import Job, Records, finite
+from ..codec import types as fmt
+from ..codec.reference import F32
+from ..errors import InputError, Interrupted
+from ..llamacpp import runtime
+from ..llamacpp.runtime import I32, Context, Model
+from ..plan.rows import Progress, no_progress
+from .cache import Job, Records, finite
 from .scoring import Logits, Quality, Rows, alone, score, summarize
+from .text import BUILTIN_WARNING, File, TextFacts, load_text, open_files, windows_of
 
 BATCH = 512  # tokens a call of the runtime; llama-perplexity's -ub
 MIN_CTX, MAX_CTX = 8, 1 << 17
