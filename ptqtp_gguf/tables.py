@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from . import findings
-from .document import Document, read_document
+from .compare import findings
+from .compare.document import Document, read_document
 from .terminal import out_console
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from helpers import REPO, write_gguf
 
-from ptqtp_gguf import comparison, peers
-from ptqtp_gguf.comparison import ROUNDS_FILE, Settings, Stopped, compare
+from ptqtp_gguf.compare import candidates as peers
+from ptqtp_gguf.compare import run as comparison
+from ptqtp_gguf.compare.document import read_document
+from ptqtp_gguf.compare.run import ROUNDS_FILE, Settings, Stopped, compare
 from ptqtp_gguf.conversion import pipeline as conversion
-from ptqtp_gguf.document import read_document
 from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, RecipeError
 from ptqtp_gguf.inspect.contents import inspect
 from ptqtp_gguf.measure.quality import evaluate

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ptqtp_gguf import peers
+from ptqtp_gguf.compare import candidates as peers
+from ptqtp_gguf.compare.candidates import Item, Store, Workshop, check_apart, parse_items, reference_of
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import CalibrationError, InputError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.reading import file_sha256
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.peers import Item, Store, Workshop, check_apart, parse_items, reference_of
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.rows import no_progress
 

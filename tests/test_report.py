@@ -22,10 +22,10 @@ import report_document
 from report_document import MATRICES, example, gaps
 from rich.console import Console
 
-from ptqtp_gguf import findings
-from ptqtp_gguf.document import Document, read_document
+from ptqtp_gguf.compare import findings
+from ptqtp_gguf.compare.document import Document, read_document
+from ptqtp_gguf.compare.page import write_json, write_report
 from ptqtp_gguf.errors import InputError, OutputError
-from ptqtp_gguf.report import write_json, write_report
 from ptqtp_gguf.tables import print_comparison
 
 needs_page = pytest.mark.skipif(
@@ -391,7 +391,7 @@ def test_any_number_is_borne(seed: int, tmp_path: Path) -> None:
 
 
 def test_experts_of_a_block_are_one_cell() -> None:
-    from ptqtp_gguf.plots import block_errors
+    from ptqtp_gguf.compare.plots import block_errors
 
     row = example()["rows"][1]
     row["tensors"] = [

@@ -51,9 +51,9 @@ from accuracy_base import (
     sha256,
 )  # fmt: skip
 
+from ptqtp_gguf.compare.candidates import check_apart
 from ptqtp_gguf.errors import PtqtpError
 from ptqtp_gguf.files.gguf import Reader
-from ptqtp_gguf.peers import check_apart
 
 TYPES = "Q8_0 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS Q3_K_M Q3_K_S IQ3_M IQ3_S IQ3_XXS TQ1_0".split()
 ONLY_WITH_IMATRIX = {"IQ3_XXS"}  # llama-quantize would make it without, but nobody publishes such files

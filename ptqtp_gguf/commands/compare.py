@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from ..comparison import PEERS, WINDOWS, Settings, Stopped
-from ..comparison import compare as compare_files
+from ..compare.page import check_tools, write_report
+from ..compare.run import PEERS, WINDOWS, Settings, Stopped
+from ..compare.run import compare as compare_files
 from ..errors import OutputError, PtqtpError
 from ..files.reading import parse_json, read_whole
 from ..plan.options import Calibration, Options
-from ..report import check_tools, write_report
 from ..tables import print_comparison
 from ..terminal import event, line
 from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, numbers, reporter

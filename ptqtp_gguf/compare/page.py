@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError, OutputError
+from ..files.writing import partial_file
 from . import findings
 from .document import Document, Row, read_document
-from .errors import InputError, OutputError
-from .files.writing import partial_file
 from .plots import Plot, draw
 
 INSTALL = "pip install 'ptqtp-gguf[report]'"
@@ -76,7 +76,7 @@ def render(doc: Document, plots: list[Plot]) -> str:
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters["sig"], env.filters["times"] = findings.significant, findings.times
     env.filters["count"], env.filters["percent"] = findings.count, findings.percent
-    source = resources.files(__package__ or "ptqtp_gguf") / "data" / "report.html"
+    source = resources.files(__package__) / "data" / "report.html"
     template = env.from_string(source.read_text("utf-8"))
     pair = findings.headline(doc)
     ordered = findings.ordered(doc)

@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import __version__
-from .calibrate import texts
-from .codec import native
-from .codec.types import BY_NAME
-from .conversion import pipeline as conversion
-from .conversion.summary import FLOATS
-from .errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
-from .files.gguf import Reader, type_name
-from .files.reading import file_sha256, parse_json, read_whole
-from .files.writing import check_space, partial_file, write_text
-from .llamacpp import runtime
-from .plan.options import Options, decisive, recipe_of, resolved
-from .plan.recipe import Role, role_of
-from .plan.rows import Progress
-from .source import checkpoint
+from .. import __version__
+from ..calibrate import texts
+from ..codec import native
+from ..codec.types import BY_NAME
+from ..conversion import pipeline as conversion
+from ..conversion.summary import FLOATS
+from ..errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
+from ..files.gguf import Reader, type_name
+from ..files.reading import file_sha256, parse_json, read_whole
+from ..files.writing import check_space, partial_file, write_text
+from ..llamacpp import runtime
+from ..plan.options import Options, decisive, recipe_of, resolved
+from ..plan.recipe import Role, role_of
+from ..plan.rows import Progress
+from ..source import checkpoint
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
 SHARED_LINES = 0.01  # of the calibration text's long lines; licence headers are shared by chance, articles are not

@@ -15,27 +15,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .calibrate.texts import load as load_calibration
-from .codec.types import BY_NAME
-from .conversion.pipeline import local
+from .. import __version__
+from ..calibrate.texts import load as load_calibration
+from ..codec.types import BY_NAME
+from ..conversion.pipeline import local
+from ..errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
+from ..files.reading import file_sha256, parse_json, read_whole
+from ..files.writing import cache_folder, write_text
+from ..inspect.contents import inspect
+from ..inspect.diff import tensor_errors
+from ..inspect.histograms import plane_statistics
+from ..llamacpp import runtime
+from ..measure import machine
+from ..measure.generation import generate
+from ..measure.quality import evaluate
+from ..measure.rounds import Round
+from ..measure.speed import bench
+from ..measure.text import load_text, open_files
+from ..plan.options import Options
+from ..plan.rows import Progress, no_progress
+from .candidates import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
 from .document import SCHEMA
-from .errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
-from .files.reading import file_sha256, parse_json, read_whole
-from .files.writing import cache_folder, write_text
-from .inspect.contents import inspect
-from .inspect.diff import tensor_errors
-from .inspect.histograms import plane_statistics
-from .llamacpp import runtime
-from .measure import machine
-from .measure.generation import generate
-from .measure.quality import evaluate
-from .measure.rounds import Round
-from .measure.speed import bench
-from .measure.text import load_text, open_files
-from .peers import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
-from .plan.options import Options
-from .plan.rows import Progress, no_progress
 
 PEERS = ("Q4_0", "Q4_K_M", "IQ4_XS", "Q3_K_M")
 WINDOWS = 32
