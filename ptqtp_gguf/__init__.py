@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .chatting import Chat as Chat
     from .conversion.export import export_q4_0 as export_q4_0
     from .conversion.pipeline import convert as convert
     from .conversion.pipeline import dry_run as dry_run
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
     from .measure.quality import evaluate as evaluate
     from .plan.options import Calibration as Calibration
     from .plan.options import Options as Options
-    from .server import Server as Server
+    from .serve.chat import Chat as Chat
+    from .serve.server import Server as Server
 
 __version__ = "0.1.0"
 

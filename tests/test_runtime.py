@@ -27,7 +27,7 @@ from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.llamacpp import runtime
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.quantize.methods import find, quantize
-from ptqtp_gguf.server import Server
+from ptqtp_gguf.serve.server import Server
 from ptqtp_gguf.source import checkpoint
 
 pytestmark = pytest.mark.runtime

@@ -15,7 +15,7 @@ from helpers import REPO
 from talking_model import write_talking_model
 
 from ptqtp_gguf.conversion import pipeline as conversion
-from ptqtp_gguf.server import Server
+from ptqtp_gguf.serve.server import Server
 
 sys.path.insert(0, str(REPO / "tools"))
 tool = importlib.import_module("soak")

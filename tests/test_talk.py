@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 from talking_model import write_talking_model
 
-from ptqtp_gguf import server
-from ptqtp_gguf.chatting import Chat, harmless
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import ChatError, InputError, OutputError, ServerError
 from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.server import Server
+from ptqtp_gguf.serve import server
+from ptqtp_gguf.serve.chat import Chat, harmless
+from ptqtp_gguf.serve.server import Server
 
 pytestmark = pytest.mark.runtime
 SCRIPT = str(Path(sys.executable).with_name("ptqtp-gguf"))

@@ -14,9 +14,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..chatting import Chat, harmless
 from ..errors import PtqtpError
 from ..llamacpp import runtime
+from ..serve.chat import Chat, harmless
 from ..terminal import err_console, event
 from .common import AsJson, Quiet, Rpc, RpcLayers, Threads, fail, reporter
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ChatError, OutputError
-from .files.reading import parse_json, read_whole
-from .files.writing import write_text
-from .llamacpp import runtime
+from ..errors import ChatError, OutputError
+from ..files.reading import parse_json, read_whole
+from ..files.writing import write_text
+from ..llamacpp import runtime
 
 SCHEMA = 1  # of a saved conversation
 MAX_SAVED = 64 << 20  # bytes of one

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, BinaryIO
 
-from .errors import InputError, OutputError, ServerError
-from .files.reading import read_whole
-from .files.writing import write_all
-from .llamacpp import runtime
-from .llamacpp.rpc import check, endpoints, lost
-from .plan.rows import Progress, no_progress
+from ..errors import InputError, OutputError, ServerError
+from ..files.reading import read_whole
+from ..files.writing import write_all
+from ..llamacpp import runtime
+from ..llamacpp.rpc import check, endpoints, lost
+from ..plan.rows import Progress, no_progress
 
 STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save
 MAX_KEYS = 1 << 20  # bytes of a file of API keys
