@@ -14,7 +14,6 @@ import pytest
 from helpers import rewritten, write_gguf
 from rich.console import Console
 
-from ptqtp_gguf import terminal
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
@@ -25,6 +24,7 @@ from ptqtp_gguf.inspect.contents import inspect
 from ptqtp_gguf.inspect.histograms import PlaneStatistics, plane_statistics
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.recipe import Role
+from ptqtp_gguf.terminal import console as terminal
 
 MARKUP = "[red]a[/nothing]"
 HOSTILE = MARKUP + "\x1b[31m\nb\x07\u202e"

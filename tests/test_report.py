@@ -26,7 +26,7 @@ from ptqtp_gguf.compare import findings
 from ptqtp_gguf.compare.document import Document, read_document
 from ptqtp_gguf.compare.page import write_json, write_report
 from ptqtp_gguf.errors import InputError, OutputError
-from ptqtp_gguf.tables import print_comparison
+from ptqtp_gguf.terminal.comparison import print_comparison
 
 needs_page = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("matplotlib", "jinja2"))),

@@ -20,7 +20,7 @@ from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
 from ptqtp_gguf.files.writing import write_verified
 from ptqtp_gguf.inspect.verify import Verdict, verify
 from ptqtp_gguf.plan.options import Options
-from ptqtp_gguf.terminal import verdict_dict
+from ptqtp_gguf.terminal.console import verdict_dict
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import typer
 from ..errors import PtqtpError
 from ..llamacpp import runtime
 from ..serve.chat import Chat, harmless
-from ..terminal import err_console, event
+from ..terminal.console import err_console, event
 from .common import AsJson, Quiet, Rpc, RpcLayers, Threads, fail, reporter
 
 

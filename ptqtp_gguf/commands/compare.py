@@ -15,8 +15,8 @@ from ..compare.run import compare as compare_files
 from ..errors import OutputError, PtqtpError
 from ..files.reading import parse_json, read_whole
 from ..plan.options import Calibration, Options
-from ..tables import print_comparison
-from ..terminal import event, line
+from ..terminal.comparison import print_comparison
+from ..terminal.console import event, line
 from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, numbers, reporter
 
 MAX_REPORT = 1 << 26  # bytes of its JSON

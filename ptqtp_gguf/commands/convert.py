@@ -20,7 +20,7 @@ from ..files.writing import check_text_target, write_text
 from ..plan.options import METHOD_NAMES, Calibration, Options
 from ..plan.recipe import SHIPPED
 from ..plan.rows import Progress
-from ..terminal import Bar, event, line, plan_dict, print_plan, print_summary, summary_dict
+from ..terminal.console import Bar, event, line, plan_dict, print_plan, print_summary, summary_dict
 from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, parse_size, reporter
 
 

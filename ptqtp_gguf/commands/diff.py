@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..inspect.diff import difference
-from ..listing import print_difference
-from ..terminal import event
+from ..terminal.console import event
+from ..terminal.inspect import print_difference
 from .common import AsJson, Quiet, Threads, reporter
 
 

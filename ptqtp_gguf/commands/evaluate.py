@@ -12,7 +12,7 @@ from ..errors import Interrupted
 from ..files.writing import cache_folder
 from ..measure.generation import Generation, generate
 from ..measure.quality import Evaluation, evaluate
-from ..terminal import err_console, event, line, out_console, right, whole
+from ..terminal.console import err_console, event, line, out_console, right, whole
 from .common import AsJson, Quiet, Threads, fail, reporter
 
 

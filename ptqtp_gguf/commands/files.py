@@ -14,8 +14,8 @@ from ..inspect.contents import TEMPLATE, Report, plain
 from ..inspect.contents import inspect as inspect_file
 from ..inspect.histograms import plane_statistics
 from ..inspect.verify import verify as verify_file
-from ..listing import Sort, print_histograms, print_report, print_tensors, print_text
-from ..terminal import event, print_verdict, verdict_dict
+from ..terminal.console import event, print_verdict, verdict_dict
+from ..terminal.inspect import Sort, print_histograms, print_report, print_tensors, print_text
 from .common import AsJson, Quiet, Threads, TrustCode, fail, reporter
 
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from .compare import findings
-from .compare.document import Document, read_document
-from .terminal import out_console
+from ..compare import findings
+from ..compare.document import Document, read_document
+from .console import out_console
 
 
 def print_comparison(document: Mapping[str, object], console: Console | None = None) -> None:

@@ -7,14 +7,14 @@ from enum import Enum
 
 from rich.table import Table
 
-from .codec.reference import T1_OF_DIGIT, T2_OF_DIGIT
-from .errors import printable
-from .files.gguf import TensorInfo
-from .inspect.contents import FEW, TEMPLATE, Report
-from .inspect.diff import SHOWN, Difference, TensorDifference
-from .inspect.histograms import DIGIT_VALUES, PlaneStatistics, Statistics
-from .plan.recipe import role_of
-from .terminal import cell, line, out_console, right, whole
+from ..codec.reference import T1_OF_DIGIT, T2_OF_DIGIT
+from ..errors import printable
+from ..files.gguf import TensorInfo
+from ..inspect.contents import FEW, TEMPLATE, Report
+from ..inspect.diff import SHOWN, Difference, TensorDifference
+from ..inspect.histograms import DIGIT_VALUES, PlaneStatistics, Statistics
+from ..plan.recipe import role_of
+from .console import cell, line, out_console, right, whole
 
 BAR = 40  # characters of the longest bar
 MOST_BINS = 40  # above that, a bin an octave
