@@ -12,7 +12,7 @@ _MEMORY = "failed to map segment", "can't start new thread", "error return witho
 def main() -> NoReturn:
     """Entry point of the console script."""
     try:
-        from .cli import main as run
+        from .commands.app import main as run
 
         run()
     except KeyboardInterrupt:  # OpenBLAS sends it too where it can start no thread

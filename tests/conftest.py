@@ -61,7 +61,7 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """A command's output on a wide screen, in this process: quicker than `cli`; errors are raised."""
-    from ptqtp_gguf import cli
+    from ptqtp_gguf.commands import app as cli
     from ptqtp_gguf.terminal import console as terminal
 
     monkeypatch.setattr(terminal.out_console, "_width", 400)

@@ -46,7 +46,7 @@ class Bench:
     """The sources, the cases, and one run after the other."""
 
     def __init__(self, work: Path, names: list[str]) -> None:
-        import ptqtp_gguf.cli  # noqa: F401  # before the forks
+        import ptqtp_gguf.commands.app  # noqa: F401  # before the forks
 
         self.layer = Layer(work)
         self.source, self.folder = self.layer.watched / "src", self.layer.watched / "out"

@@ -15,10 +15,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import __version__
-from .commands import bench, chat, compare, convert, diff, evaluate, files, generate, serve
-from .commands.common import EXIT_CODES, fail
-from .errors import PtqtpError
+from .. import __version__
+from ..errors import PtqtpError
+from . import bench, chat, compare, convert, diff, evaluate, serve
+from . import run as generate
+from . import verify as files
+from .common import EXIT_CODES, fail
 
 app = typer.Typer(
     no_args_is_help=True,
