@@ -165,7 +165,7 @@ def test_rounding_is_gguf_pys() -> None:
 def test_names_that_the_stream_needs() -> None:
     """In the converter's own gguf-py all are there; what is missing is named: a method, an attribute, a class."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import gguf; from ptqtp_gguf._converter_child import missing\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import gguf; from ptqtp_gguf.source._converter_child import missing\n"
         "print([missing(gguf)])\n"
         "gguf.LazyBase.__init__ = lambda self: None; print(missing(gguf))\n"
         "del gguf.GGUFWriter.write_padding; print(missing(gguf))\n"

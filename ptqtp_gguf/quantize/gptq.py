@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 G = TP2_1.group
-SOURCE_FILE = Path(__file__).with_name("calibrate.cu")
+SOURCE_FILE = Path(__file__).parent / "cuda" / "calibrate.cu"
 RIDGE = 1e-3  # of the scales' least squares, relative to the mean diagonal
 MAX_DAMP = 1.0
 ROWS_AT_ONCE = 1 << 26  # floats of least squares' systems held together
