@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .conversion.pipeline import dry_run as dry_run
     from .errors import Interrupted as Interrupted
     from .errors import PtqtpError as PtqtpError
-    from .llamacpp.runtime import generate as generate
-    from .llamacpp.runtime import load as load
+    from .llamacpp.model import generate as generate
+    from .llamacpp.model import load as load
     from .measure.quality import evaluate as evaluate
     from .plan.options import Calibration as Calibration
     from .plan.options import Options as Options

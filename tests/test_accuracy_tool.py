@@ -17,7 +17,7 @@ import pytest
 from helpers import REPO
 
 from ptqtp_gguf.conversion.pipeline import convert
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan.options import Options
 
 sys.path.insert(0, str(REPO / "tools"))
@@ -173,10 +173,10 @@ def test_the_page_keeps_words(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_llama_perplexity_prints(run: Run, tmp_path: Path) -> None:
     folder = run[0].parent
     common = ["-c", str(CTX), "--chunks", str(CHUNKS), "-t", "1", "--kl-divergence-base", str(tmp_path / "base")]
-    runtime.run_tool("llama-perplexity", "-m", str(folder / "tiny-bf16.gguf"), "-f", str(folder / "wiki.txt"), *common)
+    install.run_tool("llama-perplexity", "-m", str(folder / "tiny-bf16.gguf"), "-f", str(folder / "wiki.txt"), *common)
     ours = ["-m", str(folder / "ours.gguf"), *common, "--kl-divergence"]
     tools = base.Tools(None)
-    out = tools.run(runtime.tool("llama-perplexity"), *ours, linger=True)
+    out = tools.run(install.tool("llama-perplexity"), *ours, linger=True)
     tools.halt()
     found, row = base.parse(out), rows_of(run[0])["search", "text"]
     assert all(found[key] == pytest.approx(row[key], rel=0.02, abs=1e-3) for key in found)

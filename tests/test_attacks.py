@@ -20,11 +20,11 @@ from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, PtqtpEr
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.inspect.verify import verify
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan import patterns, recipe
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
-from ptqtp_gguf.source.base import GgufSource
 from ptqtp_gguf.source.checkpoint import to_bf16_gguf
+from ptqtp_gguf.source.gguf import GgufSource
 
 ATTACKS = load_tool("make_attacks")
 SECONDS = 5
@@ -112,7 +112,7 @@ def test_is_refused_with_one_line(name: str, tmp_path: Path) -> None:
 @pytest.mark.runtime
 def test_llama_cpp_refuses_them_too() -> None:
     """The patched build's loader: an exit code, no signal, soon."""
-    tool = runtime.tool("llama-completion")
+    tool = install.tool("llama-completion")
     command = [tool, "-n", "1", "-p", "a", "-no-cnv", "--no-warmup", "--check-tensors", "-t", "1", "-m"]
     for name in names("gguf", "data"):
         done = subprocess.run(

@@ -18,14 +18,13 @@ import pytest
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import BenchError, InputError
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.measure import _load_child, machine, rounds
 from ptqtp_gguf.measure.energy import Rapl
-from ptqtp_gguf.measure.roofline import token_bytes
 from ptqtp_gguf.measure.rounds import File, Settings
-from ptqtp_gguf.measure.speed import Bench, bench
+from ptqtp_gguf.measure.speed import Bench, bench, token_bytes
 from ptqtp_gguf.measure.statistics import ratios, spread
-from ptqtp_gguf.source.base import GgufSource
+from ptqtp_gguf.source.gguf import GgufSource
 
 command = importlib.import_module("ptqtp_gguf.commands.bench")
 bench_module = importlib.import_module("ptqtp_gguf.measure.speed")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ptqtp_gguf.errors import QuantizeError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TYPES, OutTensor, TensorInfo, build_header, total_size, type_name
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.plan.budget import Option, fit_budget, hull, spend, spread
 from ptqtp_gguf.plan.recipe import Choice, load
 

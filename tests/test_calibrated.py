@@ -15,7 +15,7 @@ from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize import gptq as calibrated
 from ptqtp_gguf.quantize import gptq_reference as blocks
 from ptqtp_gguf.quantize.gptq import Planes, Settings, calibrate
-from ptqtp_gguf.tune.layers import code_scales, scale_codes
+from ptqtp_gguf.quantize.torch_codec import code_scales, scale_codes
 
 torch = pytest.importorskip("torch")
 

@@ -26,6 +26,7 @@ from ptqtp_gguf.codec.reference import scale_to_float
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize import gptq as calibrated
+from ptqtp_gguf.quantize import pieces
 from ptqtp_gguf.quantize.cuda import driver as nvidia
 from ptqtp_gguf.quantize.cuda import encoder as cuda
 from ptqtp_gguf.quantize.gptq_reference import cd_block, gptq_block
@@ -47,7 +48,7 @@ class Host:
 
     def run(
         self, kernel: str, raw: np.ndarray, source: int, target: int, first: int = 0, moved: int = 0
-    ) -> cuda.Encoded:
+    ) -> pieces.Encoded:
         block, size, _ = cuda.TARGETS[target]
         rows, weights = cuda._shape(raw, source, block)
         groups = rows * weights // block
@@ -64,13 +65,13 @@ class Host:
     def encode(
         self, raw: np.ndarray, source: int, target: int, method: str = "search", first: int = 0,
         moved: int | None = None,
-    ) -> cuda.Encoded:  # fmt: skip
+    ) -> pieces.Encoded:  # fmt: skip
         kernel = cuda.KERNELS[target, "" if target == Q8_0 else method]
         if method == "paper" and moved is None:
             moved = self.probe(raw, source).moved
         return self.run(kernel, raw, source, target, first, moved or 0)
 
-    def probe(self, raw: np.ndarray, source: int) -> cuda.Encoded:
+    def probe(self, raw: np.ndarray, source: int) -> pieces.Encoded:
         return self.run("probe_paper", raw, source, TP2_0.id)
 
 
@@ -80,10 +81,10 @@ class Gpu:
     def __init__(self) -> None:
         self.encoder = cuda.CudaEncoder()
 
-    def encode(self, *args: object, **kwargs: object) -> cuda.Encoded:
+    def encode(self, *args: object, **kwargs: object) -> pieces.Encoded:
         return self.encoder.submit(*args, **kwargs).result()  # type: ignore[arg-type]
 
-    def probe(self, raw: np.ndarray, source: int) -> cuda.Encoded:
+    def probe(self, raw: np.ndarray, source: int) -> pieces.Encoded:
         return self.encoder.probe(raw, source).result()
 
 

@@ -17,8 +17,8 @@ from ptqtp_gguf.files.gguf import TYPE_IDS, OutTensor, Reader, kv_string, kv_u32
 from ptqtp_gguf.inspect.diff import difference, tensor_errors
 from ptqtp_gguf.inspect.tensor_error import Meter, decodable
 from ptqtp_gguf.plan.options import Options
-from ptqtp_gguf.plan.recipe import Role
-from ptqtp_gguf.source.base import GgufSource
+from ptqtp_gguf.plan.roles import Role
+from ptqtp_gguf.source.gguf import GgufSource
 
 
 @pytest.fixture

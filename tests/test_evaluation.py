@@ -15,7 +15,8 @@ from helpers import REPO
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
 from ptqtp_gguf.files.writing import cache_folder
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import install
+from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.measure import generation
 from ptqtp_gguf.measure import quality as evaluation
 from ptqtp_gguf.measure.quality import evaluate
@@ -61,10 +62,10 @@ def test_llama_perplexity_agrees(demo_files: dict[str, Path], text: Path, tmp_pa
     finally:
         sys.path.pop(0)
     reference, ours = tmp_path / "q8.gguf", demo_files["ours"]
-    runtime.run_tool("llama-quantize", str(demo_files["bf16"]), str(reference), "Q8_0", "2")
+    install.run_tool("llama-quantize", str(demo_files["bf16"]), str(reference), "Q8_0", "2")
     found = evaluate(reference, [ours], text=text, ctx=CTX, windows=WINDOWS, threads=2)
     tools = accuracy_base.Tools(5)
-    command = [runtime.tool("llama-perplexity"), "-f", text, "-c", CTX, "-b", CTX, "-t", 2, "--chunks", WINDOWS]
+    command = [install.tool("llama-perplexity"), "-f", text, "-c", CTX, "-b", CTX, "-t", 2, "--chunks", WINDOWS]
     command += ["--kl-divergence-base", tmp_path / "base"]
     try:
         tools.run(*command, "-m", reference, linger=True)

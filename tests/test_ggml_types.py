@@ -11,7 +11,8 @@ import pytest
 from ptqtp_gguf.errors import QuantizeError, RuntimeMissing
 from ptqtp_gguf.files import gguf as gguf_io
 from ptqtp_gguf.files.gguf import TYPE_IDS, TYPES, Reader, type_name
-from ptqtp_gguf.llamacpp import ggml, runtime
+from ptqtp_gguf.llamacpp import ggml, install
+from ptqtp_gguf.llamacpp import model as runtime
 
 STOCK = sorted(ggml.WRITABLE - ggml.NEEDS_IMPORTANCE)
 QUICK = [i for i in sorted(ggml.WRITABLE) if not type_name(i).startswith(("IQ1", "IQ2"))]  # their tables take 5 to 60 s
@@ -50,7 +51,7 @@ def test_the_bytes_of_llama_quantize(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     wanted = [arg for i, k in enumerate(kinds) for arg in ("--tensor-type", f"blk.{i}.attn_q={type_name(k).lower()}")]
-    runtime.run_tool("llama-quantize", *wanted, str(source), str(out), "Q8_0", "2", timeout=120)
+    install.run_tool("llama-quantize", *wanted, str(source), str(out), "Q8_0", "2", timeout=120)
     with Reader(out) as reader:
         for i, kind in enumerate(kinds):
             t = reader.by_name[f"blk.{i}.attn_q.weight"]

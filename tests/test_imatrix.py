@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ptqtp_gguf.codec.types import TP2_0, TP2_1, TYPES, TensorType
 from ptqtp_gguf.conversion import loop as transcode
 from ptqtp_gguf.conversion import pipeline as conversion
-from ptqtp_gguf.conversion.summary import card_facts
+from ptqtp_gguf.conversion.card_facts import card_facts
 from ptqtp_gguf.errors import (
     InputError,
     Interrupted,
@@ -30,7 +30,7 @@ from ptqtp_gguf.errors import (
 )
 from ptqtp_gguf.files.gguf import TYPE_IDS, Reader, TensorInfo
 from ptqtp_gguf.files.journal import Journal
-from ptqtp_gguf.llamacpp import ggml, runtime
+from ptqtp_gguf.llamacpp import ggml, install
 from ptqtp_gguf.plan.budget import fit_budget, spread
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.recipe import load
@@ -85,7 +85,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(model: Path, text: Path, out: Path, *more: str) -> Path:
-    runtime.run_tool(
+    install.run_tool(
         "llama-imatrix", "-m", str(model), "-f", str(text), "-o", str(out), "-c", "128", "--chunks", "2", "-t", "2",
         "--no-ppl", *more, timeout=240,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_both_formats_as_llama_imatrix_writes_them(demo_files: dict[str, Path], 
     model = demo_files["bf16"]
     new, old = make(model, text, tmp_path / "new.gguf"), tmp_path / "old.dat"
     args = ("--in-file", str(new), "-o", str(old), "--output-format", "dat", "-c", "128")
-    runtime.run_tool("llama-imatrix", "-m", str(model), *args, timeout=60)
+    install.run_tool("llama-imatrix", "-m", str(model), *args, timeout=60)
     with read(new) as a, read(old) as b:
         assert (a.legacy, b.legacy) == (False, True)
         with Reader(model) as r:
@@ -125,7 +125,7 @@ def test_experts_get_the_bytes_of_llama_quantize_and_of_quantize(
     options = Options(imatrix=table, tensor_types=wanted)
     conversion.convert(model, out, Options(**{**vars(options), "force": True}))
     args = [arg for w in wanted for arg in ("--tensor-type", w.lower())] + ["--token-embedding-type", "q4_0"]
-    runtime.run_tool(
+    install.run_tool(
         "llama-quantize", "--imatrix", str(table), *args, str(model), str(tmp_path / "stock.gguf"), "Q8_0", "2"
     )
     with Reader(model) as source, Reader(out) as ours, Reader(tmp_path / "stock.gguf") as stock, read(table) as found:

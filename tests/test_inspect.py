@@ -23,7 +23,7 @@ from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, kv_string, kv_u32, writ
 from ptqtp_gguf.inspect.contents import inspect
 from ptqtp_gguf.inspect.histograms import PlaneStatistics, plane_statistics
 from ptqtp_gguf.plan.options import Options
-from ptqtp_gguf.plan.recipe import Role
+from ptqtp_gguf.plan.roles import Role
 from ptqtp_gguf.terminal import console as terminal
 
 MARKUP = "[red]a[/nothing]"

@@ -13,7 +13,8 @@ from ptqtp_gguf.calibrate.names import Link, link, names
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import dequantize
 from ptqtp_gguf.source import checkpoint
-from ptqtp_gguf.source.base import Source, StreamSource
+from ptqtp_gguf.source.base import Source
+from ptqtp_gguf.source.converter import StreamSource
 
 pytestmark = [pytest.mark.runtime, pytest.mark.hf]
 

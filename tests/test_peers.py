@@ -14,9 +14,10 @@ from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import CalibrationError, InputError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.reading import file_sha256
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import install
+from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.plan.options import Options
-from ptqtp_gguf.plan.rows import no_progress
+from ptqtp_gguf.progress import no_progress
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_files_are_made_once(reference: Path, tmp_path: Path, monkeypatch: pytes
         assert ("making Q4_0", len(r.tensors), len(r.tensors)) in steps
     conversion.convert(reference, tmp_path / "direct.gguf")
     assert made[1].path.read_bytes() == (tmp_path / "direct.gguf").read_bytes()
-    runtime.run_tool("llama-quantize", str(reference), str(tmp_path / "q4.gguf"), "Q4_0")
+    install.run_tool("llama-quantize", str(reference), str(tmp_path / "q4.gguf"), "Q4_0")
     assert made[0].path.read_bytes() == (tmp_path / "q4.gguf").read_bytes() and made[0].sha256 == file_sha256(
         made[0].path
     )
@@ -119,7 +120,7 @@ def test_a_tool_that_fails_leaves_nothing(reference: Path, tmp_path: Path) -> No
     with pytest.raises(RuntimeMissing, match=r"llama-quantize failed with exit code \d+: "):
         workshop(reference, tmp_path).make(Item("Q4_9", "stock", "Q4_9"))
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
-    lines = runtime.stream_tool("llama-quantize", "--help")
+    lines = install.stream_tool("llama-quantize", "--help")
     assert "usage" in next(lines)
     lines.close()  # type: ignore[attr-defined]
 

@@ -26,15 +26,16 @@ from ptqtp_gguf.calibrate.token_weights import token_weights
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.reference import digits_of_levels, pack_tp2_1, scale_to_float
-from ptqtp_gguf.conversion.pipeline import convert, open_source
+from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
 from ptqtp_gguf.files.gguf import Reader, TensorInfo
 from ptqtp_gguf.inspect.verify import verify
 from ptqtp_gguf.plan.options import Calibration, Options, resolved
+from ptqtp_gguf.plan.tuning import TuneSettings
 from ptqtp_gguf.quantize.methods import METHODS, quantize
 from ptqtp_gguf.source import checkpoint
-from ptqtp_gguf.source.base import GgufSource
-from ptqtp_gguf.tune.settings import TuneSettings
+from ptqtp_gguf.source.gguf import GgufSource
+from ptqtp_gguf.source.opening import open_source
 
 pytestmark = pytest.mark.hf
 
@@ -66,7 +67,7 @@ def in_order_file(folder: Path, how: Options, tiny_checkpoint: Path) -> tuple[Pa
 def converted_before(bf16: Path) -> Iterator[None]:
     """The checkpoint's GGUF is there already, as with --keep-bf16: llama.cpp's converter takes seconds."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ptqtp_gguf.conversion.pipeline.open_source", lambda source, *_: GgufSource(bf16, source))
+        m.setattr("ptqtp_gguf.source.opening.open_source", lambda source, *_: GgufSource(bf16, source))
         yield
 
 

@@ -16,12 +16,12 @@ from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TensorInfo, type_name
 from ptqtp_gguf.llamacpp import ggml
+from ptqtp_gguf.plan import patterns
 from ptqtp_gguf.plan import recipe as recipes
 from ptqtp_gguf.plan.recipe import (
     MAX_BYTES,
     SHIPPED,
     Choice,
-    Model,
     Recipe,
     Rule,
     block_type,
@@ -32,6 +32,7 @@ from ptqtp_gguf.plan.recipe import (
     load,
     parse,
 )
+from ptqtp_gguf.plan.roles import Model
 
 
 def info(name: str, *shape: int, kind: str = "BF16") -> TensorInfo:
@@ -208,7 +209,7 @@ def test_an_override_whose_condition_is_not_met_is_no_slip_of_the_pen() -> None:
 def test_a_condition_goes_over_the_names_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not once a tensor: a file from outside may have a thousand rules and a model a hundred thousand tensors."""
     asked = Counter[str]()
-    original = recipes._regex
+    original = patterns.regex
     monkeypatch.setattr(recipes, "_regex", lambda pattern: asked.update([pattern]) or original(pattern))
     rules = tuple(Rule(".*", "Q8_0", "r", needs=needs) for needs in ("no", "none", "no"))
     recipe = Recipe("n", "d", rules)

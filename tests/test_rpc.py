@@ -18,7 +18,7 @@ from talking_model import write_talking_model
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import ServerError
-from ptqtp_gguf.llamacpp import rpc, runtime
+from ptqtp_gguf.llamacpp import install, rpc
 
 sys.path.insert(0, str(REPO / "tools"))
 tool = importlib.import_module("rpc_hosts")
@@ -62,7 +62,7 @@ def stock_peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (tree := stock / "tree").exists():
         builder = [sys.executable, str(REPO / "tools" / "build_runtime.py"), "--build-dir", str(REPO / "build")]
         subprocess.run([*builder, "--pristine", str(tree)], check=True)
-    ggml, lib = tree / "vendor" / "llama.cpp" / "ggml", runtime.package_dir() / "lib"
+    ggml, lib = tree / "vendor" / "llama.cpp" / "ggml", install.package_dir() / "lib"
     (stock / "rpc-peer.cpp").write_text(PEER)
     sources = [stock / "rpc-peer.cpp", *(ggml / "src" / "ggml-rpc" / f"{n}.cpp" for n in ("ggml-rpc", "transport"))]
     libraries = [lib / f"lib{name}.so" for name in ("ggml-base", "ggml-cpu")]

@@ -24,7 +24,8 @@ from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
 from ptqtp_gguf.files.gguf import Reader
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import install
+from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.quantize.methods import find, quantize
 from ptqtp_gguf.serve.server import Server
@@ -36,7 +37,7 @@ TEXT = "The tide table on the harbour wall is printed every December by the same
 
 def tool(name: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(runtime.tool(name)), *map(str, args)],
+        [str(install.tool(name)), *map(str, args)],
         capture_output=True, text=True, errors="replace", timeout=600, env={**os.environ, **(env or {})},
     )  # fmt: skip
 
@@ -156,7 +157,7 @@ OTHER_ROUNDING = 2 * SAME_LOGITS
 def mean_kld(a: Path, b: Path, folder: Path, *args: str, env: dict[str, str] | None = None) -> tuple[float, str]:
     """Mean KL divergence of b's logits (with args and env) to a's over three short windows, and what b printed."""
     base = folder / "logits"
-    runtime.run_tool("llama-perplexity", "-m", str(a), *WINDOWS, "--kl-divergence-base", str(base))
+    install.run_tool("llama-perplexity", "-m", str(a), *WINDOWS, "--kl-divergence-base", str(base))
     more = ["--kl-divergence-base", base, "--kl-divergence", *args]
     done = tool("llama-perplexity", "-m", b, *WINDOWS, *more, env=env)
     assert done.returncode == 0, done.stderr[-800:]
@@ -226,7 +227,7 @@ def test_the_twin_has_the_same_logits(demo_files: dict[str, Path], tmp_path: Pat
 def test_llama_quantize_makes_the_same_bytes(demo_files: dict[str, Path], tmp_path: Path) -> None:
     """llama-quantize runs the same core, so each matrix that it turns into TP2_1 is ours byte for byte."""
     out = tmp_path / "q.gguf"
-    runtime.run_tool("llama-quantize", str(demo_files["bf16"]), str(out), "TP2_1", "2")
+    install.run_tool("llama-quantize", str(demo_files["bf16"]), str(out), "TP2_1", "2")
     with Reader(out) as theirs, Reader(demo_files["ours"]) as ours:
         same = [t for t in theirs.tensors if t.type == fmt.TP2_1.id]
         assert len(same) == 210
@@ -239,7 +240,7 @@ def test_llama_quantize_lists_the_types_and_makes_tp2_0(tiny_checkpoint: Path, t
     assert "TP2_0" in page.stdout + page.stderr and "TP2_1" in page.stdout + page.stderr
     bf16, out = tmp_path / "bf16.gguf", tmp_path / "q.gguf"
     conversion.convert(tiny_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=bf16))
-    runtime.run_tool("llama-quantize", str(bf16), str(out), "TP2_0", "2")
+    install.run_tool("llama-quantize", str(bf16), str(out), "TP2_0", "2")
     with Reader(out) as r, Reader(bf16) as source:
         t = r.by_name["blk.0.attn_q.weight"]
         assert t.type_name == "TP2_0"
@@ -251,7 +252,7 @@ def test_llama_quantize_lists_the_types_and_makes_tp2_0(tiny_checkpoint: Path, t
 
 def test_bench_names_the_type(demo_files: dict[str, Path]) -> None:
     args = ["-m", str(demo_files["ours"]), "-p", "8", "-n", "2", "-r", "1", "-o", "json"]
-    out = runtime.run_tool("llama-bench", *args)
+    out = install.run_tool("llama-bench", *args)
     rows = json.loads(out[out.index("[\n") : out.rindex("]") + 1])
     assert "TP2_1" in rows[0]["model_type"] and rows[0]["avg_ts"] > 0
 
@@ -259,7 +260,7 @@ def test_bench_names_the_type(demo_files: dict[str, Path]) -> None:
 def test_embedding_and_head_in_tp2_1_run_too(demo_files: dict[str, Path], tmp_path: Path) -> None:
     """get_rows and the output product: everything in TP2_1."""
     out = tmp_path / "all.gguf"
-    runtime.run_tool(
+    install.run_tool(
         "llama-quantize", "--token-embedding-type", "tp2_1", "--output-tensor-type", "tp2_1",
         str(demo_files["bf16"]), str(out), "TP2_1", "2",
     )  # fmt: skip
@@ -365,7 +366,7 @@ def test_rpc_between_patched_peers(demo_files: dict[str, Path], tmp_path: Path) 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [str(runtime.tool("rpc-server")), "-H", "127.0.0.1", "-p", str(port)]
+    command = [str(install.tool("rpc-server")), "-H", "127.0.0.1", "-p", str(port)]
     with open(tmp_path / "server.log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:

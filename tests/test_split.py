@@ -13,9 +13,9 @@ from ptqtp_gguf.codec.types import Key
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.files.gguf import Reader
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.plan.options import Options
-from ptqtp_gguf.source.base import GgufSource
+from ptqtp_gguf.source.gguf import GgufSource
 
 LIMIT = 20_000
 

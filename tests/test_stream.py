@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from ptqtp_gguf.errors import CheckpointError
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import install
+from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.source import _converter_child as child
 from ptqtp_gguf.source.checkpoint import BIN_INDEX, INDEX, check
 from ptqtp_gguf.source.converter import ConverterStream, header_only
@@ -47,7 +48,7 @@ def ignore(line: str) -> None:
 def unhookable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The converter with a method of its writer renamed: as good as before, but of another version to the stream."""
     folder = tmp_path_factory.mktemp("other") / "convert"
-    shutil.copytree(runtime.converter().parent, folder)
+    shutil.copytree(install.converter().parent, folder)
     for path in folder.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if "open_output_file" in text:
@@ -165,13 +166,14 @@ def test_rounding_is_gguf_pys() -> None:
 def test_names_that_the_stream_needs() -> None:
     """In the converter's own gguf-py all are there; what is missing is named: a method, an attribute, a class."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import gguf; from ptqtp_gguf.source._converter_child import missing\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import gguf\n"
+        "from ptqtp_gguf.source._converter_child import missing\n"
         "print([missing(gguf)])\n"
         "gguf.LazyBase.__init__ = lambda self: None; print(missing(gguf))\n"
         "del gguf.GGUFWriter.write_padding; print(missing(gguf))\n"
         "del gguf.GGUFWriter; print(missing(gguf))\n"
     )
-    command = [sys.executable, "-I", "-c", code, str(runtime.converter().parent / "gguf-py")]
+    command = [sys.executable, "-I", "-c", code, str(install.converter().parent / "gguf-py")]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert out == ["['']", "gguf.LazyBase()._data", "gguf.GGUFWriter.write_padding", "gguf.GGUFWriter"]
 

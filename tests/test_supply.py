@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from helpers import REPO
 
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import install
 
 LOCKS = sorted((REPO / "requirements").glob("*.lock"))
 TOKEN = "hf_SecretSecretSecretSecretSecretSec"
@@ -101,7 +101,7 @@ def test_no_library_of_the_current_folder_is_loaded(tmp_path: Path) -> None:
     for name in ("libggml-blas.so", "libggml-cpu-x.so", "libggml-cpu.so"):
         subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / name), str(source)], check=True)
     for command in (["llama-bench", "--list-devices"], ["llama-completion", "--list-devices"]):
-        program = [str(runtime.tool(command[0])), *command[1:]]
+        program = [str(install.tool(command[0])), *command[1:]]
         done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and "LOADED" not in done.stdout + done.stderr, command
 

@@ -22,7 +22,7 @@ from talking_model import write_talking_model
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import ChatError, InputError, OutputError, ServerError
-from ptqtp_gguf.llamacpp import runtime
+from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.serve import server
 from ptqtp_gguf.serve.chat import Chat, harmless
 from ptqtp_gguf.serve.server import Server

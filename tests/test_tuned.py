@@ -18,7 +18,7 @@ from ptqtp_gguf.codec import reference as packing  # noqa: E402
 from ptqtp_gguf.codec import types as fmt  # noqa: E402
 from ptqtp_gguf.errors import OutputError, TuneError  # noqa: E402
 from ptqtp_gguf.quantize import search  # noqa: E402
-from ptqtp_gguf.tune.layers import code_scales, nearest_levels, scale_codes  # noqa: E402
+from ptqtp_gguf.quantize.torch_codec import code_scales, nearest_levels, scale_codes  # noqa: E402
 from ptqtp_gguf.tune.run import Planes, TuneSettings, evaluate_kl, tune  # noqa: E402
 from ptqtp_gguf.tune.student import Student  # noqa: E402
 

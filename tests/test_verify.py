@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptqtp_gguf.codec.types import TP2_1, Key
-from ptqtp_gguf.conversion.pipeline import convert, open_source
+from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
 from ptqtp_gguf.files.writing import write_verified
 from ptqtp_gguf.inspect.verify import Verdict, verify
 from ptqtp_gguf.plan.options import Options
+from ptqtp_gguf.source.opening import open_source
 from ptqtp_gguf.terminal.console import verdict_dict
 
 

@@ -370,9 +370,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def default_tools() -> Path:
-    from ptqtp_gguf.llamacpp import runtime
+    from ptqtp_gguf.llamacpp import install
 
-    return runtime.tool("llama-perplexity").parent
+    return install.tool("llama-perplexity").parent
 
 
 def work_through(args: argparse.Namespace, results: Results, argv: list[str]) -> int:

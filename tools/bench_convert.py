@@ -32,8 +32,8 @@ from rich.table import Table
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.types import TP2_0, TP2_1
 from ptqtp_gguf.files.gguf import FLOAT_IDS, Reader
-from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.quantize.encode import to_float
+from ptqtp_gguf.llamacpp import install
+from ptqtp_gguf.quantize.pieces import to_float
 
 console = Console(highlight=False)
 STOCK = ("Q4_0", "Q4_K_M", "IQ4_XS")
@@ -90,7 +90,7 @@ def end_to_end(source: Path, rounds: int, threads: int) -> None:
         out = Path(name) / "out.gguf"
         commands = {"TP2_1 search": [convert, "convert", str(source), str(out), "-q", "-f", "-j", str(threads)]}
         for kind in STOCK:
-            commands[kind] = [str(runtime.tool("llama-quantize")), str(source), str(out), kind, str(threads)]
+            commands[kind] = [str(install.tool("llama-quantize")), str(source), str(out), kind, str(threads)]
         results: dict[str, list[tuple[float, float, int]]] = {k: [] for k in commands}
         sizes = {}
         for _ in range(rounds):

@@ -22,9 +22,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ptqtp_gguf.llamacpp import runtime
-from ptqtp_gguf.measure.roofline import token_bytes
-from ptqtp_gguf.source.base import GgufSource
+from ptqtp_gguf.llamacpp import install
+from ptqtp_gguf.measure.speed import token_bytes
+from ptqtp_gguf.source.gguf import GgufSource
 
 
 @dataclass
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--also", type=Path, help="another file of ours, such as one with the head in the peer's type")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    ours = runtime.tool("llama-bench")
+    ours = install.tool("llama-bench")
     rows = [Row("TP2_1", args.file, ours)]
     rows += [Row("TP2_1 wide", args.file, ours, {"PTQTP_EXPAND": "1"})] if args.wide else []
     rows += [Row(f"TP2_1 {name}", args.file, ours, {"PTQTP_KERNEL": name}) for name in args.kernel]

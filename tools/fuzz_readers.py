@@ -33,7 +33,7 @@ from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.inspect.verify import verify
 from ptqtp_gguf.plan import recipe
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
-from ptqtp_gguf.source.base import GgufSource
+from ptqtp_gguf.source.gguf import GgufSource
 
 SECONDS = 5  # that one input may take
 MEMORY = 3 << 30

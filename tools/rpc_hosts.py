@@ -91,12 +91,12 @@ def _namespaces(stack: contextlib.ExitStack) -> Hosts | None:
 @contextlib.contextmanager
 def rpc_server(on: Hosts, program: Path | None = None, *before: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """An rpc-server on the far host, the patched one unless told; its process and "host:port"."""
-    from ptqtp_gguf.llamacpp import runtime
+    from ptqtp_gguf.llamacpp import install
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [*on.far, str(program or runtime.tool("rpc-server")), *(before or ("-t", "1"))]
+    command = [*on.far, str(program or install.tool("rpc-server")), *(before or ("-t", "1"))]
     command += ["-H", on.address, "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
@@ -137,7 +137,7 @@ def _child(path: str, server: str | None, layers: int, rows: bool, out: str) -> 
     import llama_cpp
     import llama_cpp.llama as module
 
-    from ptqtp_gguf.llamacpp import runtime
+    from ptqtp_gguf.llamacpp import model
 
     lib = module.llama_cpp
     defaults = lib.llama_model_default_params
@@ -150,7 +150,7 @@ def _child(path: str, server: str | None, layers: int, rows: bool, out: str) -> 
     if rows:
         lib.llama_model_default_params = without_panels
     if server:
-        runtime.use_servers([server])
+        model.use_servers([server])
     model = llama_cpp.Llama(
         path, n_ctx=256, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1,
         n_gpu_layers=layers if server else 0,

@@ -22,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OutputError
-from ..plan.rows import Progress, no_progress
+from ..progress import Progress, no_progress
 from ..source.checkpoint import Checkpoint
-from .gather import Batches, Sums, targets
+from .gather import Batches, targets
 from .model import Blocks, Stop
 from .moments import Moment
+from .sums import Sums
 
 if TYPE_CHECKING:
     import torch

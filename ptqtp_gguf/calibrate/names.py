@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codec.arrays import I64
 from ..errors import InputError
 from ..files.gguf import BF16_ID, F16_ID, F32_ID, TensorInfo, tensor_names
 from ..source.base import Source
@@ -19,7 +20,6 @@ from ..source.base import Source
 if TYPE_CHECKING:
     import torch
 
-I64 = NDArray[np.int64]
 Rows = NDArray[Any]  # (R, C) of the GGUF's values as integers of their bits
 
 SUFFIXES = (".weight", ".bias")

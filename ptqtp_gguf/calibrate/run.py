@@ -18,21 +18,22 @@ from numpy.typing import NDArray
 
 from ..codec import native
 from ..codec import types as fmt
-from ..codec.reference import F32, U8
-from ..conversion.records import fingerprint
+from ..codec.arrays import F32, U8
 from ..errors import CalibrationError, OutputError, QuantizeError
 from ..files.gguf import F32_ID, FLOAT_IDS, TensorInfo
 from ..files.reading import read_whole
 from ..files.writing import partial_file
 from ..llamacpp import ggml
 from ..plan.options import TOKENS_CPU, TOKENS_GPU, Calibration, Options
-from ..plan.recipe import Role, role_of
-from ..plan.rows import Below, PlanRow, Progress
+from ..plan.roles import Role, role_of
+from ..plan.rows import Below, PlanRow
+from ..progress import Progress
 from ..quantize import gptq as calibrated
-from ..quantize.encode import FLOOR, to_float
+from ..quantize.pieces import FLOOR, to_float
 from ..source import checkpoint
 from ..source.base import Source
 from ..source.checkpoint import Checkpoint
+from ..source.identity import fingerprint
 from ..tune.run import tune
 from . import names as mapping
 from . import texts

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from ..plan.rows import Progress, no_progress
+from ..progress import Progress, no_progress
 from ..source.checkpoint import Checkpoint, transformers_reason
 from .model import WAY_OUT, quiet
 

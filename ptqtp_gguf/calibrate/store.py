@@ -16,18 +16,16 @@ from typing import Any
 import numpy as np
 
 from ..codec import native
-from ..codec.reference import F32, U8, digits_of_levels, scale_to_float
+from ..codec.arrays import F32, I8, U8
+from ..codec.reference import digits_of_levels, scale_to_float
 from ..codec.types import LEVELS, TP2_1
-from ..conversion.records import changed_option
 from ..errors import InputError, OutputError, PtqtpError, ResumeError
 from ..files.gguf import TensorInfo, row_size
 from ..files.journal import Journal, is_count, is_text
 from ..files.reading import file_size, open_regular, read_bytes
 from ..files.writing import partial_file
-from ..quantize.cuda.encoder import Encoded
-from ..quantize.encode import FLOOR, to_float
-
-I8 = np.ndarray[Any, np.dtype[np.int8]]
+from ..quantize.pieces import FLOOR, Encoded, to_float
+from ..source.identity import changed_option
 
 
 def unpacked(packed: U8) -> tuple[I8, U8]:

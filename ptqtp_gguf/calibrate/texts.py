@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..files.reading import parse_json
-from ..plan.rows import Progress, no_progress
+from ..progress import Progress, no_progress
 from ..source import hub
 from ..source.checkpoint import Checkpoint, show, transformers_reason
 from .model import require_transformers

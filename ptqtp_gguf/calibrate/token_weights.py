@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from ..plan.memory import free_memory
-from ..plan.rows import Progress, no_progress
+from ..progress import Progress, no_progress
 from ..source.checkpoint import transformers_reason
+from ..system import free_memory
 from .model import quiet
 
 MAX_BATCH = 8  # windows

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import QuantizeError, RuntimeMissing
 from . import types as fmt
-from .reference import F32, U8
+from .arrays import F32, U8
 
 _METHODS = {"paper": 0, "search": 1}
 _OK = 0

@@ -21,10 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, QuantizeError
 from . import types as fmt
-
-U8 = NDArray[np.uint8]
-U16 = NDArray[np.uint16]
-F32 = NDArray[np.float32]
+from .arrays import F32, U8
 
 LEVEL_OF_DIGIT = np.array(fmt.LEVELS, dtype=np.float32)
 DIGIT_OF_LEVEL = np.array([fmt.LEVELS.index(v) if v in fmt.LEVELS else 255 for v in range(-5, 6)], dtype=np.uint8)

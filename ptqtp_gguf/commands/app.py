@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import PtqtpError
-from . import bench, chat, compare, convert, diff, evaluate, serve
+from . import bench, chat, compare, convert, diff, evaluate, inspect, serve
 from . import run as generate
 from . import verify as files
 from .common import EXIT_CODES, fail
@@ -34,7 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert.convert,
     "export-q4_0": convert.export,
     "verify": files.verify,
-    "inspect": files.inspect,
+    "inspect": inspect.inspect,
     "diff": diff.diff,
     "run": generate.run,
     "chat": chat.chat,

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import PtqtpError
-from ..llamacpp import runtime
+from ..llamacpp import model as runtime
 from ..serve.chat import Chat, harmless
 from ..terminal.console import err_console, event
 from .common import AsJson, Quiet, Rpc, RpcLayers, Threads, fail, reporter

@@ -10,8 +10,9 @@ import typer
 
 from ..conversion import pipeline as conversion
 from ..conversion.card import card
+from ..conversion.card_facts import card_facts
 from ..conversion.export import export_q4_0
-from ..conversion.summary import Summary, card_facts
+from ..conversion.summary import Summary
 from ..distributed import ranks
 from ..distributed import run as distributed
 from ..errors import Interrupted
@@ -19,7 +20,7 @@ from ..files.journal import journal_path
 from ..files.writing import check_text_target, write_text
 from ..plan.options import METHOD_NAMES, Calibration, Options
 from ..plan.recipe import SHIPPED
-from ..plan.rows import Progress
+from ..progress import Progress
 from ..terminal.console import Bar, event, line, plan_dict, print_plan, print_summary, summary_dict
 from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, parse_size, reporter
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..inspect.contents import inspect
-from ..llamacpp import runtime
+from ..llamacpp import model as runtime
 from .common import Rpc, RpcLayers
 
 

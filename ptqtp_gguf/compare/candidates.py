@@ -18,15 +18,15 @@ from ..calibrate import texts
 from ..codec import native
 from ..codec.types import BY_NAME
 from ..conversion import pipeline as conversion
-from ..conversion.summary import FLOATS
+from ..conversion.card_facts import FLOATS
 from ..errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from ..files.gguf import Reader, type_name
 from ..files.reading import file_sha256, parse_json, read_whole
 from ..files.writing import check_space, partial_file, write_text
-from ..llamacpp import runtime
+from ..llamacpp import install
 from ..plan.options import Options, decisive, recipe_of, resolved
-from ..plan.recipe import Role, role_of
-from ..plan.rows import Progress
+from ..plan.roles import Role, role_of
+from ..progress import Progress
 from ..source import checkpoint
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
@@ -93,7 +93,7 @@ def _given(label: str, path: Path, name: str, known: Sequence[str]) -> Item:
 
 def stock_types() -> list[str]:
     """Types that the built llama-quantize makes, without ours and without plain copies. Raises RuntimeMissing."""
-    page = runtime.run_tool("llama-quantize", "--help", codes=(0, 1))
+    page = install.run_tool("llama-quantize", "--help", codes=(0, 1))
     found = re.findall(r"^\s*\d+\s+or\s+(\w+)\s*:", page, re.MULTILINE)
     return [t for t in found if t not in (*BY_NAME, *FLOATS, "COPY")]
 
@@ -189,7 +189,7 @@ class Workshop:
         return Made(item.label, "ours", path, sha, f"ptqtp-gguf convert {source.name} {path.name}{_flags(how)}")
 
     def _stock(self, item: Item) -> Made:
-        libraries = [file_sha256(p) for p in runtime.quantize_libraries()]
+        libraries = [file_sha256(p) for p in install.quantize_libraries()]
         key: dict[str, object] = {
             "reference": self.reference_sha, "type": item.type, "imatrix": self.imatrix_sha, "library": libraries,
         }  # fmt: skip
@@ -201,7 +201,7 @@ class Workshop:
                 partial.file.close()
                 words = [*weighed, str(self.reference), str(partial.path), item.type]
                 words += [str(self.options.threads)] if self.options.threads else []
-                for line in runtime.stream_tool("llama-quantize", *words):
+                for line in install.stream_tool("llama-quantize", *words):
                     step = re.match(r"\[\s*(\d+)/\s*(\d+)\]\s*(\S+)", line)
                     if step:
                         self.progress(f"making {item.type}", int(step[1]), int(step[2]), step[3])
@@ -247,7 +247,7 @@ def reference_of(source: Path, store: Store, progress: Progress, trust_code: boo
         raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
     found = checkpoint.check(source, trust_code)
     files = {name: file_sha256(source / name) for name, _, _ in checkpoint.stamp(source)}
-    key: dict[str, object] = {"checkpoint": files, "converter": file_sha256(runtime.converter())}
+    key: dict[str, object] = {"checkpoint": files, "converter": file_sha256(install.converter())}
     key |= {"trusted": True} if trust_code else {}
     return store.keep(key, f"{source.name}-bf16.gguf", lambda path: conversion.make_bf16(found, path, progress))
 
@@ -271,7 +271,7 @@ def imatrix_of(
         source = path.with_suffix(".txt")
         write_text(source, text)
         words = ["-m", str(reference), "-f", str(source), "-o", str(path), "--chunks", str(IMATRIX_CHUNKS), "-c", "512"]
-        runtime.run_tool("llama-imatrix", *words, *(["-t", str(threads)] if threads else []))
+        install.run_tool("llama-imatrix", *words, *(["-t", str(threads)] if threads else []))
         source.unlink()
 
     return store.keep(key, "imatrix.gguf", make)

@@ -18,14 +18,13 @@ from typing import Any
 from .. import __version__
 from ..calibrate.texts import load as load_calibration
 from ..codec.types import BY_NAME
-from ..conversion.pipeline import local
 from ..errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
 from ..files.reading import file_sha256, parse_json, read_whole
 from ..files.writing import cache_folder, write_text
 from ..inspect.contents import inspect
 from ..inspect.diff import tensor_errors
 from ..inspect.histograms import plane_statistics
-from ..llamacpp import runtime
+from ..llamacpp import install
 from ..measure import machine
 from ..measure.generation import generate
 from ..measure.quality import evaluate
@@ -33,7 +32,8 @@ from ..measure.rounds import Round
 from ..measure.speed import bench
 from ..measure.text import load_text, open_files
 from ..plan.options import Options
-from ..plan.rows import Progress, no_progress
+from ..progress import Progress, no_progress
+from ..source.opening import local
 from .candidates import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
 from .document import SCHEMA
 
@@ -147,7 +147,7 @@ def compare(
 def _check(run: Comparison) -> list[Item]:
     """All that can be wrong before the long work."""
     s = run.settings
-    runtime.version()
+    install.version()
     items = parse_items([*s.ours, *s.against])
     if not items:
         raise InputError("nothing to compare; name types or files by --ours and --against")
@@ -198,7 +198,7 @@ def _files(run: Comparison, items: Sequence[Item]) -> None:
         },
         "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": s.command,
-        "versions": {"ptqtp_gguf": __version__, "runtime": runtime.version()},
+        "versions": {"ptqtp_gguf": __version__, "runtime": install.version()},
         "machine": machine.describe().as_dict(),
         "text": None,
         "bench": None,

@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from ..codec import types as fmt
-from ..codec.reference import LEVEL_OF_DIGIT, U8, scale_to_float, unpack_tp2_1
+from ..codec.arrays import U8
+from ..codec.reference import LEVEL_OF_DIGIT, scale_to_float, unpack_tp2_1
 from ..errors import InputError, OutputError
 from ..files.gguf import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32
 from ..files.writing import check_target, system_errors, write_verified
-from ..plan.recipe import Choice, role_of
+from ..plan.recipe import Choice
+from ..plan.roles import role_of
 from ..plan.rows import PlanRow as Row
-from ..plan.rows import Progress, no_progress
+from ..progress import Progress, no_progress
 from .summary import Summary
 
 FILE_TYPE_Q4_0 = 2  # LLAMA_FTYPE_MOSTLY_Q4_0

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..calibrate.store import PlaneStore
 from ..codec import types as fmt
-from ..codec.reference import U8
+from ..codec.arrays import U8
 from ..codec.types import TP2_1
 from ..errors import QuantizeError
 from ..files.gguf import F32_ID, TensorInfo
@@ -24,9 +24,9 @@ from ..files.journal import Journal
 from ..files.threads import ReadAhead, WriteBehind
 from ..files.writing import write_all
 from ..plan.recipe import Choice, fall_back
-from ..plan.rows import Below, PlanRow, Progress, not_finite, rows_per_piece
-from ..quantize.cuda.encoder import Encoded
-from ..quantize.encode import MASK, Done, Encoder, Pending, checksum
+from ..plan.rows import Below, PlanRow, not_finite, rows_per_piece
+from ..progress import Progress
+from ..quantize.pieces import MASK, Done, Encoded, Encoder, Pending, checksum
 from ..source.base import Source
 from ..source.imatrix import Imatrix, Importance
 from .output_files import Part

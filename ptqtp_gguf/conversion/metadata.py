@@ -120,16 +120,6 @@ def complete(kvs: list[KV], source_hash: str, hashes: list[int]) -> list[KV]:
     return [known.get(kv.key, kv) for kv in kvs]
 
 
-def header_hash(source: Source) -> str:
-    """SHA-256 over the source's metadata and its tensors' names, shapes and types."""
-    sha = hashlib.sha256()
-    for kv in source.kvs.values():
-        sha.update(json.dumps([kv.key, kv.type, len(kv.raw)]).encode() + kv.raw)
-    for t in source.tensors:
-        sha.update(json.dumps([t.name, t.shape, t.type]).encode())
-    return sha.hexdigest()
-
-
 def source_hash(header: str, sums: list[int]) -> str:
     """SHA-256 over the source's header_hash and the checksums of its tensors' bytes."""
     return hashlib.sha256((header + json.dumps(sums)).encode()).hexdigest()

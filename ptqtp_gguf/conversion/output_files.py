@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import OutputError
 from ..files.gguf import INT32, KV, UINT16, OutTensor, align, build_header, kv_scalar
 from ..files.writing import sync_folder
-from ..source.base import part_path
+from ..source.gguf import part_path
 
 MAX_PARTS = 65535
 

@@ -14,19 +14,24 @@ from ..errors import InputError, Interrupted, OutputError, PtqtpError, ResumeErr
 from ..files.gguf import KV
 from ..files.journal import Journal
 from ..files.writing import check_space, check_target, scratch_path, system_errors
-from ..inspect.verify import intact_tensors, verify_written
 from ..plan.memory import memory_need, piece_for
 from ..plan.options import Options, decisive, described, method_name, recipe_of, resolved
-from ..plan.recipe import Recipe, Role, role_of
-from ..plan.rows import PlanRow, Progress, check_values, make_plan, no_progress, require_planes
+from ..plan.recipe import Recipe
+from ..plan.roles import Role, role_of
+from ..plan.rows import PlanRow, check_values, make_plan, require_planes
+from ..progress import Progress, no_progress
 from ..quantize.encode import make_encoder
-from ..source import checkpoint, hub
-from ..source.base import GgufSource, Source, StreamSource
+from ..source import checkpoint
+from ..source.base import Source
+from ..source.gguf import GgufSource
+from ..source.identity import fingerprint
 from ..source.imatrix import Imatrix
+from ..source.opening import local, open_source
 from . import metadata, shares
+from .checking import intact_tensors, verify_written
 from .loop import Job, take_record, transcode
 from .output_files import Part, discard, finish, lay_out, publish, share_files
-from .records import choices_of, fingerprint, require_same
+from .records import choices_of, require_same
 from .summary import Plan, Summary
 
 
@@ -92,17 +97,6 @@ def imatrix_of(options: Options, out: Path, stack: ExitStack) -> Imatrix | None:
     return stack.enter_context(Imatrix(options.imatrix))
 
 
-def local(source: Path, progress: Progress = no_progress, revision: str | None = None) -> Path:
-    """The source on this machine: fetched, if it is the id of a model on the hub. Raises InputError."""
-    if source.exists():
-        if revision:
-            raise InputError(f"{source}: --revision is for models on the hub, this is here already")
-        return source
-    if hub.looks_like_id(str(source)):
-        return hub.fetch(str(source), revision, lambda text: progress("download", 0, 0, text))
-    raise InputError(f"{source}: no such file or folder")
-
-
 @contextmanager
 def ready_source(source: Path, out: Path, options: Options, progress: Progress, finished: bool) -> Iterator[Source]:
     """The source, ready to be read; with keep_bf16 its intermediate GGUF is made first, unless it was before.
@@ -159,23 +153,6 @@ def make_bf16(
                 progress("converter", 0, 0, line)
             made(work)
             work.replace(bf16)
-
-
-def open_source(
-    source: Path, progress: Progress = no_progress, scratch: Path | None = None, trust_code: bool = False
-) -> Source:
-    """A GGUF file or a checkpoint folder, ready to be read. Raises InputError.
-
-    scratch     where the bf16 GGUF may lie for the time being if the converter cannot be read as a stream
-    trust_code  run Python code that a checkpoint brings, if the converter wants it
-    """
-    if checkpoint.is_gguf(source):
-        return GgufSource(source)
-    if not source.is_dir():
-        raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
-    found = checkpoint.check(source, trust_code)
-    progress("converter", 0, 0, found.architecture)
-    return StreamSource(found, lambda line: progress("converter", 0, 0, line), scratch)
 
 
 @contextmanager

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..codec import types as fmt
-from ..errors import ResumeError, RuntimeMissing
+from ..errors import ResumeError
 from ..files.gguf import TensorInfo, type_block
 from ..files.journal import Journal
-from ..llamacpp import runtime
 from ..plan.recipe import Choice
-from ..quantize.encode import MASK, checksum
+from ..quantize.pieces import MASK, checksum
 from ..source.base import Source
-from .metadata import header_hash
+from ..source.identity import changed_option
 
 CHUNK = 1 << 24
-
-
-def fingerprint(source: Source, options: dict[str, object]) -> dict[str, Any]:
-    """Everything that decides the output's bytes, as JSON."""
-    try:
-        used = runtime.version()  # its converter and its quantizers
-    except RuntimeMissing:
-        used = "none"
-    job = {
-        "ptqtp-gguf": __version__,
-        "format": fmt.FORMAT_VERSION,
-        "llama-cpp-python": used,
-        "header": header_hash(source),
-        "stamp": source.stamp,
-        "options": options,
-    }
-    return json.loads(json.dumps(job))  # type: ignore[no-any-return]  # tuples become lists, as in the journal
 
 
 def require_same(out: Path, source: Source, journal: Journal, now: dict[str, Any]) -> None:
@@ -78,11 +57,6 @@ def choices_of(source: Source, journal: Journal) -> list[Choice]:
     if len(plan) != len(source.tensors) or len(journal.rows) > len(plan) or not fits:
         raise journal.damaged()
     return [Choice(*choice) for choice in plan]
-
-
-def changed_option(then: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first option that differs, or that only one of them has."""
-    return next((k for k in [*now, *then] if (k in then, then.get(k)) != (k in now, now.get(k))), None)
 
 
 def _changed_file(then: list[list[Any]], now: list[list[Any]]) -> str | None:

@@ -24,9 +24,10 @@ from ..files.gguf import OutTensor, type_block
 from ..files.journal import MAX_BYTES, Journal, journal_path
 from ..files.reading import parse_json, read_whole
 from ..files.writing import write_all
-from ..inspect.verify import intact_tensors, verify_written
-from ..plan.rows import PlanRow, Progress
+from ..plan.rows import PlanRow
+from ..progress import Progress
 from ..source.base import Source
+from .checking import intact_tensors, verify_written
 from .loop import Job, take_record, transcode
 from .output_files import Part, finish, lay_out, share_files
 from .records import require_tensors

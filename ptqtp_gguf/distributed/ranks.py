@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..errors import OutputError, RankError
-from ..plan.rows import Progress
+from ..progress import Progress
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOIN = 600.0  # seconds to wait until all ranks have started

@@ -17,24 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion import metadata, shares
+from ..conversion.checking import verify_written
 from ..conversion.loop import Job
 from ..conversion.output_files import Part, discard, finish, lay_out, share_files
-from ..conversion.pipeline import convert_opened, imatrix_of, local, metadata_of, open_source, plan_of, ready_source
-from ..conversion.records import changed_option, choices_of, fingerprint, require_same
+from ..conversion.pipeline import convert_opened, imatrix_of, metadata_of, plan_of, ready_source
+from ..conversion.records import choices_of, require_same
 from ..conversion.shares import Share
 from ..conversion.summary import Summary
 from ..errors import InputError, Interrupted, OutputError, PtqtpError, QuantizeError, RankError
 from ..files.journal import Journal
 from ..files.writing import check_space, check_target
-from ..inspect.verify import verify_written
 from ..plan.memory import piece_for
 from ..plan.options import Options, decisive, recipe_of, resolved
-from ..plan.recipe import Choice, Recipe, role_of
-from ..plan.rows import PlanRow, Progress, check_values, no_progress, require_planes
+from ..plan.recipe import Choice, Recipe
+from ..plan.roles import role_of
+from ..plan.rows import PlanRow, check_values, require_planes
+from ..progress import Progress, no_progress
 from ..quantize.encode import make_encoder
 from ..source import hub
-from ..source.base import GgufSource, Source
+from ..source.base import Source
+from ..source.gguf import GgufSource
+from ..source.identity import changed_option, fingerprint
 from ..source.imatrix import Imatrix
+from ..source.opening import local, open_source
 from .ranks import Ranks, number, own_gpu
 
 KEPT = "what is finished is kept; run the same command again to go on"

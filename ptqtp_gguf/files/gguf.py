@@ -22,7 +22,7 @@ import numpy as np
 
 from ..codec import native
 from ..codec import types as fmt
-from ..codec.reference import F32, U8
+from ..codec.arrays import F32, U8
 from ..errors import InputError
 from .gguf_values import ARRAY as ARRAY
 from .gguf_values import BOOL as BOOL

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..codec import types as fmt
 from ..errors import InputError
 from ..files.gguf import KV, TensorInfo
-from ..plan.recipe import Role, layer_of, role_of
-from ..source.base import GgufSource
+from ..plan.roles import Role, layer_of, role_of
+from ..source.gguf import GgufSource
 
 FEW = 8  # entries up to which an array is told whole
 LONG = 1000  # characters up to which a text is told whole

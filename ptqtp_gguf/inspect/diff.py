@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files.gguf import KV, TensorInfo, type_name
-from ..plan.recipe import Role, layer_of, role_of
-from ..plan.rows import Progress, no_progress
-from ..source.base import GgufSource
+from ..plan.roles import Role, layer_of, role_of
+from ..progress import Progress, no_progress
+from ..source.gguf import GgufSource
 from .contents import plain, short, value_of
 from .tensor_error import NONE, Distance, Meter, decodable
 

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from ..codec import native
 from ..codec import reference as packing
 from ..codec import types as fmt
-from ..codec.reference import U8
+from ..codec.arrays import U8
 from ..files.gguf import TensorInfo
 from ..files.threads import ReadAhead
-from ..plan.recipe import Role, role_of
-from ..plan.rows import Progress, no_progress
-from ..source.base import GgufSource, Source, rows_together
+from ..plan.roles import Role, role_of
+from ..progress import Progress, no_progress
+from ..source.base import Source, rows_together
+from ..source.gguf import GgufSource
 
 DIGIT_VALUES = tuple(range(-4, 5))  # digit - 4 = 3*t1 + t2
 BINS_AN_OCTAVE = 4

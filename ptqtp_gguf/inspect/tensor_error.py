@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..codec.reference import U8
+from ..codec.arrays import U8
 from ..errors import InputError
 from ..files.gguf import TYPES, TensorInfo
-from ..quantize.encode import to_float
+from ..quantize.pieces import to_float
 from ..source.base import Source, rows_together
 
 PIECE = 1 << 18  # weights that a thread decodes at a time: both versions stay in its cache

@@ -13,22 +13,21 @@ import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..codec import native
 from ..codec import reference as packing
 from ..codec import types as fmt
-from ..codec.reference import U8
-from ..conversion.output_files import Part
-from ..errors import InputError, OutputError
+from ..codec.arrays import U8
+from ..errors import InputError
 from ..files.gguf import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
 from ..files.threads import ReadAhead, WriteBehind
 from ..files.writing import system_errors
-from ..plan.rows import Progress, no_progress
-from ..quantize.encode import MASK, checksum
-from ..source.base import GgufSource, Source, rows_together
+from ..progress import Progress, no_progress
+from ..quantize.pieces import MASK, checksum
+from ..source.base import Source, rows_together
+from ..source.gguf import GgufSource
 from .tensor_error import Meter
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
@@ -86,26 +85,6 @@ def intact(fd: int, at: int, t: OutTensor, expected: int) -> bool:
             return False
         checker.take(data, start)
     return checker.verdict(expected) is None
-
-
-def intact_tensors(parts: list[Part], records: list[dict[str, Any]]) -> int:
-    """How many of the tensors that a journal calls finished the unfinished files really hold, from the first on."""
-    for part in parts:
-        mine = records[part.first : part.first + len(part.tensors)]
-        if not mine:
-            break
-        if not part.work.exists():
-            return part.first
-        fd = os.open(part.work, os.O_RDONLY)
-        try:
-            size = os.fstat(fd).st_size
-            for record, t in zip(mine, part.tensors, strict=False):
-                at = part.offset(record["tensor"])
-                if size < at + align(t.nbytes, part.alignment) or not intact(fd, at, t, record["hash"]):
-                    return int(record["tensor"])
-        finally:
-            os.close(fd)
-    return len(records)
 
 
 @dataclass
@@ -171,33 +150,6 @@ def check_file(reader: Reader, hashes: dict[str, int], progress: Progress = no_p
                     faults.append(f"tensor {t.name}: {verdict}")
     progress("verifying", total, total, "")
     return FileCheck(sha.hexdigest(), faults)
-
-
-def verify_written(
-    parts: list[Part], hashes: list[int], progress: Progress = no_progress, threads: int = 0
-) -> list[str]:
-    """Read unfinished files back from the disk and compare them with what was meant. Returns their SHA-256.
-
-    Raises OutputError with the first difference.
-    """
-    digests = []
-    for part in parts:
-        expected = {t.name: hashes[part.first + i] for i, t in enumerate(part.tensors)}
-        try:
-            with Reader(part.work, part.path) as reader:
-                if reader.header.kvs != {kv.key: kv for kv in part.kvs}:
-                    raise OutputError(f"{part.path}: the metadata reads back differently; is the disk sound?")
-                if [(t.name, t.shape, t.type) for t in reader.tensors] != [
-                    (t.name, t.shape, t.type) for t in part.tensors
-                ]:
-                    raise OutputError(f"{part.path}: the list of tensors reads back differently; is the disk sound?")
-                found = check_file(reader, expected, progress, threads)
-        except InputError as e:
-            raise OutputError(f"{part.path}: does not read back: {e}; is the disk sound?") from None
-        if found.faults:
-            raise OutputError(f"{part.path}: {found.faults[0]}; is the disk sound?")
-        digests.append(found.sha256)
-    return digests
 
 
 # ---- any time later ----

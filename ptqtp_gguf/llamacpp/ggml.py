@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..codec import types as fmt
-from ..codec.reference import F32, U8
+from ..codec.arrays import F32, U8
 from ..errors import QuantizeError, RuntimeMissing
 from ..files.gguf import BF16_ID, F16_ID, F32_ID, TYPE_IDS, TYPES, quantize_plain, type_name
 from ..files.gguf import dequantize as dequantize_python
-from . import runtime
+from . import install
 
 # What llama-quantize writes, where this gguf-py knows the type; ours stand apart (native/).
 WRITABLE = frozenset(
@@ -149,12 +149,12 @@ def dequantize(type_id: int, data: U8, threads: int = 0) -> F32:
 
 def _library(type_id: int) -> Any:
     """The library, after a look that it and gguf-py mean the same type. Raises RuntimeMissing."""
-    lib = runtime.ggml_library()
+    lib = install.ggml_library()
     traits = lib.ggml_get_type_traits(type_id).contents
     if (traits.blck_size, traits.type_size) != TYPES[type_id][1:]:
         raise RuntimeMissing(
             f"the runtime has {type_name(type_id)} as {traits.blck_size} weights in {traits.type_size} bytes, "
-            f"gguf-py as {TYPES[type_id][1]} in {TYPES[type_id][2]}; {runtime.HOW_TO_BUILD}"
+            f"gguf-py as {TYPES[type_id][1]} in {TYPES[type_id][2]}; {install.HOW_TO_BUILD}"
         )
     return lib
 

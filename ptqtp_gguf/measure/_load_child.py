@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from ..errors import PtqtpError
-from ..llamacpp import runtime
+from ..llamacpp import model as runtime
 from .energy import Rapl
 
 CONTEXT = 2048  # the default of `run`; longer only for longer prompts

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..codec.arrays import I32
 from ..errors import InputError, Interrupted
-from ..llamacpp import runtime
-from ..llamacpp.runtime import I32, Context, Model
-from ..plan.rows import Progress, no_progress
+from ..llamacpp import install
+from ..llamacpp import model as runtime
+from ..llamacpp.model import Context, Model
+from ..progress import Progress, no_progress
 from .cache import Job, keep, kept
 from .scoring import Logits
 from .text import File, open_files
@@ -104,7 +106,7 @@ def generate(
     threads, state, progress and what is raised: as evaluation.evaluate; the stage is "generating", texts. What is kept
     is a file's agreement, and a file's answers.
     """
-    build, texts, asked = runtime.version(), prompts(), questions()
+    build, texts, asked = install.version(), prompts(), questions()
     files = open_files([*([reference] if reference else []), *candidates], progress)
     base, rest = (files[0], files[1:]) if reference else (None, files)
     step = _Steps(progress, len(files) * (len(asked) + (len(texts) if base else 0)))

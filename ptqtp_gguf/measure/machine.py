@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from ..codec import native
-from ..codec.reference import U8
+from ..codec.arrays import U8
 from ..errors import BenchError, RuntimeMissing
-from ..llamacpp import runtime
-from ..plan.memory import free_memory
+from ..llamacpp import model as runtime
+from ..system import free_memory
 
 FEATURES = (  # of the flags in /proc/cpuinfo, those that kernels are chosen by
     "ssse3", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile",

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from ..codec import types as fmt
-from ..codec.reference import F32
+from ..codec.arrays import F32, I32
 from ..errors import InputError, Interrupted
-from ..llamacpp import runtime
-from ..llamacpp.runtime import I32, Context, Model
-from ..plan.rows import Progress, no_progress
+from ..llamacpp import install
+from ..llamacpp import model as runtime
+from ..llamacpp.model import Context, Model
+from ..progress import Progress, no_progress
 from .cache import Job, Records, finite
 from .scoring import Logits, Quality, Rows, alone, score, summarize
 from .text import BUILTIN_WARNING, File, TextFacts, load_text, open_files, windows_of
@@ -67,7 +68,7 @@ def evaluate(
         raise InputError("nothing to evaluate; name at least one file")
     if not MIN_CTX <= ctx <= MAX_CTX:
         raise InputError(f"a window of {ctx} tokens; --ctx takes {MIN_CTX} to {MAX_CTX}")
-    build = runtime.version()
+    build = install.version()
     found = load_text(text)
     files = open_files([*([reference] if reference else []), *candidates], progress)
     with Model(files[0].parts[0], vocabulary_only=True) as model:

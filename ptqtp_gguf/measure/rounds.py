@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BenchError
-from ..llamacpp import runtime
+from ..llamacpp import install
 from . import machine
 
 Round = dict[str, Any]  # what a round measured, fit for JSON: see one_round
@@ -127,7 +127,7 @@ def _run(args: list[str], file: File, what: str) -> str:
 
 def _why(file: File) -> str:
     """Why the runtime does not load a file: llama-bench tells only when it tells everything. "" if it loads."""
-    args = [str(runtime.tool("llama-bench")), "-v", "-m", str(file.path), "-p", "1", "-n", "0", "-r", "1"]
+    args = [str(install.tool("llama-bench")), "-v", "-m", str(file.path), "-p", "1", "-n", "0", "-r", "1"]
     done = subprocess.run(args, capture_output=True, text=True, errors="replace", check=False)
     return next(
         (text for _, mark, text in (x.partition("error loading model: ") for x in done.stderr.splitlines()) if mark), ""
@@ -137,7 +137,7 @@ def _why(file: File) -> str:
 def _llama_bench(file: File, settings: Settings, threads: int) -> dict[str, float]:
     """Tokens a second of each test; llama-bench warms up before each."""
     # on the CPU, also where the build could use something else: our types run there
-    args = [str(runtime.tool("llama-bench")), "-m", str(file.path), "-t", str(threads), "-r", "1", "-o", "json"]
+    args = [str(install.tool("llama-bench")), "-m", str(file.path), "-t", str(threads), "-r", "1", "-o", "json"]
     args += ["-p", ",".join(map(str, settings.prompt)) or "0", "-n", ",".join(map(str, settings.generate)) or "0"]
     return parse(_run([*args, "-ngl", "0", "-nopo", "1"], file, "llama-bench"), settings, threads, file.path)
 

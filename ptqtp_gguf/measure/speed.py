@@ -14,13 +14,13 @@ from statistics import median
 from typing import Any
 
 from ..errors import BenchError
-from ..llamacpp import runtime
-from ..plan.memory import free_memory
-from ..plan.rows import Progress, no_progress
-from ..source.base import GgufSource
+from ..llamacpp import install
+from ..progress import Progress, no_progress
+from ..source.base import Source
+from ..source.gguf import GgufSource
+from ..system import free_memory
 from . import machine
 from .machine import Machine
-from .roofline import token_bytes
 from .rounds import File, Round, Settings, fits, one_round
 from .statistics import CONFIDENCE, ENOUGH, Spread, ratios, spread
 
@@ -136,7 +136,7 @@ def bench(
     threads = (here.cores,) if threads is None else threads
     settings = Settings(_numbers(prompt), _numbers(generate), _numbers(threads), rounds)
     _check(settings, files)
-    runtime.tool("llama-bench")
+    install.tool("llama-bench")
     known = [_file(p, label) for p, label in zip(files, _labels(files, labels), strict=True)]
     result = Bench(settings, known, [r for r in done if fits(r, settings, known)][:rounds], here, free_memory())
     steps = settings.steps(len(known))
@@ -229,3 +229,35 @@ def _warnings(b: Bench) -> Iterable[str]:
         for f in b.files:
             if (share := b.share(f, key) or 0) > OVER:
                 yield f"{f.label}, {key}: {share:.0%} of memory's bandwidth: caches help, or its probe was disturbed"
+
+
+LOOKED_UP = ("position_embd.weight", "token_types.weight", "per_layer_token_embd.weight")  # only rows of them are read
+
+
+def token_bytes(source: Source) -> int:
+    """Bytes of the matrices that a decoded token reads.
+
+    All but tables of which only rows are looked up (an embedding that is the head too is read as a head); of experts
+    those that a token uses; not the blocks that only predict further tokens. Vectors and the cache of keys and values
+    are not counted.
+    """
+    arch = source.get("general.architecture")
+
+    def number(key: str) -> int:
+        value = source.get(f"{arch}.{key}")
+        return value if isinstance(value, int) else 0
+
+    used, experts = number("expert_used_count"), number("expert_count")
+    last = number("block_count") - number("nextn_predict_layers")
+    tied = all(t.name != "output.weight" for t in source.tensors)
+    total = 0
+    for t in source.tensors:
+        if len(t.shape) < 2 or t.name in LOOKED_UP or (t.name == "token_embd.weight" and not tied):
+            continue
+        head, _, rest = t.name.partition(".")
+        block = rest.partition(".")[0]
+        if head == "blk" and last > 0 and block.isdigit() and int(block) >= last:
+            continue
+        share = used / experts if "_exps." in t.name and 0 < used <= experts else 1.0
+        total += round(t.nbytes * share)
+    return total

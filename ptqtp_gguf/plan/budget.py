@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from ..codec import native
 from ..codec import types as fmt
-from ..codec.reference import F32
+from ..codec.arrays import F32
 from ..errors import QuantizeError, RecipeError, RuntimeMissing
 from ..files.gguf import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
 from ..llamacpp import ggml
 from ..quantize import methods
 from ..source.imatrix import Importance
-from .recipe import KEEP, Choice, Model, Recipe, Rule, choose, rule_for
+from .recipe import KEEP, Choice, Recipe, Rule, choose, rule_for
+from .roles import Model
 
 SAMPLE = 1 << 16  # weights of a tensor that its errors are measured on
 # After the trit planes; of each rung the first type whose blocks fit the rows and that can be written here.

@@ -5,10 +5,9 @@ Measured figures: docs/results/convert.md.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..errors import OutputError
-from ..source.base import PIECE, Source, StreamSource
+from ..source.base import PIECE, Source
+from ..source.converter import StreamSource
 from .rows import PlanRow, rows_per_piece
 
 BASE = 100 << 20  # Python, numpy, gguf-py, rich, the tokenizer's metadata
@@ -45,26 +44,3 @@ def piece_for(rows: list[PlanRow], method: str, limit: int, source: Source) -> i
             f"--max-memory {limit / 1e6:.0f} MB: at least {need / 1e6:.0f} MB are needed; {why}raise the limit"
         )
     return piece
-
-
-def resident() -> int:
-    """Bytes of memory in use now by this process and its children; 0 where the system does not tell."""
-    total = 0
-    waiting = ["self"]
-    while waiting:
-        process = Path("/proc") / waiting.pop()
-        try:
-            status = (process / "status").read_text()
-            waiting += (process / "task" / status.split("\nPid:")[1].split()[0] / "children").read_text().split()
-            total += int(status.split("VmRSS:")[1].split()[0]) << 10
-        except (OSError, IndexError, ValueError):
-            continue
-    return total
-
-
-def free_memory() -> int:
-    """Bytes that new work may take without swapping; 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
-    except (OSError, IndexError, ValueError):
-        return 0

@@ -6,6 +6,7 @@ letters. So the ways in which a pattern can be laid over a name are counted befo
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -79,3 +80,8 @@ def _repeat(least: int, most: Any, items: Any, repeated: bool) -> tuple[int, int
     if least == most:
         return ways, repeats
     return (ways + 1, repeats) if int(most) == 1 else (ways, repeats + 1)
+
+
+@functools.cache
+def regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..codec import types as fmt
+from ..codec.arrays import F32, U8
 from ..codec.native import scan
-from ..codec.reference import F32, U8
 from ..errors import InputError, RecipeError
 from ..files.gguf import FLOAT_IDS, OutTensor, TensorInfo
-from ..quantize.encode import FLOOR, to_float
+from ..progress import Progress
+from ..quantize.pieces import FLOOR, to_float
 from ..source.base import Source, rows_together
 from ..source.imatrix import Imatrix
 from .budget import fit_budget, spread
-from .recipe import Choice, Recipe, Role, fall_back, require_importance, role_of
-
-# stage, weights done, weights in all, what is being worked on
-Progress = Callable[[str, int, int, str], None]
+from .recipe import Choice, Recipe, fall_back, require_importance
+from .roles import Role, role_of
 
 MOSTLY_BELOW = 0.5  # share of groups below the scales' range from which a tensor falls back
-
-
-def no_progress(stage: str, done: int, total: int, detail: str) -> None:
-    """Report nothing."""
 
 
 @dataclass

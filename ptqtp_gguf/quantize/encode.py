@@ -7,71 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from ..codec import native
 from ..codec import types as fmt
-from ..codec.reference import F32, U8
+from ..codec.arrays import F32, U8
 from ..errors import QuantizeError
 from ..files.gguf import FLOAT_IDS, Q8_0_ID
 from ..llamacpp import ggml
 from ..source.imatrix import Importance
 from . import methods
 from .cuda import encoder as cuda
-from .cuda.encoder import Encoded
-
-MASK = (1 << 64) - 1  # checksums of pieces add up modulo 2^64
-FLOOR = fmt.MAX_LEVEL * fmt.SMALLEST_SCALE  # a group whose largest weight is smaller lies below the scales' range
-
-
-class Pending(Protocol):
-    """A piece on its way."""
-
-    def result(self) -> Encoded: ...
-
-
-class Encoder(Protocol):
-    """Encodes pieces; at most `depth` may be pending at a time, and they finish in order."""
-
-    depth: int
-    name: str
-
-    def submit(
-        self, raw: U8, source_type: int, target: int, method: str, first: int, importance: Importance | None = None
-    ) -> Pending:
-        """raw uint8 (R, bytes a row); first: index, in its tensor, of the piece's first weight; importance: the
-        tensor's, for a type that uses one."""
-
-    def close(self) -> None: ...
-
-
-class Done:
-    """A piece that is ready."""
-
-    def __init__(self, encoded: Encoded) -> None:
-        self._encoded = encoded
-
-    def result(self) -> Encoded:
-        return self._encoded
-
-
-def to_float(raw: U8, type_id: int, threads: int = 0) -> F32:
-    """uint8 (R, B) of any type -> float32 (R, C). Raises InputError for a type that nobody here decodes."""
-    flat = native.to_float(type_id, raw, threads)
-    if flat is not None:
-        return flat.reshape(len(raw), -1)
-    kind = fmt.TYPES.get(type_id)
-    return native.dequantize(kind, raw) if kind else ggml.dequantize(type_id, raw, threads)
-
-
-def checksum(data: U8, first_byte: int = 0, threads: int = 0) -> int:
-    """64 bits over bytes and their place; of pieces that start at multiples of four bytes, the sum mod 2^64."""
-    flat = data.reshape(-1)
-    if flat.size % 4 or flat.ctypes.data % 4:
-        flat = np.concatenate([flat, np.zeros(-flat.size % 4, np.uint8)])
-    return native.float_hash(flat.view(np.float32), first_byte // 4, threads)
+from .pieces import FLOOR, MASK, Done, Encoded, Encoder, Pending, to_float
 
 
 def _runs(w: F32, first: int, importance: Importance | None, planes: bool) -> Iterator[tuple[slice, F32 | None]]:

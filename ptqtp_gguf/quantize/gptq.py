@@ -61,7 +61,7 @@ class Planes(NamedTuple):
 
     def weights(self) -> Tensor:
         """float32 (R, C)."""
-        from ..tune.layers import code_scales
+        from .torch_codec import code_scales
 
         rows, cols = self.levels.shape
         w: Tensor = (code_scales(self.codes)[..., None] * self.levels.reshape(rows, -1, G)).reshape(rows, cols)
@@ -218,7 +218,7 @@ def _least_squares(w: Tensor, h: Tensor, planes: Planes) -> Planes:
     """All scales of a row together, levels fixed; a row keeps its old codes where rounding made it worse."""
     import torch
 
-    from ..tune.layers import code_scales, scale_codes
+    from .torch_codec import code_scales, scale_codes
 
     rows, cols = w.shape
     groups = cols // G

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..codec import native
-from ..codec.reference import F32, U8
+from ..codec.arrays import F32, U8
 from ..codec.types import TP2_0, TP2_1, TensorType
 from ..errors import QuantizeError
 from . import paper, search

@@ -12,12 +12,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.reference import F32, U8, pack_tp2_0
+from ..codec.arrays import F32, F64, U8
+from ..codec.reference import pack_tp2_0
 from ..codec.types import TP2_0, TensorType
 from ..errors import QuantizeError
 from .sums import lane_sum
-
-F64 = NDArray[np.float64]
 
 MAX_ITERS = 50
 EPSILON = 1e-4

@@ -22,22 +22,19 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codec.arrays import F32, I64, U8
 from ..codec.reference import (
-    F32,
     T1_OF_DIGIT,
     T2_OF_DIGIT,
-    U8,
     digits_of_levels,
     pack_tp2_0,
     pack_tp2_1,
     scale_from_float,
     scale_to_float,
-)  # fmt: skip
+)
 from ..codec.types import TP2_0, TP2_1, TensorType
 from . import paper
 from .sums import lane_sum
-
-I64 = NDArray[np.int64]
 
 BELOW, ABOVE = 12, 13
 RATIOS = (0.35, 0.6, 0.75, 0.9)

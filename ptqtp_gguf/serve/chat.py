@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ChatError, OutputError
 from ..files.reading import parse_json, read_whole
 from ..files.writing import write_text
-from ..llamacpp import runtime
+from ..llamacpp import model as runtime
 
 SCHEMA = 1  # of a saved conversation
 MAX_SAVED = 64 << 20  # bytes of one

@@ -20,9 +20,10 @@ from typing import IO, BinaryIO
 from ..errors import InputError, OutputError, ServerError
 from ..files.reading import read_whole
 from ..files.writing import write_all
-from ..llamacpp import runtime
+from ..llamacpp import install
+from ..llamacpp import model as runtime
 from ..llamacpp.rpc import check, endpoints, lost
-from ..plan.rows import Progress, no_progress
+from ..progress import Progress, no_progress
 
 STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save
 MAX_KEYS = 1 << 20  # bytes of a file of API keys
@@ -98,7 +99,7 @@ class Server:
 
         Raises ServerError if the port cannot be had or the server dies, RuntimeMissing without the patched runtime.
         """
-        program = runtime.tool("llama-server")
+        program = install.tool("llama-server")
         self.port = free_port(self.host, self.port)
         for endpoint in self.rpc:
             check(endpoint)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError
 from ..files.reading import open_regular, parse_json, read_whole
-from ..llamacpp import runtime
+from ..llamacpp import install
 from . import _converter_child as child
 from .pickles import bin_tensors
 
@@ -267,7 +267,7 @@ def to_bf16_gguf(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
 
     Raises CheckpointError if the converter fails, with its own last word; the process dies with the generator.
     """
-    script = runtime.converter()
+    script = install.converter()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     guard = child.TRUST if checkpoint.trust_code else child.__file__
     command = [sys.executable, "-I", "-u", "-c", _LAUNCH, guard, str(script), str(checkpoint.folder)]

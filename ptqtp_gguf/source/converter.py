@@ -23,12 +23,14 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
-from ..codec.reference import U8
+from ..codec.arrays import U8
 from ..errors import CheckpointError
 from ..files.gguf import Header, TensorInfo, parse_header, read_header
 from ..files.reading import file_size, read_bytes
-from ..llamacpp import runtime
+from ..llamacpp import install
 from . import _converter_child as child
+from . import checkpoint
+from .base import Source
 from .checkpoint import Checkpoint, converter_reason, to_bf16_gguf
 
 PIPE = 1 << 20  # bytes; what an ordinary user may ask for
@@ -61,7 +63,7 @@ class ConverterStream:
         self._turn = 0
         self._file: BinaryIO | None = None
         self._scratch: Path | None = None
-        script = runtime.converter()
+        script = install.converter()
         self._process = subprocess.Popen(
             [
                 sys.executable, "-I", "-u", child.__file__, str(script), os.path.abspath(checkpoint.folder),
@@ -213,3 +215,22 @@ def _enlarge(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE)
     except (AttributeError, OSError):
         pass
+
+
+class StreamSource(Source):
+    """A checked checkpoint folder, converted tensor by tensor as it is read. Raises CheckpointError."""
+
+    def __init__(self, found: checkpoint.Checkpoint, log: Callable[[str], None], scratch: Path | None = None) -> None:
+        """scratch: see stream.ConverterStream's fallback."""
+        self.path = found.folder
+        self._stream = ConverterStream(found, log, scratch)
+        self.kvs = self._stream.header.kvs
+        self.tensors = self._stream.header.tensors
+        self.alignment = self._stream.header.alignment
+        self.stamp = checkpoint.stamp(found.folder)
+
+    def chunks(self, t: TensorInfo, size: int) -> Iterator[U8]:
+        return self._stream.chunks(t, size)
+
+    def close(self) -> None:
+        self._stream.close()

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec import types as fmt
-from ..codec.reference import F32, U8
+from ..codec.arrays import F32, U8
 from ..errors import InputError
 from ..files.gguf import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo
 from ..files.reading import open_regular, read_bytes, sha256_of

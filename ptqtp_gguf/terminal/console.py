@@ -18,7 +18,7 @@ from ..conversion.summary import Plan, Summary
 from ..errors import OutputError, printable
 from ..files.gguf import type_name
 from ..inspect.verify import Verdict
-from ..plan.memory import resident
+from ..system import resident
 
 # a file or a pipe has no width of its own: wide enough that names stay whole
 _wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180

@@ -13,7 +13,7 @@ from ..files.gguf import TensorInfo
 from ..inspect.contents import FEW, TEMPLATE, Report
 from ..inspect.diff import SHOWN, Difference, TensorDifference
 from ..inspect.histograms import DIGIT_VALUES, PlaneStatistics, Statistics
-from ..plan.recipe import role_of
+from ..plan.roles import role_of
 from .console import cell, line, out_console, right, whole
 
 BAR = 40  # characters of the longest bar

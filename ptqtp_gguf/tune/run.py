@@ -27,16 +27,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
+from ..codec.planes import TritPlanes
 from ..errors import TuneError
-from ..plan.rows import Progress, no_progress
+from ..plan.tuning import TuneSettings
+from ..progress import Progress, no_progress
 from ..source.checkpoint import stamp
-from .settings import Measure, Planes, TuneSettings
-from .trainer import Batches, Run
+from .trainer import Batches, Measure, Run
 
 if TYPE_CHECKING:
     from .student import Student
 
-__all__ = ["Measure", "Planes", "TuneSettings", "Tuned", "evaluate_kl", "tune"]
+__all__ = ["Measure", "TritPlanes", "TuneSettings", "Tuned", "evaluate_kl", "tune"]
 
 CHECK_POSITIONS = 8  # of the first window, on which logits made in pieces are compared with the model's own
 _HOW = ("micro_batch", "logits_bytes", "save_seconds")  # settings that do not decide the result
@@ -47,7 +48,7 @@ class Tuned:
     """The best state by the held-out text. planes: the keys of the input, untouched where a note says so.
     vectors: HF name -> float32 CPU tensor of every norm weight and bias, {} if they were not trained."""
 
-    planes: dict[str, Planes]
+    planes: dict[str, TritPlanes]
     vectors: dict[str, Any]
     history: list[Measure]
     notes: list[str] = field(default_factory=list)
@@ -60,7 +61,7 @@ def tune(
 ) -> Tuned:  # fmt: skip
     """Tune the planes of the model in a folder.
 
-    planes    HF parameter name -> Planes (or a pair alike)
+    planes    HF parameter name -> TritPlanes (or a pair alike)
     windows   int64 (N, L) token ids to train on; held_out: (M, L) to measure on, other text
     device    "cpu", "cuda", "cuda:1"
     state     file to go on from and to leave the state in, every save_seconds, on Ctrl-C and at the end (the same call

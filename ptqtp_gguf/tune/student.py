@@ -26,8 +26,9 @@ from torch.nn import functional as F
 
 from ..codec.types import MAX_LEVEL
 from ..errors import TuneError
+from ..quantize.torch_codec import GROUP, Tensor, code_scales, latent_start
 from ..source.checkpoint import transformers_reason
-from .layers import GROUP, Flat, PlaneEmbedding, PlaneLinear, Tensor, code_scales, latent_start
+from .layers import Flat, PlaneEmbedding, PlaneLinear
 
 _PLAIN = (nn.Linear, nn.Embedding)  # not what is derived from them: Gemma's embedding multiplies
 LOGIT_COPIES = 5  # float32 arrays of logits alive at a time in kl_of_chunks

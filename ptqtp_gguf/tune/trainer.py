@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..codec.planes import TritPlanes
 from ..errors import TuneError
 from ..files.writing import check_text_target, partial_file
-from ..plan.rows import Progress
-from .settings import Measure, Planes, TuneSettings
+from ..plan.tuning import TuneSettings
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from .student import Student
+from typing import NamedTuple
 
 MEASURED_TOGETHER = 8  # windows
 SAVING = 20  # a save of the state may take one part of so many of the time
@@ -77,7 +79,7 @@ class Run:
     def __init__(self, student: Student, settings: TuneSettings, train: Any, held: Any, progress: Progress) -> None:
         import torch
 
-        from .layers import change_unit
+        from ..quantize.torch_codec import change_unit
 
         self.student, self.settings, self.train, self.held = student, settings, train, held
         self.progress, self.batches = progress, Batches(student, settings)
@@ -182,7 +184,7 @@ class Run:
 
     def apply(self) -> None:
         """Put the variables into the student: rounded scales, vectors, levels."""
-        from .layers import code_scales, nearest_levels, scale_codes
+        from ..quantize.torch_codec import code_scales, nearest_levels, scale_codes
 
         student, d = self.student, self.d["scales"][0]
         wanted = self.scale0 * (d.exp() if self.settings.form == "log" else 1 + d)
@@ -208,7 +210,7 @@ class Run:
 
     def snapshot(self) -> dict[str, Any]:
         """What the student is made of now, on the CPU."""
-        from .layers import scale_codes
+        from ..quantize.torch_codec import scale_codes
 
         s = self.student
         kept = {"codes": scale_codes(s.scales.value), "vectors": s.vector_values.value}
@@ -222,16 +224,16 @@ class Run:
         shown = f"KL {kl:.4f}, " if self.step else ""
         self.progress("tuning", self.step, self.settings.steps, f"{shown}held out {last.held_out:.4f}")
 
-    def result(self, planes: Mapping[str, Any]) -> tuple[dict[str, Planes], dict[str, Any]]:
+    def result(self, planes: Mapping[str, Any]) -> tuple[dict[str, TritPlanes], dict[str, Any]]:
         """The best state: all the planes, and norms and biases by their HF names if they were trained."""
         student = self.student
-        out = {n: Planes(np.asarray(p[0]), np.asarray(p[1])) for n, p in planes.items()}
+        out = {n: TritPlanes(np.asarray(p[0]), np.asarray(p[1])) for n, p in planes.items()}
         codes = student.scales.views(self.best["codes"])
         flat = self.best.get("levels")
         shapes = [v.shape for v in student.level_views]
         levels = flat.split([s.numel() for s in shapes]) if flat is not None else [None] * len(shapes)
         for name, c, shape, a in zip(student.names, codes, shapes, levels, strict=True):
-            out[name] = Planes(out[name].levels if a is None else a.view(shape).numpy(), c.numpy())
+            out[name] = TritPlanes(out[name].levels if a is None else a.view(shape).numpy(), c.numpy())
         values = student.vector_values.views(self.best["vectors"]) if self.settings.train_vectors else []
         vectors = {v.name: value.clone() for v, value in zip(student.vectors, values, strict=False)}
         return out, vectors
@@ -304,3 +306,11 @@ class Run:
                 f"{path}: a tuning lies here that was begun with other {' and '.join(different)}; go on as it was "
                 "begun, or remove the file"
             )
+
+
+class Measure(NamedTuple):
+    """KL in nats a position. train: mean since the measure before (NaN at step 0)."""
+
+    step: int
+    train: float
+    held_out: float

@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ...codec import native
-from ...codec.reference import U8
+from ...codec.arrays import U8
 from ...codec.types import TP2_0, TP2_1, TYPES
 from ...errors import QuantizeError
+from ..pieces import Encoded
 from .driver import OUT_OF_MEMORY, Buffer, CudaError, Device, Unavailable, api, call
 
 _Q8_0 = 8
@@ -44,20 +44,6 @@ FOLDS = (64, 8192)  # stats left after the second and the first folding; the hos
 IN_FLIGHT = 2
 _NONE = 2**64 - 1
 _COPIERS, _COPY_ALONE = 8, 4 << 20  # threads that copy to and from pinned memory; below that many bytes one does
-
-
-class Encoded(NamedTuple):
-    """A quantized piece and what was seen of its values."""
-
-    data: U8  # packed rows (R, B); (R, 0) from a probe
-    error: float = 0.0  # sum of (w - r)^2, r the reconstruction
-    power: float = 0.0  # sum of w^2
-    bad: int = -1  # index in the piece, row by row, of the first weight that is NaN or Inf; -1 = none
-    largest: float = 0.0  # largest finite |w|; beyond the type's reach the data is worthless, as it is where bad >= 0
-    groups: int = 0  # groups with a weight other than zero
-    below: int = 0  # those of them whose weights all lie below 5 * 2^-15, the reach of TP2_1's smallest scale
-    hash: int = 0  # checksum of the reconstruction (native/ptqtp-hash.h), to be added over pieces mod 2^64
-    moved: int = 0  # from a probe: bit t is set where iteration t of `paper` moved some scales by 1e-4 or more
 
 
 def available() -> bool:

@@ -1,29 +1,8 @@
-"""What tuning takes and gives: settings, planes, measures."""
+"""How to tune: steps, rates, what is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
-
-from ..codec.reference import U8
-
-
-class Planes(NamedTuple):
-    """One matrix: levels int8 (R, C) of 0, +-1, +-2, +-3, +-5, and scale codes uint8 (R, C/32). Rows as in HF."""
-
-    levels: NDArray[np.int8]
-    codes: U8
-
-
-class Measure(NamedTuple):
-    """KL in nats a position. train: mean since the measure before (NaN at step 0)."""
-
-    step: int
-    train: float
-    held_out: float
 
 
 @dataclass(frozen=True)
