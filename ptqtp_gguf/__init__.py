@@ -2,8 +2,8 @@
 
     from ptqtp_gguf import convert, load, evaluate
 
-The names of __all__ are the library's front; each is read from its module when it is first asked for, so importing the
-package costs nothing. None is named like a module of the package: importing that module would take its place.
+The names of __all__ are the library's front. Each is read from its room when it is first asked for, so importing the
+package costs nothing. None is named like a room: importing that room would take its place.
 docs/library.md shows them at work.
 """
 
@@ -13,34 +13,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .conversion.export import export_q4_0 as export_q4_0
-    from .conversion.pipeline import convert as convert
-    from .conversion.pipeline import dry_run as dry_run
+    from .conversion import convert as convert
+    from .conversion import dry_run as dry_run
+    from .conversion import export_q4_0 as export_q4_0
     from .errors import Interrupted as Interrupted
     from .errors import PtqtpError as PtqtpError
-    from .llamacpp.model import generate as generate
-    from .llamacpp.model import load as load
-    from .measure.quality import evaluate as evaluate
-    from .plan.options import Calibration as Calibration
-    from .plan.options import Options as Options
-    from .serve.chat import Chat as Chat
-    from .serve.server import Server as Server
+    from .llamacpp import generate as generate
+    from .llamacpp import load as load
+    from .measure import evaluate as evaluate
+    from .plan import Calibration as Calibration
+    from .plan import Options as Options
+    from .serve import Chat as Chat
+    from .serve import Server as Server
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Calibration": "options",
-    "Chat": "chatting",
+    "Calibration": "plan",
+    "Chat": "serve",
     "Interrupted": "errors",
-    "Options": "options",
+    "Options": "plan",
     "PtqtpError": "errors",
-    "Server": "server",
+    "Server": "serve",
     "convert": "conversion",
     "dry_run": "conversion",
-    "evaluate": "evaluation",
-    "export_q4_0": "export",
-    "generate": "runtime",
-    "load": "runtime",
+    "evaluate": "measure",
+    "export_q4_0": "conversion",
+    "generate": "llamacpp",
+    "load": "llamacpp",
 }
 __all__ = [
     "Calibration", "Chat", "Interrupted", "Options", "PtqtpError", "Server", "convert", "dry_run", "evaluate",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptqtp_gguf.codec.types import TP2_1
+from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.files.gguf import FLOAT_IDS, Reader
 
 

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, Family, build
 
-from ptqtp_gguf.codec.types import TP2_0, TP2_1, TensorType
+from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.conversion.export import export_q4_0
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.conversion.summary import Summary

@@ -16,10 +16,10 @@ from helpers import REPO, load_tool, safetensors_bytes
 from ptqtp_gguf.calibrate import store as planes
 from ptqtp_gguf.calibrate import texts
 from ptqtp_gguf.conversion.records import choices_of
-from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
+from ptqtp_gguf.errors import CalibrationError, CheckpointError, InputError, OutputError, PtqtpError, RecipeError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path
-from ptqtp_gguf.inspect.verify import verify
+from ptqtp_gguf.inspect.check import verify
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan import patterns, recipe
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
@@ -84,9 +84,9 @@ def read_data(path: Path) -> None:
 READERS = {
     "gguf": (read_gguf, InputError),
     "data": (read_data, InputError),
-    "safetensors": (checkpoint.shard_tensors, checkpoint.CheckpointError),
-    "index": (read_index, checkpoint.CheckpointError),
-    "pickle": (pickles.bin_tensors, checkpoint.CheckpointError),
+    "safetensors": (checkpoint.shard_tensors, CheckpointError),
+    "index": (read_index, CheckpointError),
+    "pickle": (pickles.bin_tensors, CheckpointError),
     "imatrix": (read_imatrix, InputError),
     "recipe": (recipe.load, RecipeError),
     "journal": (read_journal, OutputError),
@@ -203,7 +203,7 @@ def struct_dat(values: int) -> bytes:
 def test_many_values_of_json_are_refused(tmp_path: Path) -> None:
     raw = b'{"a":[' + b"[]," * 3_000_000 + b"[]]}"
     (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
-    with pytest.raises(checkpoint.CheckpointError, match="more than 4194304 values"):
+    with pytest.raises(CheckpointError, match="more than 4194304 values"):
         checkpoint.shard_tensors(tmp_path / "a.safetensors")
 
 
@@ -268,13 +268,13 @@ def test_python_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     header = {"transformer.ln_f.weight": {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}
     (folder / "model.safetensors").write_bytes(safetensors_bytes(header, bytes(256)))
     found = checkpoint.check(folder)
-    with pytest.raises(checkpoint.CheckpointError, match="brings Python code of its own"):
+    with pytest.raises(CheckpointError, match="brings Python code of its own"):
         ConverterStream(found, lambda _: None)
-    with pytest.raises(checkpoint.CheckpointError, match="brings Python code of its own"):
+    with pytest.raises(CheckpointError, match="brings Python code of its own"):
         list(to_bf16_gguf(found, tmp_path / "out.gguf"))
     assert not marker.exists()
     for run in (lambda f: ConverterStream(f, lambda _: None), lambda f: list(to_bf16_gguf(f, tmp_path / "out.gguf"))):
-        with pytest.raises(checkpoint.CheckpointError):  # with --trust-remote-code it is run: the test tests something
+        with pytest.raises(CheckpointError):  # with --trust-remote-code it is run: the test tests something
             run(checkpoint.check(folder, trust_code=True))
         marker.unlink()
 

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.codec import types as fmt
-from ptqtp_gguf.codec.reference import scale_to_float
-from ptqtp_gguf.codec.types import TP2_1
+from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, scale_to_float
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize.gptq_reference import cd_block, gptq_block
 from ptqtp_gguf.quantize.methods import METHODS, quantize
@@ -137,7 +135,7 @@ def odd_rows(rng: np.random.Generator, cols: int) -> np.ndarray:
     n, gauss = (1, cols), 0.02 * rng.normal(size=(1, cols))
     kinds = [
         gauss, gauss * 1e-20, gauss * 1e-40, gauss * 1e6, gauss * 1e36, np.where(gauss < 0, -0.0, 0.0),
-        np.full(n, -0.3), 0.01 * rng.choice(np.array(fmt.LEVELS), size=n), 0.25 * rng.integers(-3, 4, size=n),
+        np.full(n, -0.3), 0.01 * rng.choice(np.array(LEVELS), size=n), 0.25 * rng.integers(-3, 4, size=n),
         gauss * 2.0 ** -rng.integers(0, 120, size=n), np.where(gauss > 0.03, 9, 1e-9),
         np.where(gauss > 0.05, np.nan, gauss), np.where(gauss > 0.05, -np.inf, gauss), np.full(n, np.nan),
     ]  # fmt: skip
@@ -240,14 +238,14 @@ def test_descent_without_correlation_rounds_to_nearest(rng: np.random.Generator)
     w = weights(rng, 30, 64)
     codes = np.full((30, 2), 140, np.uint8)
     levels, same, _ = run("cd_block", w * np.diagonal(h), h, (np.zeros((30, 64), np.int8), codes), 0)
-    distance = np.abs(w[..., None] - values(np.ones_like(levels), codes)[..., None] * np.array(fmt.LEVELS))
+    distance = np.abs(w[..., None] - values(np.ones_like(levels), codes)[..., None] * np.array(LEVELS))
     chosen = np.abs(w - values(levels, codes))
     assert np.array_equal(same, codes) and np.allclose(chosen, distance.min(axis=-1), atol=1e-8)
 
 
 def test_descent_at_its_end_stays(rng: np.random.Generator) -> None:
     h, _ = problem(rng, 64)
-    planes = rng.choice(np.array(fmt.LEVELS, np.int8), (20, 64)), rng.integers(100, 160, (20, 2)).astype(np.uint8)
+    planes = rng.choice(np.array(LEVELS, np.int8), (20, 64)), rng.integers(100, 160, (20, 2)).astype(np.uint8)
     r = np.zeros((20, 64), np.float32)  # the weights are met exactly
     levels, codes, delta = run("cd_block", r, h, planes, 2)
     assert np.array_equal(levels, planes[0]) and np.array_equal(codes, planes[1]) and not delta.any()

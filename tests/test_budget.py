@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ptqtp_gguf.errors import QuantizeError, RecipeError, RuntimeMissing
-from ptqtp_gguf.files.gguf import TYPE_IDS, TYPES, OutTensor, TensorInfo, build_header, total_size, type_name
+from ptqtp_gguf.files.gguf import GGML_TYPES, TYPE_IDS, OutTensor, TensorInfo, build_header, total_size, type_name
 from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.plan.budget import Option, fit_budget, hull, spend, spread
 from ptqtp_gguf.plan.recipe import Choice, load
@@ -102,7 +102,7 @@ def model(kind: str = "BF16") -> tuple[list[TensorInfo], Callable[[TensorInfo, i
     """Tensors of unlike shapes of distribution, so that their errors differ."""
     tensors = []
     for name, shape in SHAPES.items():
-        k = TYPE_IDS[kind if shape[0] % TYPES[TYPE_IDS[kind]][1] == 0 else "BF16"]
+        k = TYPE_IDS[kind if shape[0] % GGML_TYPES[TYPE_IDS[kind]][1] == 0 else "BF16"]
         t = TensorInfo(f"{name}.weight", shape, k, 0, 0)
         tensors.append(TensorInfo(t.name, shape, k, 0, OutTensor(t.name, shape, k).nbytes))
 

@@ -9,8 +9,7 @@ import pytest
 
 from ptqtp_gguf.calibrate.store import unpacked
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.codec.reference import scale_from_float, scale_to_float
-from ptqtp_gguf.codec.types import LEVELS, TP2_1
+from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, scale_from_float, scale_to_float
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize import gptq as calibrated
 from ptqtp_gguf.quantize import gptq_reference as blocks

@@ -15,7 +15,7 @@ import pytest
 from tiny_models import FAMILIES, Family
 
 from ptqtp_gguf.calibrate.gather import OUTPUT, Layer, walk
-from ptqtp_gguf.calibrate.names import names
+from ptqtp_gguf.calibrate.mapping import names
 from ptqtp_gguf.errors import CalibrationError
 from ptqtp_gguf.source import checkpoint
 

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.conversion.card import CardFacts, Origin, OutFile, TypeLine, card, origin_of
+from ptqtp_gguf.conversion.model_card import CardFacts, Origin, OutFile, TypeLine, card, origin_of
 
 FACTS = CardFacts(
     files=[OutFile("smol-TP2_1.gguf", 78_000_000, "ab" * 32)],

@@ -12,9 +12,12 @@ import pytest
 from helpers import write_gguf
 
 from ptqtp_gguf import __version__
-from ptqtp_gguf.codec.types import TP2_1, Key
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.types import Key
 from ptqtp_gguf.conversion import loop as transcode
 from ptqtp_gguf.conversion import pipeline as conversion
+from ptqtp_gguf.conversion.output_files import finish
 from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError
 from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader, quantize_plain
@@ -77,7 +80,6 @@ def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
             assert 0.015 < (error**2).mean() < 0.04
             # experts are matrices of their own to the paper's stopping rule
             both = r.bytes_of(r.by_name["blk.0.exps.weight"])
-    from ptqtp_gguf.codec.types import TP2_0
 
     parts = [quantize(TP2_0, find("paper"), e) for e in w["blk.0.exps.weight"]]
     assert np.array_equal(both, np.concatenate(parts))
@@ -188,7 +190,7 @@ def test_small_disk_is_refused_early(tiny_gguf: Path, tmp_path: Path, monkeypatc
 def test_a_disk_that_lies_is_noticed(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bit that flips on the disk is found when the file is read back, and the next run mends it."""
     conversion.convert(tiny_gguf, tmp_path / "good.gguf")
-    real = conversion.finish
+    real = finish
 
     def flip(parts: list) -> None:
         real(parts)

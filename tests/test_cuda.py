@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.codec import types as fmt
-from ptqtp_gguf.codec.reference import scale_to_float
-from ptqtp_gguf.codec.types import TP2_0, TP2_1
+from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import SMALLEST_SCALE, TP2_1, scale_to_float
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize import gptq as calibrated
 from ptqtp_gguf.quantize import pieces
@@ -146,7 +146,7 @@ def values(raw: np.ndarray, source: int) -> np.ndarray:
 
 @pytest.mark.parametrize("source", [F32, F16, BF16, Q8_0])
 @pytest.mark.parametrize(("t", "method"), CASES, ids=ids)
-def test_bytes_of_the_cpu(engine: Host | Gpu, t: fmt.TensorType, method: str, source: int) -> None:
+def test_bytes_of_the_cpu(engine: Host | Gpu, t: TensorType, method: str, source: int) -> None:
     raw = raw_of(sample(), source)
     w = values(raw, source)
     got = engine.encode(raw, source, t.id, method, first=9 << 32)
@@ -203,7 +203,7 @@ def test_what_was_seen_of_the_values(engine: Host | Gpu) -> None:
         got = engine.encode(w.view(np.uint8), F32, target)
         assert (got.bad, got.largest) == (-1, tops.max())
         assert got.groups == (tops > 0).sum() < tops.size
-        assert got.below == ((tops > 0) & (tops < 5 * fmt.SMALLEST_SCALE)).sum() > 0
+        assert got.below == ((tops > 0) & (tops < 5 * SMALLEST_SCALE)).sum() > 0
         for value in (np.nan, np.inf, -np.inf):
             damaged = w[2:5].copy()
             damaged[[0, 0, 2], [300, 33, 5]] = value

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion import shares
+from ptqtp_gguf.conversion.loop import Job
 from ptqtp_gguf.distributed import ranks
 from ptqtp_gguf.distributed import run as distributed
 from ptqtp_gguf.errors import Interrupted, QuantizeError
@@ -262,7 +263,7 @@ def test_shares_that_are_not_what_they_say(
 def leave_shares(source: Path, out: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of ranks that were stopped: every third share is not begun."""
 
-    def stop(job: shares.Job) -> None:
+    def stop(job: Job) -> None:
         main = job.journal.job
         assert main is not None
         of = shares.token(main)
@@ -271,9 +272,7 @@ def leave_shares(source: Path, out: Path, options: Options, monkeypatch: pytest.
                 continue
             with shares.opened(share, of) as journal:
                 rows = job.rows[share.first : share.end]
-                mine = shares.Job(
-                    job.source, rows, [share.part], journal, job.encoder, job.method, job.piece, 1, job.progress
-                )
+                mine = Job(job.source, rows, [share.part], journal, job.encoder, job.method, job.piece, 1, job.progress)
                 shares.work(mine, out, False, check=len(job.parts) > 1 and i > 0)
         raise KeyboardInterrupt
 

@@ -20,7 +20,7 @@ from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.measure import generation
 from ptqtp_gguf.measure import quality as evaluation
 from ptqtp_gguf.measure.quality import evaluate
-from ptqtp_gguf.measure.text import BUILTIN_FILE, load_text
+from ptqtp_gguf.measure.text import BUILTIN_FILE, load_text, windows_of
 from ptqtp_gguf.plan.options import Options
 
 pytestmark = pytest.mark.runtime
@@ -100,7 +100,7 @@ def bounds(reference: Path, ours: Path, text: Path, h: float) -> tuple[np.ndarra
     logp = []
     for path in (reference, ours):
         with runtime.Model(path) as model:
-            tokens = evaluation.windows_of(model, load_text(text), CTX, WINDOWS)
+            tokens = windows_of(model, load_text(text), CTX, WINDOWS)
             rows = []
             for window in tokens:
                 with model.context(CTX, threads=2) as context:

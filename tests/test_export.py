@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf.codec.reference import dequantize, pack_tp2_1
-from ptqtp_gguf.codec.types import TP2_1
+from ptqtp_gguf.codec.reference import dequantize, pack
+from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.conversion.export import export_q4_0, to_q4_0
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError, OutputError
@@ -20,7 +20,7 @@ from ptqtp_gguf.plan.options import Options
 
 def test_every_scale_code_and_digit_is_exact(rng: np.random.Generator) -> None:
     digits = np.tile(np.arange(32, dtype=np.uint8) % 9, (256, 1))
-    packed = pack_tp2_1(digits, np.arange(256, dtype=np.uint8)[:, None])
+    packed = pack(TP2_1, digits, np.arange(256, dtype=np.uint8)[:, None])
     twin = gguf.quants.dequantize(to_q4_0(packed), gguf.GGMLQuantizationType.Q4_0)
     assert np.array_equal(twin, dequantize(TP2_1, packed))
     assert np.all(twin[:, 4] == 0) and np.all(twin[:, 8] > 0)

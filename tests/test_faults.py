@@ -21,7 +21,6 @@ import pytest
 from helpers import REPO, safetensors_bytes, write_gguf
 
 from ptqtp_gguf.calibrate.store import PlaneStore
-from ptqtp_gguf.conversion import export as export_module
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion.export import export_q4_0
 from ptqtp_gguf.errors import InputError, OutputError
@@ -29,7 +28,7 @@ from ptqtp_gguf.files import journal
 from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path
-from ptqtp_gguf.files.writing import partial_file, write_text
+from ptqtp_gguf.files.writing import check_target, partial_file, write_text
 from ptqtp_gguf.plan.options import Options
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -172,7 +171,7 @@ def test_an_export_does_not_replace_what_came_in_between(
     with pytest.raises(OutputError, match="exists already"):
         export_q4_0(ours, out)
     assert out.read_text() == "another's" and names(out) == ["b.gguf", "ours.gguf"]
-    assert export_module.check_target  # the early look stays
+    assert check_target  # the early look stays
 
 
 def test_a_card_that_cannot_be_written(cli: Cli, source: Path, out: Path) -> None:
@@ -243,7 +242,7 @@ def test_killed_while_the_bf16_gets_its_name(source: Path, out: Path, monkeypatc
 
     # killed at the very end, between its note and the journal
     with monkeypatch.context() as m, pytest.raises(conversion.Interrupted):
-        m.setattr(conversion.Journal, "remove", lambda j: _stop() if j.out == out else journal_path(j.out).unlink())
+        m.setattr(Journal, "remove", lambda j: _stop() if j.out == out else journal_path(j.out).unlink())
         conversion.convert(folder, out, options)
     assert names(out) == [".b.gguf.journal", "b.gguf", "bf16.gguf"]
     conversion.convert(folder, out, options)

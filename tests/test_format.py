@@ -8,11 +8,14 @@ import pytest
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
+from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_1 import LEVELS
+from ptqtp_gguf.codec.unit import LAST, PAIR01, PAIR23, UNIT
 from ptqtp_gguf.files import gguf as gguf_io
 
 
 @pytest.mark.parametrize("t", fmt.TYPES.values(), ids=lambda t: t.name)
-def test_sizes_agree(t: fmt.TensorType) -> None:
+def test_sizes_agree(t: TensorType) -> None:
     assert native.sizes(t) == (t.block, t.size)
     gguf_io.register_types()
     gguf_io.register_types()  # twice does no harm
@@ -22,12 +25,12 @@ def test_sizes_agree(t: fmt.TensorType) -> None:
 
 
 def test_every_weight_of_a_unit_has_one_slot() -> None:
-    slots = [*np.ravel(fmt.PAIR01), *np.ravel(fmt.PAIR23), *fmt.LAST]
-    assert sorted(slots) == list(range(fmt.UNIT))
+    slots = [*np.ravel(PAIR01), *np.ravel(PAIR23), *LAST]
+    assert sorted(slots) == list(range(UNIT))
 
 
 def test_levels_follow_from_the_digits() -> None:
-    assert [3 * (d // 3 - 1) + 2 * (d % 3 - 1) for d in range(9)] == list(fmt.LEVELS)
+    assert [3 * (d // 3 - 1) + 2 * (d % 3 - 1) for d in range(9)] == list(LEVELS)
 
 
 def test_ids_are_free_in_gguf_py_and_high() -> None:

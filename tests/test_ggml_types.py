@@ -10,7 +10,7 @@ import pytest
 
 from ptqtp_gguf.errors import QuantizeError, RuntimeMissing
 from ptqtp_gguf.files import gguf as gguf_io
-from ptqtp_gguf.files.gguf import TYPE_IDS, TYPES, Reader, type_name
+from ptqtp_gguf.files.gguf import GGML_TYPES, TYPE_IDS, Reader, type_name
 from ptqtp_gguf.llamacpp import ggml, install
 from ptqtp_gguf.llamacpp import model as runtime
 
@@ -74,7 +74,7 @@ def test_bytes_do_not_depend_on_threads(name: str) -> None:
 def test_back_to_floats_as_gguf_py_does(kind: int) -> None:
     w = matrix(kind, 6)
     data = ggml.quantize(kind, w, np.ones(COLS, np.float32) if kind in ggml.NEEDS_IMPORTANCE else None)
-    assert data.shape == (6, COLS // TYPES[kind][1] * TYPES[kind][2])
+    assert data.shape == (6, COLS // GGML_TYPES[kind][1] * GGML_TYPES[kind][2])
     back = ggml.dequantize(kind, data)
     assert back.shape == w.shape and np.square(back - w).sum() < 0.8 * np.square(w).sum()
     if type_name(kind) != "Q1_0":  # not known to every gguf-py

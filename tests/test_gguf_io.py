@@ -17,8 +17,9 @@ from helpers import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.codec.reference import pack_tp2_1
-from ptqtp_gguf.codec.types import FORMAT_VERSION, TP2_1
+from ptqtp_gguf.codec.reference import pack
+from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.types import FORMAT_VERSION
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files import gguf as gguf_io
 from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, build_header, kv_string, kv_u32, parse_header
@@ -50,7 +51,7 @@ def written(tmp_path: Path, kvs: list[KV], tensors: list[OutTensor], blocks: lis
 
 
 def ours(tmp_path: Path, rng: np.random.Generator, version: int | None = FORMAT_VERSION) -> Path:
-    packed = pack_tp2_1(rng.integers(0, 9, size=(5, 64)).astype(np.uint8), np.full((5, 2), 99, np.uint8))
+    packed = pack(TP2_1, rng.integers(0, 9, size=(5, 64)).astype(np.uint8), np.full((5, 2), 99, np.uint8))
     kvs = [kv_string("general.architecture", "llama"), kv_string("name", "\u00fc"), kv_u32("n", 7)]
     if version is not None:
         kvs.append(kv_u32("ptqtp.format_version", version))

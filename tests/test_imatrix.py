@@ -15,10 +15,13 @@ from helpers import REPO, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.codec.types import TP2_0, TP2_1, TYPES, TensorType
+from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.types import TYPES
 from ptqtp_gguf.conversion import loop as transcode
 from ptqtp_gguf.conversion import pipeline as conversion
-from ptqtp_gguf.conversion.card_facts import card_facts
+from ptqtp_gguf.conversion.facts import card_facts
 from ptqtp_gguf.errors import (
     InputError,
     Interrupted,

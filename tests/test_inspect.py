@@ -16,7 +16,8 @@ from rich.console import Console
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import reference as packing
-from ptqtp_gguf.codec.types import TP2_0, TP2_1
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1, scale_to_float
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError, QuantizeError
 from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, kv_string, kv_u32, write_stream
@@ -33,12 +34,12 @@ HOSTILE = MARKUP + "\x1b[31m\nb\x07\u202e"
 def counted_by_numpy(data: np.ndarray, kind: str) -> tuple[list[int], np.ndarray]:
     """Digits' counts and the |scales| that are not of an empty group, by the reference decoder."""
     if kind == "TP2_1":
-        digits, codes = packing.unpack_tp2_1(data)
-        scales = packing.scale_to_float(codes).reshape(-1)
+        digits, codes = packing.unpack(TP2_1, data)
+        scales = scale_to_float(codes).reshape(-1)
         empty = (digits.reshape(-1, 32) == 4).all(axis=1) & (codes.reshape(-1) == 0)
         scales = scales[~empty]
     else:
-        digits, alphas = packing.unpack_tp2_0(data)
+        digits, alphas = packing.unpack(TP2_0, data)
         scales = np.abs(alphas.astype(np.float32)).reshape(-1)
         scales = scales[scales > 0]
     return np.bincount(digits.reshape(-1), minlength=9).tolist(), scales
@@ -111,7 +112,7 @@ def test_damaged_scales_are_told(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     with path.open("wb") as f, np.errstate(all="ignore"):
         tensors = [OutTensor("blk.0.a.weight", (256, 1), TP2_0.id)]
-        list(write_stream(f, kvs, tensors, 32, iter([packing.pack_tp2_0(digits, alphas)])))
+        list(write_stream(f, kvs, tensors, 32, iter([packing.pack(TP2_0, digits, alphas)])))
     total = plane_statistics(path).total
     assert total and (total.damaged, total.smallest, total.median, total.largest) == (2, 1, 1, 2)
     assert total.digits[8] == 256 and sum(total.scales) == 2

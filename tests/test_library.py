@@ -33,7 +33,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_no_public_name_is_a_module() -> None:
     """Importing a module sets it as an attribute of its package: it would take the place of the name."""
     modules = {m.name for m in pkgutil.iter_modules(ptqtp_gguf.__path__)}
-    assert {"inspect", "verify"} <= modules
+    assert {"inspect", "compare"} <= modules
     assert not modules & set(ptqtp_gguf.__all__)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, Family, build
 
-from ptqtp_gguf.calibrate.names import Link, link, names
+from ptqtp_gguf.calibrate.mapping import Link, link, names
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import dequantize
 from ptqtp_gguf.source import checkpoint

@@ -13,8 +13,10 @@ from hypothesis.extra import numpy as hnp
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import reference as packing
-from ptqtp_gguf.codec import types as fmt
-from ptqtp_gguf.codec.types import TP2_0, TP2_1
+from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import MAX_LEVEL, SMALLEST_SCALE, TP2_1
+from ptqtp_gguf.codec.unit import POW2, POW5
 from ptqtp_gguf.errors import QuantizeError
 
 MASK = (1 << 64) - 1
@@ -82,7 +84,7 @@ def test_hash_sees_every_change(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(("t", "method"), CASES, ids=lambda c: getattr(c, "name", c))
-def test_statistics_and_second_decoder(t: fmt.TensorType, method: str, rng: np.random.Generator) -> None:
+def test_statistics_and_second_decoder(t: TensorType, method: str, rng: np.random.Generator) -> None:
     w = some_weights(rng)
     data, stats = native.quantize_stats(t, method, w, first=1000)
     assert np.array_equal(data, native.quantize(t, method, w))
@@ -96,7 +98,7 @@ def test_statistics_and_second_decoder(t: fmt.TensorType, method: str, rng: np.r
 
 
 @pytest.mark.parametrize(("t", "method"), CASES, ids=lambda c: getattr(c, "name", c))
-def test_statistics_do_not_depend_on_threads(t: fmt.TensorType, method: str, rng: np.random.Generator) -> None:
+def test_statistics_do_not_depend_on_threads(t: TensorType, method: str, rng: np.random.Generator) -> None:
     w = some_weights(rng, 300, 512)
     h = None if method == "paper" else rng.exponential(size=512).astype(np.float32)
     data, stats = native.quantize_stats(t, method, w, h, threads=1)
@@ -112,30 +114,30 @@ def test_statistics_do_not_depend_on_threads(t: fmt.TensorType, method: str, rng
 
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.just(56))), st.sampled_from([TP2_0, TP2_1]))
 @settings(max_examples=150, deadline=None)
-def test_second_decoder_agrees_on_any_bytes(data: np.ndarray, t: fmt.TensorType) -> None:
+def test_second_decoder_agrees_on_any_bytes(data: np.ndarray, t: TensorType) -> None:
     assert native.check(t, data)[0] == packing.first_bad_block(t, data)
 
 
 @pytest.mark.parametrize("t", [TP2_0, TP2_1], ids=lambda t: t.name)
-def test_second_decoder_on_all_scales_and_digits(t: fmt.TensorType, rng: np.random.Generator) -> None:
+def test_second_decoder_on_all_scales_and_digits(t: TensorType, rng: np.random.Generator) -> None:
     digits = rng.integers(0, 9, size=(1024, t.block), dtype=np.uint8)
     if t is TP2_1:
         scales = np.arange(1024, dtype=np.uint32).astype(np.uint8)[:, None]
-        data = packing.pack_tp2_1(digits, scales)
+        data = packing.pack(TP2_1, digits, scales)
     else:
         halves = np.arange(0, 65536, 32, dtype=np.uint16)  # all signs and exponents, both scales
         halves = halves[halves & 0x7C00 != 0x7C00]
         scales = rng.choice(halves, size=(1024, 1, 2)).view(np.float16)
-        data = packing.pack_tp2_0(digits, scales)
+        data = packing.pack(TP2_0, digits, scales)
     assert native.check(t, data) == (None, hash_by_hand(packing.dequantize(t, data)))
 
 
 def test_second_decoder_on_every_word() -> None:
     canonical = np.zeros(65536, bool)
-    n = np.arange(fmt.POW5)
-    canonical[-(-n * 65536 // fmt.POW5)] = True
+    n = np.arange(POW5)
+    canonical[-(-n * 65536 // POW5)] = True
     rest = np.zeros(256, bool)
-    rest[-(-np.arange(fmt.POW2) * 256 // fmt.POW2)] = True
+    rest[-(-np.arange(POW2) * 256 // POW2)] = True
     for j in (*range(6), 13):
         size = 65536 if j < 6 else 256
         data = np.zeros((size, 14), np.uint8)
@@ -242,7 +244,7 @@ def scan_by_hand(x: np.ndarray, group: int, floor: float) -> native.Scan:
 
 @pytest.mark.parametrize("group", [1, 32, 128, 40])
 def test_scan(group: int, rng: np.random.Generator) -> None:
-    floor = fmt.MAX_LEVEL * fmt.SMALLEST_SCALE
+    floor = MAX_LEVEL * SMALLEST_SCALE
     x = rng.normal(size=200_000).astype(np.float32)
     x[:70_000] *= 1e-5
     x[70_000:80_000] = 0

@@ -14,7 +14,10 @@ from hypothesis.extra import numpy as hnp
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec import types as fmt
-from ptqtp_gguf.codec.types import TP2_0, TP2_1
+from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1, scale_from_float, scale_to_float
+from ptqtp_gguf.codec.unit import POW5, unpack_units
 from ptqtp_gguf.errors import InputError, QuantizeError
 
 GOLDEN = json.loads((REPO / "tests" / "golden" / "packing.json").read_text())
@@ -34,7 +37,7 @@ def decode_unit(unit: bytes) -> list[int]:
     return weights
 
 
-def decode_by_hand(t: fmt.TensorType, row: bytes) -> list[float]:
+def decode_by_hand(t: TensorType, row: bytes) -> list[float]:
     out: list[float] = []
     for b in range(0, len(row), t.size):
         units = [row[b + 14 * i : b + 14 * i + 14] for i in range(t.size // 14)]
@@ -59,7 +62,7 @@ def test_golden_bytes(case: dict) -> None:
     scales = np.array(case["scales"], np.uint8 if t is TP2_1 else np.float16).reshape(
         (1, -1) if t is TP2_1 else (1, -1, 2)
     )
-    packed = packing.pack_tp2_1(digits, scales) if t is TP2_1 else packing.pack_tp2_0(digits, scales)
+    packed = packing.pack(t, digits, scales)
     assert packed.tobytes().hex() == case["hex"]
     assert native.pack(t, digits, scales).tobytes().hex() == case["hex"]
     values = np.array(case["values"], np.float32)
@@ -69,18 +72,18 @@ def test_golden_bytes(case: dict) -> None:
 
 
 @given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 4), t=st.sampled_from([TP2_0, TP2_1]))
-def test_round_trip_python_to_c_and_back(data: st.DataObject, rows: int, blocks: int, t: fmt.TensorType) -> None:
+def test_round_trip_python_to_c_and_back(data: st.DataObject, rows: int, blocks: int, t: TensorType) -> None:
     cols = blocks * t.block
     digits = data.draw(hnp.arrays(np.uint8, (rows, cols), elements=st.integers(0, 8)))
     if t is TP2_1:
         scales = data.draw(hnp.arrays(np.uint8, (rows, blocks)))
-        packed, back = packing.pack_tp2_1(digits, scales), packing.unpack_tp2_1
+        packed = packing.pack(t, digits, scales)
     else:
         finite = st.floats(width=16, allow_nan=False, allow_infinity=False)
         scales = data.draw(hnp.arrays(np.float16, (rows, blocks, 2), elements=finite))
-        packed, back = packing.pack_tp2_0(digits, scales), packing.unpack_tp2_0
+        packed = packing.pack(t, digits, scales)
     assert packed.tobytes() == native.pack(t, digits, scales).tobytes()
-    for d, s in (back(packed), native.unpack(t, packed)):
+    for d, s in (packing.unpack(t, packed), native.unpack(t, packed)):
         assert np.array_equal(d, digits)
         assert s.tobytes() == scales.tobytes()
     assert packing.first_bad_block(t, packed) is None
@@ -89,14 +92,14 @@ def test_round_trip_python_to_c_and_back(data: st.DataObject, rows: int, blocks:
 
 @given(any_units, st.sampled_from([TP2_0, TP2_1]))
 @settings(max_examples=200)
-def test_any_bytes_decode_alike(data: np.ndarray, t: fmt.TensorType) -> None:
+def test_any_bytes_decode_alike(data: np.ndarray, t: TensorType) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         a, b = packing.dequantize(t, data), native.dequantize(t, data)
     assert a.tobytes() == b.tobytes() or np.array_equal(a, b, equal_nan=True)
     digits = [decode_unit(data.reshape(-1, 14)[i].tobytes()) for i in range(data.size // 14)]
     assert np.array_equal(np.array(digits).reshape(len(data), -1), native.unpack(t, data)[0])
     assert np.array_equal(
-        np.array(digits).reshape(len(data), -1), packing._unpack_units(data.reshape(-1, 14)).reshape(len(data), -1)
+        np.array(digits).reshape(len(data), -1), unpack_units(data.reshape(-1, 14)).reshape(len(data), -1)
     )
     assert packing.first_bad_block(t, data) == native.first_bad_block(t, data)
 
@@ -106,7 +109,7 @@ def test_every_word_that_no_packer_writes_is_named() -> None:
     data[:, :2] = np.arange(65536, dtype="<u2").view(np.uint8).reshape(-1, 2)
     good = [packing.first_bad_block(TP2_1, row[None]) is None for row in data[::97]]
     assert good == [native.first_bad_block(TP2_1, row) is None for row in data[::97]]
-    canonical = {-(-n * 65536 // fmt.POW5) for n in range(fmt.POW5)}
+    canonical = {-(-n * 65536 // POW5) for n in range(POW5)}
     assert good == [w in canonical for w in range(0, 65536, 97)]
     bad = next(w for w in range(65536) if w not in canonical)
     blocks = np.zeros((1, 5 * 14), np.uint8)
@@ -116,22 +119,22 @@ def test_every_word_that_no_packer_writes_is_named() -> None:
 
 def test_scale_codes() -> None:
     codes = np.arange(256, dtype=np.uint8)
-    values = packing.scale_to_float(codes)
+    values = scale_to_float(codes)
     assert values[0] == 2.0**-15 and values[-1] == 1.9375
     assert np.array_equal(values, [(1 + c % 16 / 16) * 2.0 ** (c // 16 - 15) for c in range(256)])
-    assert np.array_equal(packing.scale_from_float(values), codes)
+    assert np.array_equal(scale_from_float(values), codes)
     probe = np.concatenate([values, (values[1:] + values[:-1]) / 2, np.float32([0, -1, 1e-9, 5, np.inf])])
     probe = np.concatenate([probe, np.nextafter(probe, np.float32(0)), np.nextafter(probe, np.float32(9))])
-    assert packing.scale_from_float(probe).tolist() == [native.scale_from_float(float(x)) for x in probe]
+    assert scale_from_float(probe).tolist() == [native.scale_from_float(float(x)) for x in probe]
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
     nine = np.full((1, 32), 9, np.uint8)
-    for pack in (packing.pack_tp2_1, lambda d, s: native.pack(TP2_1, d, s)):
+    for pack in (lambda d, s: packing.pack(TP2_1, d, s), lambda d, s: native.pack(TP2_1, d, s)):
         with pytest.raises(QuantizeError, match="digit"):
             pack(nine, np.zeros((1, 1), np.uint8))
     with pytest.raises(QuantizeError, match="rows of 40 weights"):
-        packing.pack_tp2_1(np.zeros((1, 40), np.uint8), np.zeros((1, 1), np.uint8))
+        packing.pack(TP2_1, np.zeros((1, 40), np.uint8), np.zeros((1, 1), np.uint8))
     with pytest.raises(InputError, match="14"):
         packing.dequantize(TP2_1, np.zeros((1, 15), np.uint8))
     with pytest.raises(QuantizeError, match="length"):

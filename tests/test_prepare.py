@@ -15,27 +15,28 @@ import pytest
 from test_calibration import VOCAB, distance, save, some_tokens
 from tiny_models import Family
 
-from ptqtp_gguf.calibrate import names as mapping
+from ptqtp_gguf.calibrate import mapping, texts
 from ptqtp_gguf.calibrate import run as prepare
-from ptqtp_gguf.calibrate import texts
 from ptqtp_gguf.calibrate.gather import walk
 from ptqtp_gguf.calibrate.in_order import in_order
-from ptqtp_gguf.calibrate.run import HELD_OUT, MOST_HELD_OUT, _held_out
 from ptqtp_gguf.calibrate.store import PlaneStore, planes_folder, remove_planes
 from ptqtp_gguf.calibrate.token_weights import token_weights
+from ptqtp_gguf.calibrate.work import HELD_OUT
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
-from ptqtp_gguf.codec.reference import digits_of_levels, pack_tp2_1, scale_to_float
+from ptqtp_gguf.codec.reference import pack
+from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, digits_of_levels, scale_to_float
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
 from ptqtp_gguf.files.gguf import Reader, TensorInfo
-from ptqtp_gguf.inspect.verify import verify
+from ptqtp_gguf.inspect.check import verify
 from ptqtp_gguf.plan.options import Calibration, Options, resolved
 from ptqtp_gguf.plan.tuning import TuneSettings
 from ptqtp_gguf.quantize.methods import METHODS, quantize
 from ptqtp_gguf.source import checkpoint
 from ptqtp_gguf.source.gguf import GgufSource
 from ptqtp_gguf.source.opening import open_source
+from ptqtp_gguf.tune.run import MOST_HELD_OUT, _held_out
 
 pytestmark = pytest.mark.hf
 
@@ -99,7 +100,7 @@ def leftovers(folder: Path) -> list[str]:
 def planes_of(path: Path) -> dict[str, np.ndarray]:
     """The bytes of all TP2_1 tensors."""
     with Reader(path) as r:
-        return {t.name: np.array(r.bytes_of(t)) for t in r.tensors if t.type == fmt.TP2_1.id}
+        return {t.name: np.array(r.bytes_of(t)) for t in r.tensors if t.type == TP2_1.id}
 
 
 # ---- what is made ----
@@ -169,7 +170,7 @@ def test_experts_with_few_tokens_are_left_to_search(
     with Reader(out) as q, Reader(bf16) as full:
         made = q.bytes_of(q.by_name[name]).reshape(4, 224, -1)
         w = full.rows_f32(full.by_name[name])
-    plain = quantize(fmt.TP2_1, METHODS["search"], w).reshape(made.shape)
+    plain = quantize(TP2_1, METHODS["search"], w).reshape(made.shape)
     assert [e for e in range(4) if np.array_equal(made[e], plain[e])] == few
     assert not leftovers(folder)
 
@@ -488,7 +489,7 @@ def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
         TensorInfo("blk.0.exps.weight", (64, 6, 2), 0, 0, 3072),
         TensorInfo("blk.0.attn_norm.weight", (48,), 0, 0, 192),
     )
-    levels = rng.choice(np.array(fmt.LEVELS, np.int8), (12, 64))
+    levels = rng.choice(np.array(LEVELS, np.int8), (12, 64))
     codes = rng.integers(100, 150, (12, 2)).astype(np.uint8)
     values = rng.normal(size=48).astype(np.float32)
     with PlaneStore(out, job) as store:
@@ -511,14 +512,14 @@ def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
         assert store.has(t.name) and store.blocks == 1 and store.marked("tuned") and store.notes == ["look here"]
         before = store.planes(t)  # as calibration left them: what tuning begins with, and begins again with
         assert not before[0].any() and np.array_equal(before[1], codes)
-        assert np.array_equal(store.raw(t), pack_tp2_1(digits_of_levels(levels), codes))
+        assert np.array_equal(store.raw(t), pack(TP2_1, digits_of_levels(levels), codes))
         weights = (levels.reshape(12, 2, 32) * scale_to_float(codes)[..., None]).reshape(12, 64).astype(np.float32)
         source = weights + rng.normal(size=(12, 64)).astype(np.float32) * 0.01
         pieces = [store.encode(t, source[a:b].view(np.uint8), a * 64) for a, b in ((0, 5), (5, 12))]
         assert np.array_equal(np.concatenate([p.data for p in pieces]), store.raw(t))
         assert sum(p.error for p in pieces) == pytest.approx(float(((source - weights) ** 2).sum()), rel=1e-5)
         assert sum(p.power for p in pieces) == pytest.approx(float((source**2).sum()), rel=1e-5)
-        assert sum(p.hash for p in pieces) == native.check(fmt.TP2_1, np.array(store.raw(t)), 0)[1]
+        assert sum(p.hash for p in pieces) == native.check(TP2_1, np.array(store.raw(t)), 0)[1]
         vector = store.encode(norm, values.view(np.uint8).reshape(1, -1), 0)
         assert vector.data.tobytes() == values.tobytes()
         (store.folder / "3.bin").unlink()

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec import types as fmt
-from ptqtp_gguf.codec.types import TP2_0, TP2_1
+from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, scale_to_float
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize import paper, search
 from ptqtp_gguf.quantize.methods import METHODS, find, quantize
@@ -23,7 +24,7 @@ CASES = [(TP2_1, SEARCH), (TP2_0, SEARCH), (TP2_0, PAPER)]
 ids = [f"{t.name}-{m.name}" for t, m in CASES]
 
 
-def rel_mse(t: fmt.TensorType, w: np.ndarray, packed: np.ndarray) -> float:
+def rel_mse(t: TensorType, w: np.ndarray, packed: np.ndarray) -> float:
     delta = native.dequantize(t, packed).astype(np.float64) - w
     return float((delta**2).sum() / (w.astype(np.float64) ** 2).sum())
 
@@ -38,7 +39,7 @@ def sample(kind: str, n: int, seed: int = 7) -> np.ndarray:
 
 @pytest.mark.parametrize(("t", "m"), CASES, ids=ids)
 @pytest.mark.parametrize("kind", ["gaussian", "laplace", "t5"])
-def test_native_equals_reference(t: fmt.TensorType, m, kind: str, rng: np.random.Generator) -> None:
+def test_native_equals_reference(t: TensorType, m, kind: str, rng: np.random.Generator) -> None:
     w = sample(kind, 24)
     w[3, :256] = 0  # whole groups of zeros
     w[5] *= 1e-4  # below the scales' range
@@ -52,7 +53,7 @@ def test_native_equals_reference(t: fmt.TensorType, m, kind: str, rng: np.random
 
 def odd_kinds(rng: np.random.Generator) -> np.ndarray:
     """Groups on which the fast ways of the native core must step aside, next to ones on which they need not."""
-    n, levels = (2, 256), np.array(fmt.LEVELS)
+    n, levels = (2, 256), np.array(LEVELS)
     gauss = 0.02 * rng.normal(size=n)
     kinds = [
         gauss, gauss * 1e-20, np.clip(300 * gauss, -9.6875, 9.6875), np.where(gauss < 0, -0.0, 0.0),
@@ -67,7 +68,7 @@ def odd_kinds(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("t", "m"), CASES, ids=ids)
-def test_native_equals_reference_on_odd_kinds(t: fmt.TensorType, m, rng: np.random.Generator) -> None:
+def test_native_equals_reference_on_odd_kinds(t: TensorType, m, rng: np.random.Generator) -> None:
     w = odd_kinds(rng)
     for h in [None] + [rng.exponential(size=256).astype(np.float32)] * m.takes_importance:
         if h is not None:
@@ -89,7 +90,7 @@ def test_native_equals_reference_on_odd_values(w: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(("t", "m"), CASES, ids=ids)
-def test_bytes_do_not_depend_on_threads(t: fmt.TensorType, m) -> None:
+def test_bytes_do_not_depend_on_threads(t: TensorType, m) -> None:
     w = sample("laplace", 200)
     first = quantize(t, m, w, threads=1)
     assert all(np.array_equal(first, quantize(t, m, w, threads=n)) for n in (2, 3, 7))
@@ -104,7 +105,7 @@ def test_bytes_do_not_depend_on_threads(t: fmt.TensorType, m) -> None:
         (TP2_0, "gaussian", 0.0256), (TP2_0, "laplace", 0.0398), (TP2_0, "t5", 0.0422),
     ],
 )  # fmt: skip
-def test_search_reaches_the_table(t: fmt.TensorType, kind: str, table: float) -> None:
+def test_search_reaches_the_table(t: TensorType, kind: str, table: float) -> None:
     w = sample(kind, 1024 if t is TP2_1 else 384)
     got = rel_mse(t, w, quantize(t, SEARCH, w, np.ones(1024, np.float32)))
     assert 0.9 * table < got <= 1.02 * table
@@ -150,7 +151,7 @@ def test_search_tp2_1_is_the_best_of_all_256_codes(importance: np.ndarray | None
     a, h = np.abs(w), large_count_more(w) if importance is None else np.ones(w.shape)
     best = np.full(len(w), np.inf)
     for code in range(256):
-        s = packing.scale_to_float(np.full(len(w), code, np.uint8))
+        s = scale_to_float(np.full(len(w), code, np.uint8))
         e = a - s[:, None] * search.nearest_level(a, s).astype(np.float32)
         best = np.minimum(best, (h * e.astype(np.float64) ** 2).sum(axis=1))
     packed = quantize(TP2_1, SEARCH, w, importance)
@@ -189,12 +190,12 @@ def test_importance_moves_the_error_where_it_matters_less(rng: np.random.Generat
 
 
 def test_exact_levels_come_back_exactly(rng: np.random.Generator) -> None:
-    levels = np.array(fmt.LEVELS, np.float32)
+    levels = np.array(LEVELS, np.float32)
     for top in (1, 2, 3, 5):
         allowed = levels[np.abs(levels) <= top]
         codes = rng.integers(0, 256, size=300).astype(np.uint8)
-        w = packing.scale_to_float(codes)[:, None] * rng.choice(allowed, size=(300, 32))
-        w[:, 0] = packing.scale_to_float(codes) * top
+        w = scale_to_float(codes)[:, None] * rng.choice(allowed, size=(300, 32))
+        w[:, 0] = scale_to_float(codes) * top
         assert np.array_equal(native.dequantize(TP2_1, quantize(TP2_1, SEARCH, w)), w)
     a1, a2 = np.float16(0.134), np.float16(0.09)
     trits = rng.integers(-1, 2, size=(2, 40, 128))

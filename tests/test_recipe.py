@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptqtp_gguf.codec.types import TP2_0, TP2_1
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TensorInfo, type_name
 from ptqtp_gguf.llamacpp import ggml

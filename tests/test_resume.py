@@ -17,6 +17,7 @@ import pytest
 from helpers import REPO, write_gguf
 
 from ptqtp_gguf.conversion import loop as transcode
+from ptqtp_gguf.conversion import output_files
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import Interrupted, OutputError, ResumeError
 from ptqtp_gguf.files.journal import Journal, journal_path
@@ -189,7 +190,7 @@ def test_a_damaged_journal_is_told(source: Path, out: Path, monkeypatch: pytest.
 def test_killed_while_it_gets_its_name(
     source: Path, out: Path, whole: bytes, renamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = conversion.publish
+    real = output_files.publish
 
     def publish(parts: list) -> None:
         if renamed:

@@ -21,8 +21,11 @@ from reference_llama import Llama as Reference
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.unit import POW5
 from ptqtp_gguf.conversion import pipeline as conversion
-from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
+from ptqtp_gguf.errors import CheckpointError, InputError, OutputError, RuntimeMissing
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.llamacpp import model as runtime
@@ -209,7 +212,7 @@ def test_experts_agree_with_the_row_path(moe_checkpoint: Path, tmp_path: Path) -
     ours, exact = tmp_path / "ours.gguf", tmp_path / "exact.gguf"
     conversion.convert(moe_checkpoint, ours, Options(keep_bf16=exact))
     with Reader(ours) as r:
-        assert sum(t.type == fmt.TP2_1.id and len(t.shape) == 3 for t in r.tensors) == 6
+        assert sum(t.type == TP2_1.id and len(t.shape) == 3 for t in r.tensors) == 6
     quantizing = mean_kld(exact, ours, tmp_path)[0]
     for args in (["--no-repack"], ["-ub", "1"], ["-ub", "3"]):
         assert mean_kld(ours, ours, tmp_path, *args)[0] < quantizing / 20
@@ -229,7 +232,7 @@ def test_llama_quantize_makes_the_same_bytes(demo_files: dict[str, Path], tmp_pa
     out = tmp_path / "q.gguf"
     install.run_tool("llama-quantize", str(demo_files["bf16"]), str(out), "TP2_1", "2")
     with Reader(out) as theirs, Reader(demo_files["ours"]) as ours:
-        same = [t for t in theirs.tensors if t.type == fmt.TP2_1.id]
+        same = [t for t in theirs.tensors if t.type == TP2_1.id]
         assert len(same) == 210
         assert all(np.array_equal(theirs.bytes_of(t), ours.bytes_of(ours.by_name[t.name])) for t in same)
         assert theirs.get("general.file_type") == 251
@@ -245,7 +248,7 @@ def test_llama_quantize_lists_the_types_and_makes_tp2_0(tiny_checkpoint: Path, t
         t = r.by_name["blk.0.attn_q.weight"]
         assert t.type_name == "TP2_0"
         w = source.rows_f32(source.by_name[t.name])
-        assert np.array_equal(r.bytes_of(t), quantize(fmt.TP2_0, find("search"), w))
+        assert np.array_equal(r.bytes_of(t), quantize(TP2_0, find("search"), w))
         # rows of 192 are no multiple of 128
         assert r.by_name["blk.0.ffn_down.weight"].type_name == "Q8_0"
 
@@ -315,7 +318,7 @@ def test_check_tensors_finds_a_word_that_no_packer_writes(tiny_checkpoint: Path,
     with Reader(path) as r:
         at = r.by_name["blk.1.ffn_up.weight"].offset + 5 * 14
     raw = bytearray(path.read_bytes())
-    canonical = {-(-n * 65536 // fmt.POW5) for n in range(fmt.POW5)}
+    canonical = {-(-n * 65536 // POW5) for n in range(POW5)}
     raw[at : at + 2] = next(w for w in range(65536) if w not in canonical).to_bytes(2, "little")
     path.write_bytes(raw)
     assert "invalid data" in refused(path, "--check-tensors")
@@ -409,7 +412,7 @@ def test_checkpoint_without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> 
 
 def test_stock_bindings_are_named(monkeypatch: pytest.MonkeyPatch, demo_files: dict[str, Path]) -> None:
     monkeypatch.setattr(runtime.importlib.metadata, "version", lambda _: "0.3.36")
-    with pytest.raises(runtime.RuntimeMissing, match=r"llama-cpp-python 0\.3\.36 is a stock build"):
+    with pytest.raises(RuntimeMissing, match=r"llama-cpp-python 0\.3\.36 is a stock build"):
         runtime.load(demo_files["ours"])
 
 

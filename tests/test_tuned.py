@@ -14,12 +14,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from ptqtp_gguf.codec import reference as packing  # noqa: E402
-from ptqtp_gguf.codec import types as fmt  # noqa: E402
+from ptqtp_gguf.codec.tp2_1 import LEVELS, scale_from_float, scale_to_float  # noqa: E402
 from ptqtp_gguf.errors import OutputError, TuneError  # noqa: E402
+from ptqtp_gguf.plan.tuning import TuneSettings  # noqa: E402
 from ptqtp_gguf.quantize import search  # noqa: E402
+from ptqtp_gguf.quantize.gptq import Planes  # noqa: E402
 from ptqtp_gguf.quantize.torch_codec import code_scales, nearest_levels, scale_codes  # noqa: E402
-from ptqtp_gguf.tune.run import Planes, TuneSettings, evaluate_kl, tune  # noqa: E402
+from ptqtp_gguf.tune.end_to_end import evaluate_kl, tune  # noqa: E402
 from ptqtp_gguf.tune.student import Student  # noqa: E402
 
 VOCABULARY, LENGTH = 160, 12
@@ -69,7 +70,7 @@ def planes_of(model: Any) -> dict[str, Planes]:
         if p.ndim == 2 and ("proj" in name or "lm_head" in name or ("embed" in name and plain)):
             w = p.detach().numpy()
             digits, codes = search.fit_tp2_1(w.reshape(-1, 32), None)
-            levels = np.array(fmt.LEVELS, np.int8)[digits].reshape(w.shape)
+            levels = np.array(LEVELS, np.int8)[digits].reshape(w.shape)
             planes[name] = Planes(levels, codes.reshape(len(w), -1))
     return planes
 
@@ -94,7 +95,7 @@ def text() -> tuple[Any, Any]:
 
 
 def weights(p: Planes) -> Any:
-    s = packing.scale_to_float(p.codes).repeat(32, axis=1)
+    s = scale_to_float(p.codes).repeat(32, axis=1)
     return torch.from_numpy(s * p.levels.astype(np.float32))
 
 
@@ -132,7 +133,7 @@ def test_loss_and_gradients_are_the_formula(family: str, models: Any, text: Any)
     few = 7 * 4 * 5 * VOCABULARY  # logits of seven positions at a time: an uneven number of pieces
     student = Student(folder, planes, "cpu", bf16=False, vectors=True, latent=0.0, logits_bytes=few)
     assert student.chunk == 7
-    scale = {n: torch.from_numpy(packing.scale_to_float(p.codes)).requires_grad_() for n, p in planes.items()}
+    scale = {n: torch.from_numpy(scale_to_float(p.codes)).requires_grad_() for n, p in planes.items()}
     weight = {
         n: (s[..., None] * torch.from_numpy(planes[n].levels).float().unflatten(1, (-1, 32))).flatten(1)
         for n, s in scale.items()
@@ -188,7 +189,7 @@ def test_bf16_is_close_to_float32(family: str, models: Any, text: Any) -> None:
 
 def test_codes_and_levels_round_as_the_format_does() -> None:
     codes = np.arange(256, dtype=np.uint8)
-    s = packing.scale_to_float(codes)
+    s = scale_to_float(codes)
     assert np.array_equal(code_scales(torch.from_numpy(codes)).numpy(), s)
     middle = (s[1:] + s[:-1]) / 2
     rng = np.random.default_rng(0)
@@ -196,7 +197,7 @@ def test_codes_and_levels_round_as_the_format_does() -> None:
         [s, middle, np.nextafter(middle, 9), np.nextafter(middle, 0), rng.lognormal(-4, 3, 4000), [0, 1e9]]
     )
     x = np.concatenate([x, [-1.0, 1e-30]]).astype(np.float32)
-    assert np.array_equal(scale_codes(torch.from_numpy(x)).numpy(), packing.scale_from_float(x))
+    assert np.array_equal(scale_codes(torch.from_numpy(x)).numpy(), scale_from_float(x))
     v = np.concatenate([rng.normal(size=2000) * 3, [0, 0.5, 1.5, 2.5, 4, 7]]).astype(np.float32)
     v = np.concatenate([v, -v])
     expected = np.sign(v) * search.nearest_level(np.abs(v)[:, None], np.ones(len(v), np.float32))[:, 0]
@@ -210,7 +211,7 @@ def test_levels_can_be_trained(models: Any, text: Any) -> None:
     got = tune(folder, planes, windows, windows, settings)
     moved = np.mean([np.mean(got.planes[n].levels != p.levels) for n, p in planes.items()])
     assert 0.001 < moved < 0.3
-    assert set(np.unique(np.concatenate([p.levels.ravel() for p in got.planes.values()]))) <= set(fmt.LEVELS)
+    assert set(np.unique(np.concatenate([p.levels.ravel() for p in got.planes.values()]))) <= set(LEVELS)
     best = min(m.held_out for m in got.history)
     assert best < 0.8 * got.history[0].held_out
     changed = {**{n: weights(p) for n, p in got.planes.items()}, **got.vectors}

@@ -13,12 +13,13 @@ from helpers import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.codec.types import TP2_1, Key
+from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.types import Key
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
 from ptqtp_gguf.files.writing import write_verified
-from ptqtp_gguf.inspect.verify import Verdict, verify
+from ptqtp_gguf.inspect.check import Verdict, verify
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.source.opening import open_source
 from ptqtp_gguf.terminal.console import verdict_dict

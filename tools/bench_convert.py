@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.codec.types import TP2_0, TP2_1
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.files.gguf import FLOAT_IDS, Reader
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.quantize.pieces import to_float

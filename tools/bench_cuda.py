@@ -20,8 +20,8 @@ import gguf
 import numpy as np
 
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.codec.reference import scale_to_float
-from ptqtp_gguf.codec.types import TP2_0, TP2_1
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1, scale_to_float
 from ptqtp_gguf.quantize.cuda import encoder as cuda
 from ptqtp_gguf.quantize.cuda.driver import call
 from ptqtp_gguf.quantize.methods import find, quantize

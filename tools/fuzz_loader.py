@@ -28,20 +28,8 @@ import numpy as np
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.types import TYPES
-from ptqtp_gguf.files.gguf import (
-    ARRAY,
-    FLOAT32,
-    INT32,
-    KV,
-    STRING,
-    OutTensor,
-    Reader,
-    kv_list,
-    kv_scalar,
-    kv_string,
-    kv_u32,
-    write_stream,
-)
+from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, kv_list, kv_scalar, kv_string, kv_u32, write_stream
+from ptqtp_gguf.files.gguf_values import ARRAY, FLOAT32, INT32, STRING
 
 SECONDS, MEMORY = 5, 6 << 30
 LOADED, REFUSED = 0, 3

@@ -30,7 +30,7 @@ from ptqtp_gguf.calibrate import store as planes
 from ptqtp_gguf.errors import PtqtpError
 from ptqtp_gguf.files.gguf import OutTensor, build_header, kv_list, kv_string, kv_u32
 from ptqtp_gguf.files.journal import Journal, journal_path
-from ptqtp_gguf.inspect.verify import verify
+from ptqtp_gguf.inspect.check import verify
 from ptqtp_gguf.plan import recipe
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
 from ptqtp_gguf.source.gguf import GgufSource

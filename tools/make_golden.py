@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ptqtp_gguf.codec import reference as packing
-from ptqtp_gguf.codec.types import TP2_0, TP2_1, TensorType
+from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_0 import TP2_0
+from ptqtp_gguf.codec.tp2_1 import TP2_1
 
 TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden" / "packing.json"
 
@@ -17,9 +19,9 @@ TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden" / "packing.
 def case(name: str, t: TensorType, digits: list[int], scales: list[float]) -> dict[str, object]:
     d = np.array(digits, np.uint8)[None]
     if t is TP2_1:
-        packed = packing.pack_tp2_1(d, np.array(scales, np.uint8)[None])
+        packed = packing.pack(TP2_1, d, np.array(scales, np.uint8)[None])
     else:
-        packed = packing.pack_tp2_0(d, np.array(scales, np.float16).reshape(1, -1, 2))
+        packed = packing.pack(TP2_0, d, np.array(scales, np.float16).reshape(1, -1, 2))
     values = [float(v) for v in packing.dequantize(t, packed)[0]]
     return {"name": name, "type": t.name, "digits": digits, "scales": scales, "hex": packed.tobytes().hex(),
             "values": values}  # fmt: skip

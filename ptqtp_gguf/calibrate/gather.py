@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError, OutputError
-from ..files.reading import read_bytes
+from ..files import read_bytes
 from ..progress import Progress, no_progress
-from ..source.checkpoint import Checkpoint, transformers_reason
+from ..source import Checkpoint, transformers_reason
+from .mapping import names
 from .model import Blocks, require_transformers
 from .moments import Moment, Store, fingerprint
-from .names import names
 from .sums import Sums
 
 if TYPE_CHECKING:

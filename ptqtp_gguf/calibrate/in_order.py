@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import OutputError
 from ..progress import Progress, no_progress
-from ..source.checkpoint import Checkpoint
+from ..source import Checkpoint
 from .gather import Batches, targets
 from .model import Blocks, Stop
 from .moments import Moment

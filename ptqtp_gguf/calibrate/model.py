@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibrationError, PtqtpError
-from ..source.checkpoint import Checkpoint, transformers_reason
+from ..source import Checkpoint, transformers_reason
 
 if TYPE_CHECKING:
     import torch

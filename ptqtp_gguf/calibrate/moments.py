@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError, OutputError
-from ..files.reading import open_regular, parse_json, read_whole
-from ..files.writing import check_space, sync_folder, write_text
-from ..source.checkpoint import Checkpoint
+from ..files import check_space, open_regular, parse_json, read_whole, sync_folder, write_text
+from ..source import Checkpoint
 
 if TYPE_CHECKING:
     import torch

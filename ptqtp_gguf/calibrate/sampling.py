@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..progress import Progress, no_progress
-from ..source.checkpoint import Checkpoint, transformers_reason
+from ..source import Checkpoint, transformers_reason
 from .model import WAY_OUT, quiet
 
 BATCH = 32  # windows written together

@@ -15,17 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import native
-from ..codec.arrays import F32, I8, U8
-from ..codec.reference import digits_of_levels, scale_to_float
-from ..codec.types import LEVELS, TP2_1
+from ..codec import F32, I8, LEVELS, TP2_1, U8, digits_of_levels, native, scale_to_float
 from ..errors import InputError, OutputError, PtqtpError, ResumeError
-from ..files.gguf import TensorInfo, row_size
-from ..files.journal import Journal, is_count, is_text
-from ..files.reading import file_size, open_regular, read_bytes
-from ..files.writing import partial_file
-from ..quantize.pieces import FLOOR, Encoded, to_float
-from ..source.identity import changed_option
+from ..files import Journal, TensorInfo, file_size, is_count, is_text, open_regular, partial_file, read_bytes, row_size
+from ..quantize import FLOOR, Encoded, to_float
+from ..source import changed_option
 
 
 def unpacked(packed: U8) -> tuple[I8, U8]:

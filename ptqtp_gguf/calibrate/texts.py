@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from ..files.reading import parse_json
+from ..files import parse_json
 from ..progress import Progress, no_progress
-from ..source import hub
-from ..source.checkpoint import Checkpoint, show, transformers_reason
+from ..source import Checkpoint, hub, show, transformers_reason
 from .model import require_transformers
 from .sampling import written
 

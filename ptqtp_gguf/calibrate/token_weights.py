@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..progress import Progress, no_progress
-from ..source.checkpoint import transformers_reason
+from ..source import transformers_reason
 from ..system import free_memory
 from .model import quiet
 

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import QuantizeError, RuntimeMissing
-from . import types as fmt
 from .arrays import F32, U8
+from .tensor_type import TensorType
+from .types import TYPES
+from .unit import UNIT_BYTES
 
 _METHODS = {"paper": 0, "search": 1}
 _OK = 0
@@ -79,10 +81,11 @@ def _lib() -> ctypes.CDLL:
     lib.ptqtp_status_text.argtypes, lib.ptqtp_status_text.restype = [i], ctypes.c_char_p
     lib.ptqtp_type_size.argtypes, lib.ptqtp_type_size.restype = [i], ctypes.c_size_t
     lib.ptqtp_block_size.argtypes, lib.ptqtp_block_size.restype = [i], i64
-    for name in ("ptqtp_pack_tp2_1", "ptqtp_pack_tp2_0", "ptqtp_unpack_tp2_1", "ptqtp_unpack_tp2_0"):
-        getattr(lib, name).argtypes = [p, p, p, i64]
-    for name in ("ptqtp_dequantize_tp2_1", "ptqtp_dequantize_tp2_0"):
-        getattr(lib, name).argtypes, getattr(lib, name).restype = [p, p, i64], None
+    for t in TYPES.values():
+        for what in ("pack", "unpack"):
+            getattr(lib, f"ptqtp_{what}_{t.name.lower()}").argtypes = [p, p, p, i64]
+        dequantize = getattr(lib, f"ptqtp_dequantize_{t.name.lower()}")
+        dequantize.argtypes, dequantize.restype = [p, p, i64], None
     lib.ptqtp_validate.argtypes = [i, p, ctypes.c_size_t, ctypes.POINTER(i64)]
     u64, f = ctypes.c_uint64, ctypes.c_float
     lib.ptqtp_quantize_stats.argtypes = [i, i, p, p, p, i64, i64, u64, i, ctypes.POINTER(_Stats)]
@@ -109,18 +112,18 @@ def _ptr(a: NDArray[np.generic] | None) -> int | None:
     return None if a is None else a.ctypes.data
 
 
-def sizes(t: fmt.TensorType) -> tuple[int, int]:
+def sizes(t: TensorType) -> tuple[int, int]:
     """Block in weights and size in bytes, as the library has them."""
     return _lib().ptqtp_block_size(t.id), _lib().ptqtp_type_size(t.id)
 
 
-def quantize(t: fmt.TensorType, method: str, weights: F32, importance: F32 | None = None, threads: int = 0) -> U8:
+def quantize(t: TensorType, method: str, weights: F32, importance: F32 | None = None, threads: int = 0) -> U8:
     """weights float32 (R, C) contiguous, importance (C,) or None -> uint8 rows. See quantize.quantize."""
     return _quantize(t, method, weights, importance, threads, 0, None)
 
 
 def quantize_stats(
-    t: fmt.TensorType, method: str, weights: F32, importance: F32 | None = None, threads: int = 0, first: int = 0
+    t: TensorType, method: str, weights: F32, importance: F32 | None = None, threads: int = 0, first: int = 0
 ) -> tuple[U8, Stats]:
     """`quantize`, and what it did to the weights. first: index of the first weight in its tensor."""
     stats = _Stats()
@@ -129,7 +132,7 @@ def quantize_stats(
 
 
 def _quantize(
-    t: fmt.TensorType, method: str, weights: F32, importance: F32 | None, threads: int, first: int, stats: _Stats | None
+    t: TensorType, method: str, weights: F32, importance: F32 | None, threads: int, first: int, stats: _Stats | None
 ) -> U8:
     rows, cols = weights.shape
     if cols % t.block:
@@ -143,7 +146,7 @@ def _quantize(
     return out
 
 
-def dequantize(t: fmt.TensorType, data: U8) -> F32:
+def dequantize(t: TensorType, data: U8) -> F32:
     """uint8 (R, B) -> float32 (R, C)."""
     data = np.ascontiguousarray(data)
     out = np.empty((data.shape[0], data.shape[1] // t.size * t.block), np.float32)
@@ -151,7 +154,7 @@ def dequantize(t: fmt.TensorType, data: U8) -> F32:
     return out
 
 
-def first_bad_block(t: fmt.TensorType, data: U8) -> int | None:
+def first_bad_block(t: TensorType, data: U8) -> int | None:
     """Index of the first block that no packer writes; None if all are good. data: uint8, any shape, whole blocks."""
     data = np.ascontiguousarray(data)
     bad = ctypes.c_int64(-1)
@@ -161,7 +164,7 @@ def first_bad_block(t: fmt.TensorType, data: U8) -> int | None:
     return None if status == _OK else bad.value
 
 
-def check(t: fmt.TensorType, data: U8, first: int = 0, threads: int = 0) -> tuple[int | None, int]:
+def check(t: TensorType, data: U8, first: int = 0, threads: int = 0) -> tuple[int | None, int]:
     """The first bad block or None, and float_hash of the weights, by the library's second decoder, which shares nothing
     with the codec. data: uint8, any shape, contiguous, whole blocks. Raises QuantizeError where they are not whole."""
     if data.nbytes % t.size:
@@ -245,13 +248,13 @@ def count_words(units: U8, five: NDArray[np.uint64], last: NDArray[np.uint64], t
     five, last: uint64 (65536,), added to: how many of words 0..5 of the units, and of words 6 (side + 256*r), have each
     value. Raises QuantizeError where the units are not whole.
     """
-    if units.nbytes % fmt.UNIT_BYTES:
-        raise QuantizeError(f"{units.nbytes} bytes; units have {fmt.UNIT_BYTES}")
+    if units.nbytes % UNIT_BYTES:
+        raise QuantizeError(f"{units.nbytes} bytes; units have {UNIT_BYTES}")
     for counts in (five, last):
         if counts.shape != (1 << 16,) or counts.dtype != np.uint64 or not counts.flags.c_contiguous:
             raise QuantizeError(f"counts of {counts.shape} {counts.dtype}; 65536 contiguous uint64 are needed")
     units = np.ascontiguousarray(units)
-    status = _lib().ptqtp_count_words(_ptr(units), units.nbytes // fmt.UNIT_BYTES, threads, _ptr(five), _ptr(last))
+    status = _lib().ptqtp_count_words(_ptr(units), units.nbytes // UNIT_BYTES, threads, _ptr(five), _ptr(last))
     _check(status, "counting words")
 
 
@@ -291,8 +294,8 @@ def cd_block(
     _check(status, f"coordinate descent on a block of {rows} x {cols}, window {window}")
 
 
-def pack(t: fmt.TensorType, digits: U8, scales: NDArray[np.generic]) -> U8:
-    """digits uint8 (R, C); scales uint8 (R, C/32) codes for TP2_1, fp16 (R, C/128, 2) for TP2_0 -> bytes."""
+def pack(t: TensorType, digits: U8, scales: NDArray[np.generic]) -> U8:
+    """digits uint8 (R, C); scales of `TensorType.scale_shape` and `scale_dtype` -> bytes uint8 (R, B)."""
     digits, scales = np.ascontiguousarray(digits), np.ascontiguousarray(scales)
     rows, cols = digits.shape
     out = np.empty((rows, cols // t.block * t.size), np.uint8)
@@ -303,15 +306,12 @@ def pack(t: fmt.TensorType, digits: U8, scales: NDArray[np.generic]) -> U8:
     return out
 
 
-def unpack(t: fmt.TensorType, data: U8) -> tuple[U8, NDArray[np.generic]]:
+def unpack(t: TensorType, data: U8) -> tuple[U8, NDArray[np.generic]]:
     """The inverse of `pack`."""
     data = np.ascontiguousarray(data)
     rows = data.shape[0]
     digits = np.empty((rows, data.shape[1] // t.size * t.block), np.uint8)
-    groups = digits.shape[1] // t.group
-    scales: NDArray[np.generic] = (
-        np.empty((rows, groups), np.uint8) if t.id == fmt.TP2_1.id else np.empty((rows, groups, 2), np.float16)
-    )
+    scales: NDArray[np.generic] = np.empty(t.scale_shape(*digits.shape), t.scale_dtype)
     _check(
         getattr(_lib(), f"ptqtp_unpack_{t.name.lower()}")(_ptr(data), _ptr(digits), _ptr(scales), digits.size),
         f"unpacking {t.name}",
@@ -333,7 +333,7 @@ def kernels() -> list[tuple[str, int, bool]]:
     return [(table[k].name.decode(), table[k].type, bool(table[k].supported())) for k in range(count.value)]
 
 
-def kernel_for(t: fmt.TensorType) -> str | None:
+def kernel_for(t: TensorType) -> str | None:
     """Name of the kernel in use for the type; None where PTQTP_KERNEL names none that runs here."""
     kernel = _lib().ptqtp_kernel_for(t.id)
     return kernel.contents.name.decode() if kernel else None

@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..measure.rounds import File, Round
-from ..measure.speed import Bench
-from ..measure.speed import bench as measure
-from ..terminal.console import event, line, out_console, right, whole
+from ..measure import Bench, File, Round
+from ..measure import bench as measure
+from ..terminal import event, line, out_console, right, whole
 from .common import AsJson, Quiet, fail, numbers, reporter
 
 STARTS = (  # what, header, digits, factor; columns of which nothing is known are left out

@@ -15,9 +15,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import PtqtpError
-from ..llamacpp import model as runtime
-from ..serve.chat import Chat, harmless
-from ..terminal.console import err_console, event
+from ..llamacpp import context_for, load
+from ..serve import Chat, harmless
+from ..terminal import err_console, event
 from .common import AsJson, Quiet, Rpc, RpcLayers, Threads, fail, reporter
 
 
@@ -60,10 +60,8 @@ def chat(
     try:
         with reporter(quiet, as_json) as progress:
             progress("loading", 0, 0, file.name)
-            n_ctx = runtime.context_for(file, ctx)
-            model = runtime.load(
-                file, n_ctx=n_ctx, threads=threads or os.cpu_count(), rpc=rpc or (), rpc_layers=rpc_layers
-            )
+            n_ctx = context_for(file, ctx)
+            model = load(file, n_ctx=n_ctx, threads=threads or os.cpu_count(), rpc=rpc or (), rpc_layers=rpc_layers)
         with closing(model):
             conversation = Chat(
                 model, system=system, temperature=temperature, seed=seed, max_tokens=max_tokens, notice=_note

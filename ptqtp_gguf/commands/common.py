@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import OutputError
-from ..terminal.console import Bar, JsonLines, err_console, event
+from ..terminal import Bar, JsonLines, err_console, event
 
 EXIT_CODES = "Exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted."
 

@@ -9,14 +9,12 @@ from typing import Annotated
 
 import typer
 
-from ..compare.page import check_tools, write_report
-from ..compare.run import PEERS, WINDOWS, Settings, Stopped
-from ..compare.run import compare as compare_files
+from ..compare import PEERS, WINDOWS, Settings, Stopped, check_tools, write_report
+from ..compare import compare as compare_files
 from ..errors import OutputError, PtqtpError
-from ..files.reading import parse_json, read_whole
-from ..plan.options import Calibration, Options
-from ..terminal.comparison import print_comparison
-from ..terminal.console import event, line
+from ..files import parse_json, read_whole
+from ..plan import Calibration, Options
+from ..terminal import event, line, print_comparison
 from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, numbers, reporter
 
 MAX_REPORT = 1 << 26  # bytes of its JSON

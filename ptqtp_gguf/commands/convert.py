@@ -8,20 +8,13 @@ from typing import Annotated
 
 import typer
 
-from ..conversion import pipeline as conversion
-from ..conversion.card import card
-from ..conversion.card_facts import card_facts
-from ..conversion.export import export_q4_0
-from ..conversion.summary import Summary
-from ..distributed import ranks
-from ..distributed import run as distributed
+from ..conversion import Summary, card, card_facts, export_q4_0, pipeline
+from ..distributed import convert_on_ranks, ranks
 from ..errors import Interrupted
-from ..files.journal import journal_path
-from ..files.writing import check_text_target, write_text
-from ..plan.options import METHOD_NAMES, Calibration, Options
-from ..plan.recipe import SHIPPED
+from ..files import check_text_target, journal_path, write_text
+from ..plan import METHOD_NAMES, SHIPPED, Calibration, Options
 from ..progress import Progress
-from ..terminal.console import Bar, event, line, plan_dict, print_plan, print_summary, summary_dict
+from ..terminal import Bar, event, line, plan_dict, print_plan, print_summary, summary_dict
 from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, parse_size, reporter
 
 
@@ -140,7 +133,7 @@ def convert(
         if dry_run:
             if rank > 0:
                 return
-            plan = conversion.dry_run(source, out, options, progress)
+            plan = pipeline.dry_run(source, out, options, progress)
         else:
             summary = _convert(source, out, options, progress, model_card, n_ranks > 1)
     if dry_run:
@@ -165,7 +158,7 @@ def _convert(
             write_text(model_card, card(card_facts(summary, source, options)), options.force)
 
     try:
-        run = distributed.convert if divided else conversion.convert
+        run = convert_on_ranks if divided else pipeline.convert
         return run(source, out, options, progress, write_card)
     except Interrupted as e:  # typer would swallow its text
         fail(str(e), 130)

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..inspect.diff import difference
-from ..terminal.console import event
-from ..terminal.inspect import print_difference
+from ..inspect import difference
+from ..terminal import event, print_difference
 from .common import AsJson, Quiet, Threads, reporter
 
 

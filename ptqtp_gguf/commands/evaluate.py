@@ -9,10 +9,9 @@ import typer
 from rich.table import Table
 
 from ..errors import Interrupted
-from ..files.writing import cache_folder
-from ..measure.generation import Generation, generate
-from ..measure.quality import Evaluation, evaluate
-from ..terminal.console import err_console, event, line, out_console, right, whole
+from ..files import cache_folder
+from ..measure import Evaluation, Generation, evaluate, generate
+from ..terminal import err_console, event, line, out_console, right, whole
 from .common import AsJson, Quiet, Threads, fail, reporter
 
 

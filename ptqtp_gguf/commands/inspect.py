@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from ..inspect.contents import TEMPLATE, Report, plain
-from ..inspect.contents import inspect as inspect_file
-from ..inspect.histograms import plane_statistics
-from ..terminal.inspect import Sort, print_histograms, print_report, print_tensors, print_text
+from ..inspect import TEMPLATE, Report, plain, plane_statistics
+from ..inspect import inspect as inspect_file
+from ..terminal import Sort, print_histograms, print_report, print_tensors, print_text
 from .common import reporter
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..inspect.contents import inspect
-from ..llamacpp import model as runtime
+from ..inspect import inspect
+from ..llamacpp import generate, load
 from .common import Rpc, RpcLayers
 
 
@@ -32,8 +32,8 @@ def run(
       ptqtp-gguf run model.gguf -p "Once upon a time" --rpc 192.168.1.2:50052
     """
     inspect(file)  # a damaged file gets our own clear line
-    model = runtime.load(file, n_ctx=ctx, threads=threads or None, rpc=rpc or (), rpc_layers=rpc_layers)
+    model = load(file, n_ctx=ctx, threads=threads or None, rpc=rpc or (), rpc_layers=rpc_layers)
     print(prompt, end="", flush=True)
-    for piece in runtime.generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed):
+    for piece in generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed):
         print(piece, end="", flush=True)
     print()

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..serve.server import Server, is_loopback
-from ..terminal.console import err_console, event, line
+from ..serve import Server, is_loopback
+from ..terminal import err_console, event, line
 from .common import AsJson, Quiet, Rpc, RpcLayers, reporter
 
 

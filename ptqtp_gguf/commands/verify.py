@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..inspect.verify import verify as verify_file
-from ..source.opening import open_source
-from ..terminal.console import event, print_verdict, verdict_dict
+from ..inspect import verify as verify_file
+from ..source import open_source
+from ..terminal import event, print_verdict, verdict_dict
 from .common import AsJson, Quiet, Threads, TrustCode, fail, reporter
 
 

@@ -15,17 +15,12 @@ from pathlib import Path
 
 from .. import __version__
 from ..calibrate import texts
-from ..codec import native
-from ..codec.types import BY_NAME
-from ..conversion import pipeline as conversion
-from ..conversion.card_facts import FLOATS
+from ..codec import BY_NAME, DEFAULT, native
+from ..conversion import FLOATS, pipeline
 from ..errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
-from ..files.gguf import Reader, type_name
-from ..files.reading import file_sha256, parse_json, read_whole
-from ..files.writing import check_space, partial_file, write_text
+from ..files import Reader, check_space, file_sha256, parse_json, partial_file, read_whole, type_name, write_text
 from ..llamacpp import install
-from ..plan.options import Options, decisive, recipe_of, resolved
-from ..plan.roles import Role, role_of
+from ..plan import Options, Role, decisive, recipe_of, resolved, role_of
 from ..progress import Progress
 from ..source import checkpoint
 
@@ -183,7 +178,7 @@ class Workshop:
         }  # fmt: skip
 
         def make(path: Path) -> None:
-            conversion.convert(source, path, replace(how, force=True), self.progress)
+            pipeline.convert(source, path, replace(how, force=True), self.progress)
 
         path, sha = self.store.keep(key, f"{self.name}-{item.type}.gguf", make)
         return Made(item.label, "ours", path, sha, f"ptqtp-gguf convert {source.name} {path.name}{_flags(how)}")
@@ -215,7 +210,7 @@ class Workshop:
 
 
 def _flags(how: Options) -> str:
-    words = [f" --type {how.type}"] if how.type != "TP2_1" else []
+    words = [f" --type {how.type}"] if how.type != DEFAULT.name else []
     words += [f" --recipe {how.recipe}"] if how.recipe != "default" else []
     words += [f" --tensor-type {t}" for t in how.tensor_types]
     words += [f" --imatrix {how.imatrix.name}"] if how.imatrix else []
@@ -249,7 +244,7 @@ def reference_of(source: Path, store: Store, progress: Progress, trust_code: boo
     files = {name: file_sha256(source / name) for name, _, _ in checkpoint.stamp(source)}
     key: dict[str, object] = {"checkpoint": files, "converter": file_sha256(install.converter())}
     key |= {"trusted": True} if trust_code else {}
-    return store.keep(key, f"{source.name}-bf16.gguf", lambda path: conversion.make_bf16(found, path, progress))
+    return store.keep(key, f"{source.name}-bf16.gguf", lambda path: pipeline.make_bf16(found, path, progress))
 
 
 def imatrix_of(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import InputError
-from ..measure.scoring import Quality
+from ..measure import Quality
 
 SCHEMA = 1
 MAX_ITEMS = 200_000  # of a list or an object

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, OutputError
-from ..files.writing import partial_file
+from ..files import partial_file
 from . import findings
 from .document import Document, Row, read_document
 from .plots import Plot, draw

@@ -16,24 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..calibrate.texts import load as load_calibration
-from ..codec.types import BY_NAME
+from ..calibrate import texts
+from ..codec import BY_NAME, DEFAULT
 from ..errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
-from ..files.reading import file_sha256, parse_json, read_whole
-from ..files.writing import cache_folder, write_text
-from ..inspect.contents import inspect
-from ..inspect.diff import tensor_errors
-from ..inspect.histograms import plane_statistics
+from ..files import cache_folder, file_sha256, parse_json, read_whole, write_text
+from ..inspect import inspect, plane_statistics, tensor_errors
 from ..llamacpp import install
-from ..measure import machine
-from ..measure.generation import generate
-from ..measure.quality import evaluate
-from ..measure.rounds import Round
-from ..measure.speed import bench
-from ..measure.text import load_text, open_files
-from ..plan.options import Options
+from ..measure import Round, bench, evaluate, generate, load_text, machine, open_files
+from ..plan import Options
 from ..progress import Progress, no_progress
-from ..source.opening import local
+from ..source import local
 from .candidates import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
 from .document import SCHEMA
 
@@ -59,7 +51,7 @@ class Settings:
     """
 
     against: tuple[str, ...] = PEERS
-    ours: tuple[str, ...] = ("TP2_1",)
+    ours: tuple[str, ...] = (DEFAULT.name,)
     text: Path | None = None
     ctx: int = 512
     windows: int = WINDOWS
@@ -151,13 +143,14 @@ def _check(run: Comparison) -> list[Item]:
     items = parse_items([*s.ours, *s.against])
     if not items:
         raise InputError("nothing to compare; name types or files by --ours and --against")
-    texts = run.options.calibration.texts
-    require_imatrix(items, bool(s.imatrix or texts))
-    if any(i.type in BY_NAME and i.type != "TP2_1" for i in items) and texts:
-        raise CalibrationError("--calib makes TP2_1 only; leave --calib out, or the other types of --ours")
+    calibration = run.options.calibration.texts
+    require_imatrix(items, bool(s.imatrix or calibration))
+    if any(i.type in BY_NAME and not BY_NAME[i.type].calibratable for i in items) and calibration:
+        made = ", ".join(t.name for t in BY_NAME.values() if t.calibratable)
+        raise CalibrationError(f"--calib makes {made} only; leave --calib out, or the other types of --ours")
     scored = load_text(s.text)
-    for spec in texts:
-        learned = load_calibration(spec)
+    for spec in calibration:
+        learned = texts.load(spec)
         if learned.text is not None:
             check_apart(learned.text, spec, scored.text, scored.name)
     return items

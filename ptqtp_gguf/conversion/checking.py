@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from ..errors import InputError, OutputError
-from ..files.gguf import Reader, align
-from ..inspect.verify import check_file, intact
+from ..files import Reader, align
+from ..inspect import check_file, intact
 from ..progress import Progress, no_progress
 from .output_files import Part
 

@@ -13,28 +13,35 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec import types as fmt
-from ..codec.arrays import U8
-from ..codec.reference import LEVEL_OF_DIGIT, scale_to_float, unpack_tp2_1
+from ..codec import DEFAULT, TYPES, U8, Key, TensorType, scale_to_float, unpack
 from ..errors import InputError, OutputError
-from ..files.gguf import KV, Q4_0_ID, OutTensor, Reader, TensorInfo, kv_string, kv_u32
-from ..files.writing import check_target, system_errors, write_verified
-from ..plan.recipe import Choice
-from ..plan.roles import role_of
-from ..plan.rows import PlanRow as Row
+from ..files import (
+    KV,
+    Q4_0_ID,
+    OutTensor,
+    Reader,
+    TensorInfo,
+    check_target,
+    kv_string,
+    kv_u32,
+    system_errors,
+    write_verified,
+)
+from ..plan import Choice, role_of
+from ..plan import PlanRow as Row
 from ..progress import Progress, no_progress
 from .summary import Summary
 
 FILE_TYPE_Q4_0 = 2  # LLAMA_FTYPE_MOSTLY_Q4_0
-_CODE_OF_DIGIT = (LEVEL_OF_DIGIT + 8).astype(np.uint8)
 
 
-def to_q4_0(data: U8) -> U8:
-    """TP2_1 rows uint8 (R, C/32*14) -> Q4_0 rows uint8 (R, C/32*18) with equal dequantized weights."""
-    digits, scales = unpack_tp2_1(data)
-    codes = _CODE_OF_DIGIT[digits].reshape(-1, 32)
+def to_q4_0(t: TensorType, data: U8) -> U8:
+    """Rows of a type with a Q4_0 twin, uint8 (R, B) -> Q4_0 rows uint8 (R, C/32*18) with equal dequantized weights."""
+    digits, scales = unpack(t, data)
+    assert t.to_levels
+    codes = (t.to_levels(digits) + 8).astype(np.uint8).reshape(-1, 32)
     out = np.empty((len(codes), 18), np.uint8)
-    out[:, :2] = scale_to_float(scales.reshape(-1)).astype("<f2").view(np.uint8).reshape(-1, 2)
+    out[:, :2] = scale_to_float(scales.astype(np.uint8).reshape(-1)).astype("<f2").view(np.uint8).reshape(-1, 2)
     out[:, 2:] = codes[:, :16] | codes[:, 16:] << 4
     return out.reshape(len(data), -1)
 
@@ -44,11 +51,11 @@ def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progr
     started = time.monotonic()
     with system_errors(out), Reader(source) as reader:
         check_target(out, source, force)
-        free = next((t.name for t in reader.tensors if t.type == fmt.TP2_0.id), None)
-        if free:
-            raise InputError(f"{source}: tensor {free} is TP2_0; its free scales have no exact Q4_0 twin")
-        if not any(t.type == fmt.TP2_1.id for t in reader.tensors):
-            raise InputError(f"{source}: no TP2_1 tensor in it; nothing to export")
+        ours = [(t.name, TYPES[t.type]) for t in reader.tensors if t.type in TYPES]
+        if free := next(((name, kind) for name, kind in ours if not kind.q4_0_twin), None):
+            raise InputError(f"{source}: tensor {free[0]} is {free[1].name}; its free scales have no exact Q4_0 twin")
+        if not ours:
+            raise InputError(f"{source}: no {DEFAULT.name} tensor in it; nothing to export")
         rows = [_row(t) for t in reader.tensors]
         kvs = _metadata(reader)
         tensors = [r.out for r in rows]
@@ -62,20 +69,21 @@ def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progr
             lambda path: _verify(reader, path, out, tensors, progress),
             force,
         )
-    return Summary(out, size, time.monotonic() - started, rows, {"TP2_1": 1})
+    return Summary(out, size, time.monotonic() - started, rows, {kind.name: 1 for _, kind in ours})
 
 
 def _row(t: TensorInfo) -> Row:
-    twin = t.type == fmt.TP2_1.id
-    choice = Choice(Q4_0_ID if twin else t.type, "exact twin of TP2_1" if twin else "as it was")
+    twin = TYPES.get(t.type)
+    choice = Choice(Q4_0_ID if twin else t.type, f"exact twin of {twin.name}" if twin else "as it was")
     return Row(t, choice, role_of(t.name))
 
 
 def _metadata(reader: Reader) -> list[KV]:
-    drop = {fmt.Key.FORMAT_VERSION, fmt.Key.TYPE_IDS, fmt.Key.GROUP_SIZE, fmt.Key.TENSOR_HASHES}
+    drop = {Key.FORMAT_VERSION, Key.TYPE_IDS, Key.GROUP_SIZE, Key.TENSOR_HASHES}
     new = {"general.file_type": kv_u32("general.file_type", FILE_TYPE_Q4_0)}
     kept = [new.pop(kv.key, kv) for kv in reader.header.kvs.values() if kv.key not in drop]
-    return [*kept, *new.values(), kv_string("ptqtp.export", "Q4_0 twin of TP2_1, equal weights")]
+    names = " and ".join(sorted({TYPES[t.type].name for t in reader.tensors if t.type in TYPES}))
+    return [*kept, *new.values(), kv_string("ptqtp.export", f"Q4_0 twin of {names}, equal weights")]
 
 
 def _blocks(reader: Reader, rows: list[Row], progress: Progress) -> Iterator[U8]:
@@ -83,7 +91,8 @@ def _blocks(reader: Reader, rows: list[Row], progress: Progress) -> Iterator[U8]
     for row in rows:
         progress("exporting", done, total, row.tensor.name)
         data = reader.bytes_of(row.tensor)
-        yield to_q4_0(data) if row.tensor.type == fmt.TP2_1.id else data
+        kind = TYPES.get(row.tensor.type)
+        yield to_q4_0(kind, data) if kind else data
         done += row.tensor.n_weights
     progress("exporting", total, total, "")
 

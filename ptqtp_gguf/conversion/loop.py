@@ -14,21 +14,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..calibrate.store import PlaneStore
-from ..codec import types as fmt
-from ..codec.arrays import U8
-from ..codec.types import TP2_1
+from ..calibrate import PlaneStore
+from ..codec import TP2_1, TYPES, U8
 from ..errors import QuantizeError
-from ..files.gguf import F32_ID, TensorInfo
-from ..files.journal import Journal
-from ..files.threads import ReadAhead, WriteBehind
-from ..files.writing import write_all
-from ..plan.recipe import Choice, fall_back
-from ..plan.rows import Below, PlanRow, not_finite, rows_per_piece
+from ..files import F32_ID, Journal, ReadAhead, TensorInfo, WriteBehind, write_all
+from ..plan import Below, Choice, PlanRow, fall_back, not_finite, rows_per_piece
 from ..progress import Progress
-from ..quantize.pieces import MASK, Done, Encoded, Encoder, Pending, checksum
-from ..source.base import Source
-from ..source.imatrix import Imatrix, Importance
+from ..quantize import MASK, Done, Encoded, Encoder, Pending, checksum
+from ..source import Imatrix, Importance, Source
 from .output_files import Part
 
 
@@ -76,7 +69,7 @@ def take_record(row: PlanRow, record: dict[str, Any]) -> None:
     """Put a finished tensor's record into the plan."""
     if record["type"] != row.choice.type:
         row.choice = Choice(record["type"], record["why"] or "", fallback=True)
-    if record["type"] in fmt.TYPES:
+    if record["type"] in TYPES:
         row.rel_mse = record["error"] / record["power"] if record["power"] else 0.0
 
 
@@ -197,6 +190,6 @@ def _take(
     data = np.ascontiguousarray(piece.data)
     tally.error += piece.error
     tally.power += piece.power
-    tally.hash += piece.hash if row.choice.type in fmt.TYPES else checksum(data, tally.nbytes, job.threads)
+    tally.hash += piece.hash if row.choice.type in TYPES else checksum(data, tally.nbytes, job.threads)
     tally.nbytes += data.nbytes
     sink.put(functools.partial(write_all, file, data.data))

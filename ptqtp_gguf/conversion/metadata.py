@@ -8,25 +8,11 @@ import struct
 from collections import Counter
 
 from .. import __version__
-from ..codec import types as fmt
+from ..codec import FILE_TYPE, FORMAT_VERSION, TYPES, Key
 from ..errors import RecipeError
-from ..files.gguf import (
-    BOOL,
-    FLOAT32,
-    INT64,
-    KV,
-    STRING,
-    UINT32,
-    UINT64,
-    kv_list,
-    kv_scalar,
-    kv_string,
-    kv_u32,
-    kv_u32_list,
-)
-from ..plan.rows import PlanRow
-from ..source.base import SPLIT_KEYS, Source
-from ..source.imatrix import Imatrix
+from ..files import BOOL, FLOAT32, INT64, KV, STRING, UINT32, UINT64, kv_list, kv_scalar, kv_string, kv_u32, kv_u32_list
+from ..plan import PlanRow
+from ..source import SPLIT_KEYS, Imatrix, Source
 
 OURS = "ptqtp."
 IMATRIX = "quantize.imatrix."  # llama-quantize's
@@ -73,22 +59,22 @@ def build(
 
     Raises RecipeError for a bad override.
     """
-    used = sorted({r.choice.type for r in rows if r.choice.type in fmt.TYPES})
-    source_types = Counter(r.tensor.type_name for r in rows if r.choice.type in fmt.TYPES)
+    used = sorted({r.choice.type for r in rows if r.choice.type in TYPES})
+    source_types = Counter(r.tensor.type_name for r in rows if r.choice.type in TYPES)
     learned = "; ".join(filter(None, [calibration, imatrix.text if imatrix else ""]))
     ours = [
-        kv_u32("general.file_type", fmt.FILE_TYPE[type_name.upper()]),
+        kv_u32("general.file_type", FILE_TYPE[type_name.upper()]),
         kv_u32("general.quantization_version", 2),
-        kv_u32(fmt.Key.FORMAT_VERSION, fmt.FORMAT_VERSION),
-        kv_u32_list(fmt.Key.TYPE_IDS, used),
-        kv_u32_list(fmt.Key.GROUP_SIZE, [fmt.TYPES[i].group for i in used]),
-        kv_string(fmt.Key.METHOD, method),
-        kv_string(fmt.Key.VERSION, __version__),
-        kv_string(fmt.Key.RECIPE, recipe),
-        kv_string(fmt.Key.CALIBRATION, learned or "none"),
-        kv_string(fmt.Key.SOURCE_TYPE, source_types.most_common(1)[0][0]),
-        kv_string(fmt.Key.SOURCE_HASH, "0" * 64),
-        kv_list(fmt.Key.TENSOR_HASHES, UINT64, [0] * len(rows)),
+        kv_u32(Key.FORMAT_VERSION, FORMAT_VERSION),
+        kv_u32_list(Key.TYPE_IDS, used),
+        kv_u32_list(Key.GROUP_SIZE, [TYPES[i].group for i in used]),
+        kv_string(Key.METHOD, method),
+        kv_string(Key.VERSION, __version__),
+        kv_string(Key.RECIPE, recipe),
+        kv_string(Key.CALIBRATION, learned or "none"),
+        kv_string(Key.SOURCE_TYPE, source_types.most_common(1)[0][0]),
+        kv_string(Key.SOURCE_HASH, "0" * 64),
+        kv_list(Key.TENSOR_HASHES, UINT64, [0] * len(rows)),
     ]
     new = {kv.key: kv for kv in [*ours, *(_upstream(imatrix) if imatrix else [])]}
     for text in overrides:
@@ -114,8 +100,8 @@ def _upstream(imatrix: Imatrix) -> list[KV]:
 def complete(kvs: list[KV], source_hash: str, hashes: list[int]) -> list[KV]:
     """The same metadata, of the same size, with what is known at the end."""
     known = {
-        fmt.Key.SOURCE_HASH: kv_string(fmt.Key.SOURCE_HASH, source_hash),
-        fmt.Key.TENSOR_HASHES: kv_list(fmt.Key.TENSOR_HASHES, UINT64, hashes),
+        Key.SOURCE_HASH: kv_string(Key.SOURCE_HASH, source_hash),
+        Key.TENSOR_HASHES: kv_list(Key.TENSOR_HASHES, UINT64, hashes),
     }
     return [known.get(kv.key, kv) for kv in kvs]
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputError
-from ..files.gguf import INT32, KV, UINT16, OutTensor, align, build_header, kv_scalar
-from ..files.writing import sync_folder
-from ..source.gguf import part_path
+from ..files import INT32, KV, UINT16, OutTensor, align, build_header, kv_scalar, sync_folder
+from ..source import part_path
 
 MAX_PARTS = 65535
 

@@ -8,29 +8,34 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
-from ..calibrate.run import prepared
-from ..calibrate.store import PlaneStore, planes_folder, remove_planes
+from ..calibrate import PlaneStore, planes_folder, remove_planes
 from ..errors import InputError, Interrupted, OutputError, PtqtpError, ResumeError
-from ..files.gguf import KV
-from ..files.journal import Journal
-from ..files.writing import check_space, check_target, scratch_path, system_errors
-from ..plan.memory import memory_need, piece_for
-from ..plan.options import Options, decisive, described, method_name, recipe_of, resolved
-from ..plan.recipe import Recipe
-from ..plan.roles import Role, role_of
-from ..plan.rows import PlanRow, check_values, make_plan, require_planes
+from ..files import KV, Journal, check_space, check_target, scratch_path, system_errors
+from ..plan import (
+    Options,
+    PlanRow,
+    Recipe,
+    Role,
+    check_values,
+    decisive,
+    described,
+    make_plan,
+    memory_need,
+    method_name,
+    piece_for,
+    recipe_of,
+    require_planes,
+    resolved,
+    role_of,
+)
 from ..progress import Progress, no_progress
-from ..quantize.encode import make_encoder
-from ..source import checkpoint
-from ..source.base import Source
-from ..source.gguf import GgufSource
-from ..source.identity import fingerprint
-from ..source.imatrix import Imatrix
-from ..source.opening import local, open_source
+from ..quantize import make_encoder
+from ..source import GgufSource, Imatrix, Source, checkpoint, fingerprint, local, open_source
 from . import metadata, shares
 from .checking import intact_tensors, verify_written
 from .loop import Job, take_record, transcode
 from .output_files import Part, discard, finish, lay_out, publish, share_files
+from .prepare import prepared
 from .records import choices_of, require_same
 from .summary import Plan, Summary
 

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ResumeError
-from ..files.gguf import TensorInfo, type_block
-from ..files.journal import Journal
-from ..plan.recipe import Choice
-from ..quantize.pieces import MASK, checksum
-from ..source.base import Source
-from ..source.identity import changed_option
+from ..files import Journal, TensorInfo, type_block
+from ..plan import Choice
+from ..quantize import MASK, checksum
+from ..source import Source, changed_option
 
 CHUNK = 1 << 24
 

@@ -20,13 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import InputError
-from ..files.gguf import OutTensor, type_block
-from ..files.journal import MAX_BYTES, Journal, journal_path
-from ..files.reading import parse_json, read_whole
-from ..files.writing import write_all
-from ..plan.rows import PlanRow
+from ..files import MAX_BYTES, Journal, OutTensor, journal_path, parse_json, read_whole, type_block, write_all
+from ..plan import PlanRow
 from ..progress import Progress
-from ..source.base import Source
+from ..source import Source
 from .checking import intact_tensors, verify_written
 from .loop import Job, take_record, transcode
 from .output_files import Part, finish, lay_out, share_files

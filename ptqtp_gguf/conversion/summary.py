@@ -6,9 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files.gguf import KV, type_name
-from ..plan.recipe import Recipe
-from ..plan.rows import PlanRow
+from ..files import KV, type_name
+from ..plan import PlanRow, Recipe
 from .output_files import Part
 
 

@@ -16,36 +16,51 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..conversion import metadata, shares
-from ..conversion.checking import verify_written
-from ..conversion.loop import Job
-from ..conversion.output_files import Part, discard, finish, lay_out, share_files
-from ..conversion.pipeline import convert_opened, imatrix_of, metadata_of, plan_of, ready_source
-from ..conversion.records import choices_of, require_same
-from ..conversion.shares import Share
-from ..conversion.summary import Summary
+from ..conversion import (
+    Job,
+    Part,
+    Share,
+    Summary,
+    choices_of,
+    complete,
+    convert_opened,
+    discard,
+    finish,
+    imatrix_of,
+    lay_out,
+    metadata_of,
+    plan_of,
+    ready_source,
+    require_same,
+    share_files,
+    shares,
+    source_hash,
+    verify_written,
+)
 from ..errors import InputError, Interrupted, OutputError, PtqtpError, QuantizeError, RankError
-from ..files.journal import Journal
-from ..files.writing import check_space, check_target
-from ..plan.memory import piece_for
-from ..plan.options import Options, decisive, recipe_of, resolved
-from ..plan.recipe import Choice, Recipe
-from ..plan.roles import role_of
-from ..plan.rows import PlanRow, check_values, require_planes
+from ..files import Journal, check_space, check_target
+from ..plan import (
+    Choice,
+    Options,
+    PlanRow,
+    Recipe,
+    check_values,
+    decisive,
+    piece_for,
+    recipe_of,
+    require_planes,
+    resolved,
+    role_of,
+)
 from ..progress import Progress, no_progress
-from ..quantize.encode import make_encoder
-from ..source import hub
-from ..source.base import Source
-from ..source.gguf import GgufSource
-from ..source.identity import changed_option, fingerprint
-from ..source.imatrix import Imatrix
-from ..source.opening import local, open_source
+from ..quantize import make_encoder
+from ..source import GgufSource, Imatrix, Source, changed_option, fingerprint, hub, local, open_source
 from .ranks import Ranks, number, own_gpu
 
 KEPT = "what is finished is kept; run the same command again to go on"
 
 
-def convert(
+def convert_on_ranks(
     source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress,
     last: Callable[[Summary], None] = lambda _: None,
 ) -> Summary | None:  # fmt: skip
@@ -291,11 +306,11 @@ class _Conversion:
     def _close(self, found: _Layout, made: dict[int, Any], mine: bool) -> None:
         """The first part, which holds the checksums of all; the journal gets what was made. mine: I write that part."""
         records = [r for i in sorted(made) for r in made[i][0]]
-        whole = metadata.source_hash(found.header, [r["source"] for r in records])
+        whole = source_hash(found.header, [r["source"] for r in records])
         digest = ""
         if mine:
             part = found.shares[0].part
-            part.kvs = metadata.complete(part.kvs, whole, [r["hash"] for r in records])
+            part.kvs = complete(part.kvs, whole, [r["hash"] for r in records])
             finish([part])
             digest = verify_written([part], [r["hash"] for r in made[0][0]])[0]
         digests = [next(filter(None, self.ranks.exchange(digest))), *(made[i][1] for i in sorted(made) if i)]

@@ -20,9 +20,7 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 
-from ..codec import native
-from ..codec import types as fmt
-from ..codec.arrays import F32, U8
+from ..codec import F32, FORMAT_VERSION, TYPES, U8, Key, native
 from ..errors import InputError
 from .gguf_values import ARRAY as ARRAY
 from .gguf_values import BOOL as BOOL
@@ -50,28 +48,28 @@ MAX_METADATA = 1 << 27  # bytes; the largest vocabularies take a tenth
 HEAD, MAX_HEAD = 1 << 22, 1 << 28  # bytes of a file that are read for its header: first, and at most
 
 # type id -> (name, weights a block, bytes a block)
-TYPES: dict[int, tuple[str, int, int]] = {
+GGML_TYPES: dict[int, tuple[str, int, int]] = {
     **{int(t): (t.name, *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType if t in gguf.GGML_QUANT_SIZES},
-    **{t.id: (t.name, t.block, t.size) for t in fmt.TYPES.values()},
+    **{t.id: (t.name, t.block, t.size) for t in TYPES.values()},
 }
-TYPE_IDS = {name: id for id, (name, _, _) in TYPES.items()}
+TYPE_IDS = {name: id for id, (name, _, _) in GGML_TYPES.items()}
 F32_ID, F16_ID, BF16_ID, Q4_0_ID, Q8_0_ID = (TYPE_IDS[n] for n in ("F32", "F16", "BF16", "Q4_0", "Q8_0"))
 FLOAT_IDS = frozenset(TYPE_IDS[n] for n in ("F64", "F32", "F16", "BF16"))
 
 
 def type_name(type_id: int) -> str:
     """ "TP2_1", "Q8_0", ..., or "type N" for an id that nobody here knows."""
-    return TYPES[type_id][0] if type_id in TYPES else f"type {type_id}"
+    return GGML_TYPES[type_id][0] if type_id in GGML_TYPES else f"type {type_id}"
 
 
 def type_block(type_id: int) -> int:
     """Weights a block of a known type."""
-    return TYPES[type_id][1]
+    return GGML_TYPES[type_id][1]
 
 
 def row_size(type_id: int, n: int) -> int:
     """Bytes of a row of n weights; n must be a multiple of the type's block."""
-    _, block, size = TYPES[type_id]
+    _, block, size = GGML_TYPES[type_id]
     assert n % block == 0
     return n // block * size
 
@@ -208,9 +206,9 @@ def _tensor_info(c: Cursor, alignment: int) -> TensorInfo:
         if dim == 0 or n > MAX_WEIGHTS:
             raise c.fail(f"tensor {name} has the shape {shape}")
     kind, offset = c.number("<I", f"type of {name}"), c.number("<Q", f"offset of {name}")
-    if kind not in TYPES:
+    if kind not in GGML_TYPES:
         raise c.fail(f"tensor {name} has the unknown type id {kind}")
-    type_name_, block, size = TYPES[kind]
+    type_name_, block, size = GGML_TYPES[kind]
     if shape[0] > MAX_ROW:
         raise c.fail(f"tensor {name}: rows of {shape[0]} weights; the limit is {MAX_ROW}")
     if shape[0] % block:
@@ -266,13 +264,13 @@ class Reader:
     def _check_format_version(self) -> None:
         if self.get("split.no"):  # only the first part of a split file carries the metadata
             return
-        ours = any(t.type in fmt.TYPES for t in self.tensors)
-        version = self.get(fmt.Key.FORMAT_VERSION)
-        if (ours or version is not None) and version != fmt.FORMAT_VERSION:
+        ours = any(t.type in TYPES for t in self.tensors)
+        version = self.get(Key.FORMAT_VERSION)
+        if (ours or version is not None) and version != FORMAT_VERSION:
             found = "none" if version is None else version
             raise InputError(
-                f"{self.path}: {fmt.Key.FORMAT_VERSION} is {found}; this version of ptqtp-gguf reads "
-                f"{fmt.FORMAT_VERSION}; convert the model again"
+                f"{self.path}: {Key.FORMAT_VERSION} is {found}; this version of ptqtp-gguf reads "
+                f"{FORMAT_VERSION}; convert the model again"
             )
 
     def __enter__(self) -> Reader:
@@ -323,8 +321,8 @@ class Reader:
 
 def dequantize(data: U8, type_id: int, where: str) -> F32:
     """uint8 (R, B) of any ggml type that gguf-py decodes, or of ours -> float32 (R, C). Raises InputError otherwise."""
-    if type_id in fmt.TYPES:
-        return native.dequantize(fmt.TYPES[type_id], data)
+    if type_id in TYPES:
+        return native.dequantize(TYPES[type_id], data)
     if type_id == F32_ID:
         return data.view("<f4")
     if type_id == F16_ID:
@@ -432,7 +430,7 @@ def total_size(kvs: Iterable[KV], tensors: list[OutTensor], alignment: int) -> i
 def register_types() -> None:
     """Teach gguf-py our two types: an enum member and a size each, so that its reader opens our files. Idempotent."""
     kinds = gguf.GGMLQuantizationType
-    for t in fmt.TYPES.values():
+    for t in TYPES.values():
         if t.id not in kinds._value2member_map_:
             member = int.__new__(kinds, t.id)
             member._name_, member._value_ = t.name, t.id

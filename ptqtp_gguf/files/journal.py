@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import OutputError
-from .gguf import TYPES
+from .gguf import GGML_TYPES
 from .reading import parse_json
 from .writing import open_locked, write_all
 
@@ -55,7 +55,7 @@ def validate_tensor(record: dict[str, Any]) -> None:
     sums = all(isinstance(record.get(k), float | int) and math.isfinite(record[k]) for k in ("error", "power"))
     good = sums and all(is_count(record.get(k)) for k in ("nbytes", "hash", "source"))
     why = record.get("why")
-    if not good or record.get("type") not in TYPES or not (why is None or is_text(why)):
+    if not good or record.get("type") not in GGML_TYPES or not (why is None or is_text(why)):
         raise ValueError("a damaged tensor record")
 
 
@@ -69,7 +69,8 @@ def validate_job(job: object) -> None:
     )
     plan = job.get("plan", [])
     choices = isinstance(plan, list) and all(
-        isinstance(c, list) and len(c) == 3 and c[0] in TYPES and is_text(c[1]) and isinstance(c[2], bool) for c in plan
+        isinstance(c, list) and len(c) == 3 and c[0] in GGML_TYPES and is_text(c[1]) and isinstance(c[2], bool)
+        for c in plan
     )
     if not files or not choices or not isinstance(job.get("options", {}), dict):
         raise ValueError("a damaged job")

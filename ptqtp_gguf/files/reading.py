@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..codec.arrays import U8
+from ..codec import U8
 from ..errors import InputError, PtqtpError
 
 _CHUNK = 1 << 24

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..codec.arrays import U8
+from ..codec import U8
 from ..errors import OutputError, PtqtpError
 from .gguf import KV, OutTensor, total_size, write_stream
 

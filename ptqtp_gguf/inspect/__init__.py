@@ -1,0 +1,29 @@
+"""Look at a file and judge it: contents, histograms, errors, differences, soundness."""
+
+from __future__ import annotations
+
+from .check import Verdict, check_file, intact, verify
+from .contents import FEW, TEMPLATE, Report, inspect, plain
+from .diff import SHOWN, Difference, TensorDifference, difference, tensor_errors
+from .histograms import DIGIT_VALUES, PlaneStatistics, Statistics, plane_statistics
+
+__all__ = [
+    "DIGIT_VALUES",
+    "FEW",
+    "SHOWN",
+    "TEMPLATE",
+    "Difference",
+    "PlaneStatistics",
+    "Report",
+    "Statistics",
+    "TensorDifference",
+    "Verdict",
+    "check_file",
+    "difference",
+    "inspect",
+    "intact",
+    "plain",
+    "plane_statistics",
+    "tensor_errors",
+    "verify",
+]

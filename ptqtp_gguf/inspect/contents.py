@@ -11,11 +11,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..codec import types as fmt
+from ..codec import Key
 from ..errors import InputError
-from ..files.gguf import KV, TensorInfo
-from ..plan.roles import Role, layer_of, role_of
-from ..source.gguf import GgufSource
+from ..files import KV, TensorInfo
+from ..plan import Role, layer_of, role_of
+from ..source import GgufSource
 
 FEW = 8  # entries up to which an array is told whole
 LONG = 1000  # characters up to which a text is told whole
@@ -91,7 +91,7 @@ class Report:
 
     @property
     def format_version(self) -> int | None:
-        found = self.metadata.get(fmt.Key.FORMAT_VERSION)
+        found = self.metadata.get(Key.FORMAT_VERSION)
         return found if isinstance(found, int) else None
 
     @property

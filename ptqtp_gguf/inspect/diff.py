@@ -11,10 +11,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files.gguf import KV, TensorInfo, type_name
-from ..plan.roles import Role, layer_of, role_of
+from ..files import KV, TensorInfo, type_name
+from ..plan import Role, layer_of, role_of
 from ..progress import Progress, no_progress
-from ..source.gguf import GgufSource
+from ..source import GgufSource
 from .contents import plain, short, value_of
 from .tensor_error import NONE, Distance, Meter, decodable
 

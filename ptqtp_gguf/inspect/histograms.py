@@ -17,16 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import native
-from ..codec import reference as packing
-from ..codec import types as fmt
-from ..codec.arrays import U8
-from ..files.gguf import TensorInfo
-from ..files.threads import ReadAhead
-from ..plan.roles import Role, role_of
+from ..codec import SIDE, TP2_1, TYPES, U8, UNIT, UNIT_BYTES, native, pack, scale_to_float
+from ..files import ReadAhead, TensorInfo
+from ..plan import Role, role_of
 from ..progress import Progress, no_progress
-from ..source.base import Source, rows_together
-from ..source.gguf import GgufSource
+from ..source import GgufSource, Source, rows_together
 
 DIGIT_VALUES = tuple(range(-4, 5))  # digit - 4 = 3*t1 + t2
 BINS_AN_OCTAVE = 4
@@ -37,8 +32,8 @@ _SHIFT = 21  # of a float32's bits: exponent and two bits of the mantissa are le
 
 _HALVES = np.arange(FINITE_HALVES, dtype=np.uint16).view(np.float16).astype(np.float32)
 _BIN_OF_HALF = (_HALVES.view(np.uint32) >> _SHIFT).astype(np.int64)  # of zero: 0
-_HALF_OF_CODE = packing.scale_to_float(np.arange(256, dtype=np.uint8)).astype(np.float16).view(np.uint16)
-_EMPTY = packing.pack_tp2_1(np.full((1, fmt.UNIT), 4, np.uint8), np.zeros((1, 1), np.uint8))
+_HALF_OF_CODE = scale_to_float(np.arange(256, dtype=np.uint8)).astype(np.float16).view(np.uint16)
+_EMPTY = pack(TP2_1, np.full((1, UNIT), 4, np.uint8), np.zeros((1, 1), np.uint8))  # code 0, all digits 4
 
 
 @functools.cache
@@ -111,11 +106,12 @@ class _Count:
     def take(self, data: U8, type_id: int, threads: int) -> None:
         """data: uint8, any shape, contiguous, whole blocks."""
         native.count_words(data, self.five, self.last, threads)
-        sides = data.reshape(-1, fmt.UNIT_BYTES)[:, 12]
-        if type_id == fmt.TP2_1.id:
+        units = data.reshape(-1, UNIT_BYTES)
+        sides = units[:, SIDE]
+        if TYPES[type_id].scale_dtype == "uint8":
             codes = np.bincount(sides, minlength=256)
             if codes[0]:
-                empty = int((data.reshape(-1, fmt.UNIT_BYTES)[sides == 0] == _EMPTY).all(axis=1).sum())
+                empty = int((units[sides == 0] == _EMPTY).all(axis=1).sum())
                 codes[0] -= empty
                 self.halves[0] += empty
             self.halves[_HALF_OF_CODE] += codes
@@ -170,7 +166,7 @@ def plane_statistics(path: Path, progress: Progress = no_progress, threads: int 
 
 def count_planes(source: Source, progress: Progress = no_progress, threads: int = 0) -> Statistics:
     """`plane_statistics` of an open source."""
-    total, done = sum(t.n_weights for t in source.tensors if t.type in fmt.TYPES), 0
+    total, done = sum(t.n_weights for t in source.tensors if t.type in TYPES), 0
     found: dict[str, PlaneStatistics] = {}
     roles: dict[Role, _Count] = {}
     count, left = _Count(), 0
@@ -195,6 +191,6 @@ def count_planes(source: Source, progress: Progress = no_progress, threads: int 
 
 def _pieces(source: Source) -> Generator[tuple[TensorInfo, U8], None, None]:
     for t in source.tensors:
-        if t.type in fmt.TYPES:
+        if t.type in TYPES:
             for piece in source.pieces(t, rows_together(t.shape[0], PIECE)):
                 yield t, piece

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..codec.arrays import U8
+from ..codec import U8
 from ..errors import InputError
-from ..files.gguf import TYPES, TensorInfo
-from ..quantize.pieces import to_float
-from ..source.base import Source, rows_together
+from ..files import GGML_TYPES, TensorInfo
+from ..quantize import to_float
+from ..source import Source, rows_together
 
 PIECE = 1 << 18  # weights that a thread decodes at a time: both versions stay in its cache
 
@@ -51,7 +51,7 @@ NONE = Distance(0.0, 0.0, 0.0, True)
 def decodable(type_id: int) -> bool:
     """Whether weights of the type can be decoded here."""
     try:
-        to_float(np.zeros((1, TYPES[type_id][2]), np.uint8), type_id, 1)
+        to_float(np.zeros((1, GGML_TYPES[type_id][2]), np.uint8), type_id, 1)
     except InputError:
         return False
     return True

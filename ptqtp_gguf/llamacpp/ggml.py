@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import types as fmt
-from ..codec.arrays import F32, U8
+from ..codec import F32, TYPES, U8
 from ..errors import QuantizeError, RuntimeMissing
-from ..files.gguf import BF16_ID, F16_ID, F32_ID, TYPE_IDS, TYPES, quantize_plain, type_name
-from ..files.gguf import dequantize as dequantize_python
+from ..files import BF16_ID, F16_ID, F32_ID, GGML_TYPES, TYPE_IDS, quantize_plain, type_name
+from ..files import dequantize as dequantize_python
 from . import install
 
 # What llama-quantize writes, where this gguf-py knows the type; ours stand apart (native/).
@@ -70,7 +69,7 @@ def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads:
     runtime can write it.
     """
     require(type_id, importance is not None)
-    name, block, size = TYPES[type_id]
+    name, block, size = GGML_TYPES[type_id]
     weights = np.ascontiguousarray(weights, dtype=np.float32)
     if weights.ndim != 2 or weights.shape[1] % block:
         raise QuantizeError(f"weights of shape {weights.shape}; {name} needs rows of a multiple of {block}")
@@ -126,11 +125,11 @@ def dequantize(type_id: int, data: U8, threads: int = 0) -> F32:
 
     Raises QuantizeError unless rows are whole blocks, InputError for a type that cannot be decoded.
     """
-    name, block, size = TYPES[type_id]
+    name, block, size = GGML_TYPES[type_id]
     if data.ndim != 2 or data.shape[1] % size:
         raise QuantizeError(f"bytes of shape {data.shape}; rows of {name} are a multiple of {size}")
     try:
-        to_float = None if type_id in _ALWAYS_BY_PYTHON or type_id in fmt.TYPES else _decoder(type_id)
+        to_float = None if type_id in _ALWAYS_BY_PYTHON or type_id in TYPES else _decoder(type_id)
     except RuntimeMissing:
         to_float = None
     if not to_float:
@@ -151,10 +150,10 @@ def _library(type_id: int) -> Any:
     """The library, after a look that it and gguf-py mean the same type. Raises RuntimeMissing."""
     lib = install.ggml_library()
     traits = lib.ggml_get_type_traits(type_id).contents
-    if (traits.blck_size, traits.type_size) != TYPES[type_id][1:]:
+    if (traits.blck_size, traits.type_size) != GGML_TYPES[type_id][1:]:
         raise RuntimeMissing(
             f"the runtime has {type_name(type_id)} as {traits.blck_size} weights in {traits.type_size} bytes, "
-            f"gguf-py as {TYPES[type_id][1]} in {TYPES[type_id][2]}; {install.HOW_TO_BUILD}"
+            f"gguf-py as {GGML_TYPES[type_id][1]} in {GGML_TYPES[type_id][2]}; {install.HOW_TO_BUILD}"
         )
     return lib
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.arrays import F32, I32
+from ..codec import F32, I32
 from ..errors import ChatError, InputError, RuntimeMissing
-from ..files.gguf import Reader
+from ..files import Reader
 from . import rpc
 from .install import HOW_TO_BUILD, _library, ggml_library, version
 

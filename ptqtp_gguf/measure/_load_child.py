@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from ..errors import PtqtpError
-from ..llamacpp import model as runtime
+from ..llamacpp import load, system_info
 from .energy import Rapl
 
 CONTEXT = 2048  # the default of `run`; longer only for longer prompts
@@ -35,10 +35,10 @@ def peak_memory() -> int | None:
 
 def measure(path: Path, threads: int, prompt: int, generate: int, rapl: Rapl | None = None) -> dict[str, float | None]:
     """Open the file, take a prompt in, make a token; then `generate` more if energy can be read. Raises InputError."""
-    runtime.system_info()  # imports llama_cpp: not a part of opening a file
+    system_info()  # imports llama_cpp: not a part of opening a file
     rapl = rapl or Rapl()
     start = time.perf_counter()
-    model = runtime.load(path, n_ctx=max(CONTEXT, prompt + generate + 1), threads=threads)
+    model = load(path, n_ctx=max(CONTEXT, prompt + generate + 1), threads=threads)
     loaded = time.perf_counter()
     vocab = model.n_vocab()
     model.eval([7919 * i % vocab for i in range(prompt)])

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import OutputError, PtqtpError
-from ..files.reading import parse_json, read_whole
-from ..files.writing import write_all, write_text
+from ..files import parse_json, read_whole, write_all, write_text
 from .scoring import RECORD, Rows
 
 MAX_BYTES = 1 << 32  # of a file of records

@@ -21,11 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec.arrays import I32
+from ..codec import I32
 from ..errors import InputError, Interrupted
-from ..llamacpp import install
-from ..llamacpp import model as runtime
-from ..llamacpp.model import Context, Model
+from ..llamacpp import Context, Model, cores, install
 from ..progress import Progress, no_progress
 from .cache import Job, keep, kept
 from .scoring import Logits
@@ -110,7 +108,7 @@ def generate(
     files = open_files([*([reference] if reference else []), *candidates], progress)
     base, rest = (files[0], files[1:]) if reference else (None, files)
     step = _Steps(progress, len(files) * (len(asked) + (len(texts) if base else 0)))
-    threads = threads or runtime.cores()
+    threads = threads or cores()
     try:
         told, told_answers = None, None
         if base:

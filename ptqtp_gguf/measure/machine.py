@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec import native
-from ..codec.arrays import U8
+from ..codec import U8, native
 from ..errors import BenchError, RuntimeMissing
-from ..llamacpp import model as runtime
+from ..llamacpp import system_info
 from ..system import free_memory
 
 FEATURES = (  # of the flags in /proc/cpuinfo, those that kernels are chosen by
@@ -123,7 +122,7 @@ def _quota(root: Path) -> float | None:
 
 def _kernel() -> str | None:
     try:
-        return runtime.system_info().get("PTQTP")
+        return system_info().get("PTQTP")
     except RuntimeMissing:
         return None
 

@@ -15,12 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec import types as fmt
-from ..codec.arrays import F32, I32
+from ..codec import F32, FORMAT_VERSION, I32
 from ..errors import InputError, Interrupted
-from ..llamacpp import install
-from ..llamacpp import model as runtime
-from ..llamacpp.model import Context, Model
+from ..llamacpp import Context, Model, cores, install
 from ..progress import Progress, no_progress
 from .cache import Job, Records, finite
 from .scoring import Logits, Quality, Rows, alone, score, summarize
@@ -80,13 +77,13 @@ def evaluate(
             warnings.append(f"--ctx {ctx}: the model was trained on {model.trained} tokens of context")
     base, rest = (files[0], files[1:]) if reference else (None, files)
     job: Job = {
-        "records": 1, "format": fmt.FORMAT_VERSION, "runtime": build, "reference": base.sha256 if base else "",
+        "records": 1, "format": FORMAT_VERSION, "runtime": build, "reference": base.sha256 if base else "",
         "text": found.sha256, "ctx": ctx,
     }  # fmt: skip
     records = [Records(state, {**job, "file": f.sha256}, ctx - ctx // 2 - 1) for f in rest]
     before = sum(len(r.windows) for r in records)
     try:
-        _measure(base, rest, records, tokens, threads or runtime.cores(), progress)
+        _measure(base, rest, records, tokens, threads or cores(), progress)
     except KeyboardInterrupt:
         n = sum(len(r.windows) for r in records)
         kept = f"{n} windows are kept; run the same command again to go on" if state else "nothing was kept"

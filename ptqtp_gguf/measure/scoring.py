@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.arrays import F32
+from ..codec import F32
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]

@@ -16,8 +16,7 @@ from typing import Any
 from ..errors import BenchError
 from ..llamacpp import install
 from ..progress import Progress, no_progress
-from ..source.base import Source
-from ..source.gguf import GgufSource
+from ..source import GgufSource, Source
 from ..system import free_memory
 from . import machine
 from .machine import Machine

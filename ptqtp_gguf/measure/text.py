@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec.arrays import I32
+from ..codec import I32
 from ..errors import InputError
-from ..files.reading import file_sha256, read_whole
-from ..llamacpp.model import Model
+from ..files import file_sha256, read_whole
+from ..llamacpp import Model
 from ..progress import Progress, no_progress
-from ..source.gguf import GgufSource
+from ..source import GgufSource
 
 BUILTIN_FILE = Path(__file__).with_name("data") / "eval.txt.gz"
 BUILTIN_WARNING = (

@@ -1,0 +1,51 @@
+"""What the user asked for, what each tensor becomes and why, and how large the pieces are."""
+
+from __future__ import annotations
+
+from .memory import memory_need, piece_for
+from .options import (
+    METHOD_NAMES,
+    TOKENS_CPU,
+    TOKENS_GPU,
+    Calibration,
+    Options,
+    decisive,
+    described,
+    method_name,
+    recipe_of,
+    resolved,
+)
+from .recipe import SHIPPED, Choice, Recipe, fall_back
+from .roles import Role, layer_of, role_of
+from .rows import Below, PlanRow, check_values, make_plan, not_finite, require_planes, rows_per_piece
+from .tuning import TuneSettings
+
+__all__ = [
+    "METHOD_NAMES",
+    "SHIPPED",
+    "TOKENS_CPU",
+    "TOKENS_GPU",
+    "Below",
+    "Calibration",
+    "Choice",
+    "Options",
+    "PlanRow",
+    "Recipe",
+    "Role",
+    "TuneSettings",
+    "check_values",
+    "decisive",
+    "described",
+    "fall_back",
+    "layer_of",
+    "make_plan",
+    "memory_need",
+    "method_name",
+    "not_finite",
+    "piece_for",
+    "recipe_of",
+    "require_planes",
+    "resolved",
+    "role_of",
+    "rows_per_piece",
+]

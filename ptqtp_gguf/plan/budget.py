@@ -15,14 +15,12 @@ from math import ceil, floor, isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import native
-from ..codec import types as fmt
-from ..codec.arrays import F32
+from ..codec import BY_NAME, DEFAULT, F32, TYPES, TensorType, native
 from ..errors import QuantizeError, RecipeError, RuntimeMissing
-from ..files.gguf import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, TYPE_IDS, TYPES, TensorInfo, align, row_size, type_name
+from ..files import DEFAULT_ALIGNMENT, F16_ID, FLOAT_IDS, GGML_TYPES, TYPE_IDS, TensorInfo, align, row_size, type_name
 from ..llamacpp import ggml
 from ..quantize import methods
-from ..source.imatrix import Importance
+from ..source import Importance
 from .recipe import KEEP, Choice, Recipe, Rule, choose, rule_for
 from .roles import Model
 
@@ -75,7 +73,7 @@ def fit_budget(
     if not isfinite(target) or target <= 0:
         raise RecipeError(f"target of {target} bits per weight; give a number above 0")
     recipe.check_overrides(tensors)
-    ours = next((fmt.BY_NAME[r.target] for r in recipe.rules if r.target in fmt.BY_NAME), fmt.TP2_1)
+    ours = next((BY_NAME[r.target] for r in recipe.rules if r.target in BY_NAME), DEFAULT)
     methods.require(methods.find(method), ours)
     model, weights = Model(tensors), sum(t.n_weights for t in tensors)
     chosen: dict[str, Choice] = {}
@@ -88,7 +86,7 @@ def fit_budget(
             free.append((t, options or [Option(t.type, align(t.nbytes, alignment), 0.0)]))
         else:
             chosen[t.name] = choose(t, recipe.rules, model)
-            if chosen[t.name].type not in fmt.TYPES and chosen[t.name].type != t.type:
+            if chosen[t.name].type not in TYPES and chosen[t.name].type != t.type:
                 ggml.require(chosen[t.name].type)
     progress("measuring", len(tensors), len(tensors), "")
     fixed = header_bytes + sum(_nbytes(t, chosen[t.name].type, alignment) for t in tensors if t.name in chosen)
@@ -156,17 +154,17 @@ def _is_free(rule: Rule | None) -> bool:
     return rule is not None and not rule.override and rule.target != KEEP and TYPE_IDS.get(rule.target) not in FLOAT_IDS
 
 
-def _ladder(t: TensorInfo, ours: fmt.TensorType) -> list[int]:
+def _ladder(t: TensorInfo, ours: TensorType) -> list[int]:
     """Type ids that the tensor's rows fit into and that can be written here, ours first; then its own, or F16."""
     rungs = [[ours.id], *([TYPE_IDS[name] for name in rung] for rung in LADDER)]
-    fitting = [[k for k in rung if t.shape[0] % TYPES[k][1] == 0 and _writable(k)] for rung in rungs]
+    fitting = [[k for k in rung if t.shape[0] % GGML_TYPES[k][1] == 0 and _writable(k)] for rung in rungs]
     found = [rung[0] for rung in fitting if rung]
     last = F16_ID if t.type_name in ("F32", "F64") else t.type
     return [k for k in found if _nbytes(t, k, 1) < _nbytes(t, last, 1)] + [last]
 
 
 def _writable(type_id: int) -> bool:
-    if type_id not in fmt.TYPES:
+    if type_id not in TYPES:
         try:
             ggml.require(type_id)
         except RuntimeMissing:
@@ -211,8 +209,8 @@ def _weighed(x: F32, importance: F32 | None) -> float:
 
 
 def _squared_error(w: F32, importance: F32 | None, kind: int, method: methods.Method, threads: int) -> float:
-    if kind in fmt.TYPES:
-        ours = fmt.TYPES[kind]
+    if kind in TYPES:
+        ours = TYPES[kind]
         back = native.dequantize(ours, methods.quantize(ours, method, w, importance, threads=threads))
     else:
         used = importance if kind in ggml.USES_IMPORTANCE else None
@@ -224,7 +222,7 @@ def _choice(t: TensorInfo, steps: list[Option], k: int, target: float) -> Choice
     """The choice of option k, with its neighbour in the reason."""
 
     def told(o: Option) -> str:
-        return f"{o.error / t.n_weights:.2g} at {8 * TYPES[o.type][2] / TYPES[o.type][1]:.3g} bits"
+        return f"{o.error / t.n_weights:.2g} at {8 * GGML_TYPES[o.type][2] / GGML_TYPES[o.type][1]:.3g} bits"
 
     near = k + 1 if k + 1 < len(steps) else k - 1
     other = f", {told(steps[near])}" if len(steps) > 1 else f"; only {type_name(steps[k].type)} fits"

@@ -6,8 +6,7 @@ Measured figures: docs/results/convert.md.
 from __future__ import annotations
 
 from ..errors import OutputError
-from ..source.base import PIECE, Source
-from ..source.converter import StreamSource
+from ..source import PIECE, Source, StreamSource
 from .rows import PlanRow, rows_per_piece
 
 BASE = 100 << 20  # Python, numpy, gguf-py, rich, the tokenizer's metadata

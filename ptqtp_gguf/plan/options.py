@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..codec import DEFAULT, TYPES
 from ..errors import QuantizeError
-from ..files.reading import open_regular, sha256_of
-from ..quantize import methods
-from ..quantize.gptq import Settings
-from ..source.imatrix import Imatrix
-from ..tune.run import TuneSettings
+from ..files import open_regular, sha256_of
+from ..quantize import Settings, methods
+from ..source import Imatrix
 from .recipe import Recipe, block_type, load
+from .tuning import TuneSettings
 
 AUTO, CALIBRATED, TUNED = "auto", "calibrated", "tuned"
 TOKENS_GPU, TOKENS_CPU = 1 << 18, 1 << 15
@@ -109,7 +109,7 @@ class Options:
     """
 
     method: str = AUTO
-    type: str = "TP2_1"
+    type: str = DEFAULT.name
     recipe: str = "default"
     tensor_types: tuple[str, ...] = ()
     imatrix: Path | None = None
@@ -163,8 +163,9 @@ def resolved(options: Options) -> Options:
         raise QuantizeError("--tune-text says what to tune on; give --tune too")
     if how.tune and not how.texts:
         raise QuantizeError("--tune learns from text; give --calib FILE, builtin or self")
-    if how.wanted and block_type(options.type).name != "TP2_1":
-        raise QuantizeError(f"--calib makes TP2_1, not {options.type.upper()}; leave out --type")
+    if how.wanted and not block_type(options.type).calibratable:
+        made = ", ".join(t.name for t in TYPES.values() if t.calibratable)
+        raise QuantizeError(f"--calib makes {made}, not {options.type.upper()}; leave out --type")
     return replace(options, calibration=how)
 
 

@@ -29,10 +29,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..codec.types import BY_NAME, TP2_0, TP2_1, TYPES, TensorType
+from ..codec import BY_NAME, TYPES, TensorType
 from ..errors import RecipeError
-from ..files.gguf import F16_ID, FLOAT_IDS, Q8_0_ID, TYPE_IDS, TensorInfo, type_block, type_name
-from ..files.reading import open_regular, parse_json
+from ..files import F16_ID, FLOAT_IDS, Q8_0_ID, TYPE_IDS, TensorInfo, open_regular, parse_json, type_block, type_name
 from ..llamacpp import ggml
 from .patterns import compile_bounded, regex
 from .roles import _GUARD, WHY_GUARDED, Model, always_kept
@@ -319,8 +318,9 @@ def fall_back(t: TensorInfo, why: str) -> Choice:
 
 
 def block_type(name: str) -> TensorType:
-    """TP2_0 or TP2_1 by name, any case. Raises RecipeError."""
+    """One of our types by its name, any case. Raises RecipeError."""
     try:
         return BY_NAME[name.upper()]
     except KeyError:
-        raise RecipeError(f"no trit-plane type '{name}'; there are {TP2_1.name} and {TP2_0.name}") from None
+        known = " and ".join(sorted(BY_NAME, reverse=True))
+        raise RecipeError(f"no trit-plane type '{name}'; there are {known}") from None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from enum import Enum
 
-from ..files.gguf import TensorInfo
+from ..files import TensorInfo
 from .patterns import regex
 
 

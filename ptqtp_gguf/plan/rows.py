@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..codec import types as fmt
-from ..codec.arrays import F32, U8
-from ..codec.native import scan
+from ..codec import F32, TYPES, U8, scan
 from ..errors import InputError, RecipeError
-from ..files.gguf import FLOAT_IDS, OutTensor, TensorInfo
+from ..files import FLOAT_IDS, OutTensor, TensorInfo
 from ..progress import Progress
-from ..quantize.pieces import FLOOR, to_float
-from ..source.base import Source, rows_together
-from ..source.imatrix import Imatrix
+from ..quantize import FLOOR, to_float
+from ..source import Imatrix, Source, rows_together
 from .budget import fit_budget, spread
 from .recipe import Choice, Recipe, fall_back, require_importance
 from .roles import Role, role_of
@@ -55,7 +52,7 @@ def make_plan(
         choices = fit_budget(
             source.tensors, recipe, target_bpw, header, lambda t, n: sample(source, t, n), method=method,
             threads=threads, alignment=source.alignment, progress=progress,
-            takes=lambda t, kind: kind not in fmt.TYPES or _look(source, t, kind, threads) is None,
+            takes=lambda t, kind: kind not in TYPES or _look(source, t, kind, threads) is None,
             importance=of,
         )  # fmt: skip
     require_importance(source.tensors, choices, lambda t, target: of(t, target) is not None, imatrix is not None)
@@ -63,7 +60,7 @@ def make_plan(
     for row in rows:
         if imatrix and (lack := imatrix.unweighted(row.tensor, row.choice.type, source.tensors)):
             row.choice = replace(row.choice, reason=f"{row.choice.reason}; {lack}")
-    if target_bpw is not None and not any(r.choice.type in fmt.TYPES for r in rows):
+    if target_bpw is not None and not any(r.choice.type in TYPES for r in rows):
         raise RecipeError(
             f"--target-bpw {target_bpw:g}: so many bits leave nothing in {type_name.upper()}; lower the target, or use "
             "llama-quantize for a file of stock types"
@@ -74,7 +71,7 @@ def make_plan(
 
 def require_planes(source: Source, rows: list[PlanRow], type_name: str) -> None:
     """Raises RecipeError if no tensor is of one of our types: such a file would be no business of this program."""
-    if any(r.choice.type in fmt.TYPES for r in rows):
+    if any(r.choice.type in TYPES for r in rows):
         return
     first = next((r for r in rows if r.role is Role.BLOCK and r.choice.fallback), None)
     why = f"; {first.tensor.name}: {first.choice.reason}" if first else ""
@@ -94,7 +91,7 @@ def sample(source: Source, t: TensorInfo, n: int) -> F32:
 
 def rows_per_piece(t: TensorInfo, target: int, method: str, piece: int) -> int:
     """Rows that travel together. `paper` stops when the whole matrix has settled, so it takes whole matrices."""
-    if method == "paper" and target in fmt.TYPES:
+    if method == "paper" and target in TYPES:
         return t.shape[1]
     return rows_together(t.shape[0], piece)
 
@@ -103,7 +100,7 @@ class Below:
     """Counts, over a tensor's pieces, groups below the range of the scales."""
 
     def __init__(self, target: int) -> None:
-        self.kind = fmt.TYPES.get(target)
+        self.kind = TYPES.get(target)
         self.groups = self.below = 0
 
     def why(self, largest: float, groups: int, below: int) -> str | None:

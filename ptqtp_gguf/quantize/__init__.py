@@ -1,0 +1,31 @@
+"""From weights to planes: one module a method, one encoder a device."""
+
+from __future__ import annotations
+
+from . import gptq, methods
+from .encode import make_encoder
+from .gptq import Settings
+from .pieces import FLOOR, MASK, Done, Encoded, Encoder, Pending, checksum, to_float
+from .torch_codec import GROUP, Tensor, change_unit, code_scales, latent_start, nearest_levels, scale_codes
+
+__all__ = [
+    "FLOOR",
+    "GROUP",
+    "MASK",
+    "Done",
+    "Encoded",
+    "Encoder",
+    "Pending",
+    "Settings",
+    "Tensor",
+    "change_unit",
+    "checksum",
+    "code_scales",
+    "gptq",
+    "latent_start",
+    "make_encoder",
+    "methods",
+    "nearest_levels",
+    "scale_codes",
+    "to_float",
+]

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..codec import native
-from ..codec import types as fmt
-from ..codec.arrays import F32, U8
+from ..codec import F32, TYPES, U8, TensorType, native
 from ..errors import QuantizeError
-from ..files.gguf import FLOAT_IDS, Q8_0_ID
+from ..files import FLOAT_IDS, Q8_0_ID
 from ..llamacpp import ggml
-from ..source.imatrix import Importance
+from ..source import Importance
 from . import methods
 from .cuda import encoder as cuda
 from .pieces import FLOOR, MASK, Done, Encoded, Encoder, Pending, to_float
@@ -49,7 +47,7 @@ class CpuEncoder:
     def submit(
         self, raw: U8, source_type: int, target: int, method: str, first: int, importance: Importance | None = None
     ) -> Done:
-        kind = fmt.TYPES.get(target)
+        kind = TYPES.get(target)
         if target == source_type and target not in FLOAT_IDS:
             return Done(Encoded(raw, hash=native.check(kind, raw, first, self.threads)[1] if kind else 0))
         w = to_float(raw, source_type, self.threads)
@@ -67,13 +65,13 @@ class CpuEncoder:
 
     def _run(self, target: int, method: str, w: F32, importance: F32 | None, first: int) -> tuple[U8, native.Stats]:
         """Rows w (R, C) that share their importance (C,); first: index of the first weight."""
-        kind = fmt.TYPES.get(target)
+        kind = TYPES.get(target)
         if kind:
             return self._planes(kind, method, w, importance, first)
         return self._plain(w, importance, target), native.Stats(0.0, 0.0, 0)
 
     def _planes(
-        self, kind: fmt.TensorType, method: str, w: F32, importance: F32 | None, first: int
+        self, kind: TensorType, method: str, w: F32, importance: F32 | None, first: int
     ) -> tuple[U8, native.Stats]:
         if not self.use_reference:
             return native.quantize_stats(kind, method, w, importance, self.threads, first)

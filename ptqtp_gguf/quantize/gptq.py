@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..codec import native
-from ..codec.types import TP2_1
+from ..codec import TP2_1, native
 from ..errors import QuantizeError
 from .cuda import driver as nvidia
 

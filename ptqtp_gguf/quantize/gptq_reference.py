@@ -15,9 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.arrays import F32, U8
-from ..codec.reference import scale_to_float
-from ..codec.types import TP2_1
+from ..codec import F32, TP2_1, U8, scale_to_float
 from .search import best_code, nearest_level
 from .sums import ordered_sum
 

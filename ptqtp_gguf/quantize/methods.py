@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codec import native
-from ..codec.arrays import F32, U8
-from ..codec.types import TP2_0, TP2_1, TensorType
+from ..codec import F32, TP2_0, TP2_1, U8, TensorType, native
 from ..errors import QuantizeError
 from . import paper, search
 

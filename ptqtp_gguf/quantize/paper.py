@@ -12,9 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.arrays import F32, F64, U8
-from ..codec.reference import pack_tp2_0
-from ..codec.types import TP2_0, TensorType
+from ..codec import F32, F64, TP2_0, U8, TensorType, pack
 from ..errors import QuantizeError
 from .sums import lane_sum
 
@@ -93,4 +91,4 @@ def reference(t: TensorType, weights: F32, importance: F32 | None = None) -> U8:
     rows, cols = weights.shape
     w = weights.reshape(-1, TP2_0.group).astype(np.float64)
     a1, a2, t1, t2 = fit(w)
-    return pack_tp2_0(to_digits(t1, t2).reshape(rows, cols), half_scales(a1, a2).reshape(rows, -1, 2))
+    return pack(TP2_0, to_digits(t1, t2).reshape(rows, cols), half_scales(a1, a2).reshape(rows, -1, 2))

@@ -6,11 +6,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..codec import native
-from ..codec import types as fmt
-from ..codec.arrays import F32, U8
+from ..codec import F32, MAX_LEVEL, SMALLEST_SCALE, TYPES, U8, native
 from ..llamacpp import ggml
-from ..source.imatrix import Importance
+from ..source import Importance
 
 
 class Encoded(NamedTuple):
@@ -28,7 +26,7 @@ class Encoded(NamedTuple):
 
 
 MASK = (1 << 64) - 1  # checksums of pieces add up modulo 2^64
-FLOOR = fmt.MAX_LEVEL * fmt.SMALLEST_SCALE  # a group whose largest weight is smaller lies below the scales' range
+FLOOR = MAX_LEVEL * SMALLEST_SCALE  # a group whose largest weight is smaller lies below the scales' range
 
 
 class Pending(Protocol):
@@ -67,7 +65,7 @@ def to_float(raw: U8, type_id: int, threads: int = 0) -> F32:
     flat = native.to_float(type_id, raw, threads)
     if flat is not None:
         return flat.reshape(len(raw), -1)
-    kind = fmt.TYPES.get(type_id)
+    kind = TYPES.get(type_id)
     return native.dequantize(kind, raw) if kind else ggml.dequantize(type_id, raw, threads)
 
 

@@ -18,21 +18,25 @@ until nothing changes; round the scales to fp16, assign once more, keep the smal
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.arrays import F32, I64, U8
-from ..codec.reference import (
+from ..codec import (
+    F32,
+    I64,
     T1_OF_DIGIT,
     T2_OF_DIGIT,
+    TP2_0,
+    TP2_1,
+    U8,
+    TensorType,
     digits_of_levels,
-    pack_tp2_0,
-    pack_tp2_1,
+    pack,
     scale_from_float,
     scale_to_float,
 )
-from ..codec.types import TP2_0, TP2_1, TensorType
 from . import paper
 from .sums import lane_sum
 
@@ -151,14 +155,13 @@ def fit_tp2_0(w: F32, h: F32 | None) -> tuple[U8, NDArray[np.float16]]:
     return digits.astype(np.uint8), alphas
 
 
+FITS: dict[int, Callable[[F32, F32 | None], tuple[U8, NDArray[Any]]]] = {TP2_1.id: fit_tp2_1, TP2_0.id: fit_tp2_0}
+
+
 def reference(t: TensorType, weights: F32, importance: F32 | None = None) -> U8:
     """weights float32 (R, C), importance float32 (C,) or None -> packed rows of type t."""
     rows, cols = weights.shape
     w = weights.reshape(-1, t.group)
     h = _group_importance(importance, rows, t.group)
-    if t.id == TP2_1.id:
-        digits, codes = fit_tp2_1(w, h)
-        return pack_tp2_1(digits.reshape(rows, cols), codes.reshape(rows, -1))
-    assert t.id == TP2_0.id
-    digits, alphas = fit_tp2_0(w, h)
-    return pack_tp2_0(digits.reshape(rows, cols), alphas.reshape(rows, -1, 2))
+    digits, scales = FITS[t.id](w, h)
+    return pack(t, digits.reshape(rows, cols), scales.reshape(t.scale_shape(rows, cols)))

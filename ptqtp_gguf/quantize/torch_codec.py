@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..codec.types import MAX_LEVEL, SMALLEST_SCALE, TP2_1
+from ..codec import MAX_LEVEL, SMALLEST_SCALE, TP2_1
 
 GROUP = TP2_1.group
 _MANTISSA_SHIFT, _BIAS = 19, 112 << 23  # of the 8-bit scale code inside a float32

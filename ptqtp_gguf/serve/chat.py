@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ChatError, OutputError
-from ..files.reading import parse_json, read_whole
-from ..files.writing import write_text
-from ..llamacpp import model as runtime
+from ..files import parse_json, read_whole, write_text
+from ..llamacpp import chat_template, encode, pieces
 
 SCHEMA = 1  # of a saved conversation
 MAX_SAVED = 64 << 20  # bytes of one
@@ -70,7 +69,7 @@ class Chat:
         self.pace: Pace | None = None
         self.n_ctx = int(model.n_ctx())
         self._seeds = random.Random(seed)
-        self._template = runtime.chat_template(model)
+        self._template = chat_template(model)
         model.reset()  # what an earlier conversation left behind would be reused, and rounds in another way
 
     @property
@@ -82,7 +81,7 @@ class Chat:
         """Tokens of what the model sees now. Raises ChatError if the template refuses the messages."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*system, *self.turns[self.first :]]
-        return runtime.encode(self.model, self._template(messages) if self._template else dialogue(messages))
+        return encode(self.model, self._template(messages) if self._template else dialogue(messages))
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """Send a message; yields the answer as it comes. Closed or interrupted, what was said so far is kept.
@@ -99,7 +98,7 @@ class Chat:
             room = self.n_ctx - len(tokens)
             limit = min(self.max_tokens or room, room)
             started = begun = time.monotonic()
-            stream = runtime.pieces(
+            stream = pieces(
                 self.model, tokens, max_tokens=limit, temperature=self.temperature,
                 seed=self._seeds.randrange(1 << 31), stop=[] if self._template else [f"\n{SPEAKERS['user']}:"],
             )  # fmt: skip

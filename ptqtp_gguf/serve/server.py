@@ -18,11 +18,8 @@ from types import TracebackType
 from typing import IO, BinaryIO
 
 from ..errors import InputError, OutputError, ServerError
-from ..files.reading import read_whole
-from ..files.writing import write_all
-from ..llamacpp import install
-from ..llamacpp import model as runtime
-from ..llamacpp.rpc import check, endpoints, lost
+from ..files import read_whole, write_all
+from ..llamacpp import check, context_for, endpoints, install, lost
 from ..progress import Progress, no_progress
 
 STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save
@@ -75,7 +72,7 @@ class Server:
                 f"--host {host} would let other machines use the server; if that is meant, give --expose and an "
                 "--api-key-file, else leave the host at 127.0.0.1"
             )
-        self.ctx = runtime.context_for(path, ctx)
+        self.ctx = context_for(path, ctx)
         self.has_key = bool(_keys(api_key_file) or os.environ.get("LLAMA_API_KEY"))
         self.process: subprocess.Popen[bytes] | None = None
         self.log_fault = ""  # why the log has ended

@@ -1,0 +1,34 @@
+"""Weights to convert, wherever they are: checkpoint, hub or GGUF, an importance matrix; and what identifies them."""
+
+from __future__ import annotations
+
+from . import checkpoint, hub
+from .base import PIECE, SPLIT_KEYS, Source, rows_together
+from .checkpoint import Checkpoint, show, stamp, transformers_reason
+from .converter import StreamSource
+from .gguf import GgufSource, part_path
+from .identity import changed_option, fingerprint
+from .imatrix import Imatrix, Importance
+from .opening import local, open_source
+
+__all__ = [
+    "PIECE",
+    "SPLIT_KEYS",
+    "Checkpoint",
+    "GgufSource",
+    "Imatrix",
+    "Importance",
+    "Source",
+    "StreamSource",
+    "changed_option",
+    "checkpoint",
+    "fingerprint",
+    "hub",
+    "local",
+    "open_source",
+    "part_path",
+    "rows_together",
+    "show",
+    "stamp",
+    "transformers_reason",
+]

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from ..codec.arrays import U8
-from ..files.gguf import KV, TensorInfo, row_size
+from ..codec import U8
+from ..files import KV, TensorInfo, row_size
 
 PIECE = 1 << 22  # weights that travel together
 

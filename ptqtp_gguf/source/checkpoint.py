@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
-from ..files.reading import open_regular, parse_json, read_whole
+from ..files import open_regular, parse_json, read_whole
 from ..llamacpp import install
 from . import _converter_child as child
 from .pickles import bin_tensors

@@ -23,10 +23,9 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
-from ..codec.arrays import U8
+from ..codec import U8
 from ..errors import CheckpointError
-from ..files.gguf import Header, TensorInfo, parse_header, read_header
-from ..files.reading import file_size, read_bytes
+from ..files import Header, TensorInfo, file_size, parse_header, read_bytes, read_header
 from ..llamacpp import install
 from . import _converter_child as child
 from . import checkpoint

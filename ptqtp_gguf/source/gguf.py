@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..codec.arrays import U8
+from ..codec import U8
 from ..errors import InputError
-from ..files.gguf import Reader, TensorInfo
+from ..files import Reader, TensorInfo
 from .base import SPLIT_KEYS, Source
 
 PART_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from .. import __version__
-from ..codec import types as fmt
+from ..codec import FORMAT_VERSION
 from ..errors import RuntimeMissing
 from ..llamacpp import install
 from .base import Source
@@ -21,7 +21,7 @@ def fingerprint(source: Source, options: dict[str, object]) -> dict[str, Any]:
         used = "none"
     job = {
         "ptqtp-gguf": __version__,
-        "format": fmt.FORMAT_VERSION,
+        "format": FORMAT_VERSION,
         "llama-cpp-python": used,
         "header": header_hash(source),
         "stamp": source.stamp,

@@ -22,11 +22,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import types as fmt
-from ..codec.arrays import F32, U8
+from ..codec import F32, TYPES, U8
 from ..errors import InputError
-from ..files.gguf import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo
-from ..files.reading import open_regular, read_bytes, sha256_of
+from ..files import F32_ID, MAGIC, MAX_NAME, Reader, TensorInfo, open_regular, read_bytes, sha256_of
 from ..llamacpp import ggml
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
@@ -201,7 +199,7 @@ def read(path: Path) -> Imatrix:
 
 def uses_importance(t: TensorInfo, target: int, model: Sequence[TensorInfo] = ()) -> bool:
     """Whether the bytes of the tensor in the type `target` depend on an importance. model: all of its tensors."""
-    return target != t.type and (target in fmt.TYPES or target in ggml.USES_IMPORTANCE) and not looked_up(t, model)
+    return target != t.type and (target in TYPES or target in ggml.USES_IMPORTANCE) and not looked_up(t, model)
 
 
 def looked_up(t: TensorInfo, model: Sequence[TensorInfo]) -> bool:

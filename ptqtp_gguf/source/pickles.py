@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
-from ..files.reading import open_regular
+from ..files import open_regular
 
 MAX_PICKLE = 4 << 20  # bytes; one of a few thousand tensors takes a few hundred kilobytes
 MAX_DIRECTORY = 32 << 20  # bytes of the archive's list of members; each costs memory many times its bytes

@@ -8,8 +8,16 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..compare import findings
-from ..compare.document import Document, read_document
+from ..compare import (
+    Document,
+    frontier_sentence,
+    generation_sentences,
+    main_table,
+    ordered,
+    perplexity_sentence,
+    read_document,
+    verdicts,
+)
 from .console import out_console
 
 
@@ -25,22 +33,22 @@ def show(doc: Document, console: Console) -> None:
     for warning in doc.warnings:
         say(f"warning: {warning}", "yellow")
     console.print(_table(doc, console))
-    if absent := findings.main_table(doc).absent:
+    if absent := main_table(doc).absent:
         say(f"not measured: {', '.join(absent)}")
     say("*: best of its column, or not clearly behind it; \u00b1: 95 % interval; sizes with all tensors counted")
-    for i, verdict in enumerate(findings.verdicts(doc)):
+    for i, verdict in enumerate(verdicts(doc)):
         say(verdict.sentence, "" if i else "bold")
     ours = doc.of_kind("ours")
-    for text in (findings.perplexity_sentence(doc), findings.frontier_sentence(doc, ours[0]) if ours else ""):
+    for text in (perplexity_sentence(doc), frontier_sentence(doc, ours[0]) if ours else ""):
         if text:
             say(text)
-    for row in findings.ordered(doc):
-        if said := findings.generation_sentences(row):
+    for row in ordered(doc):
+        if said := generation_sentences(row):
             say(f"{row.label} {'; '.join(said)}.")
 
 
 def _table(doc: Document, console: Console) -> Table:
-    found = findings.main_table(doc)
+    found = main_table(doc)
     names = [_plain(f"{c.name}\n{c.detail}", console) for c in found.columns]
     heads = [Column(Text(name), justify="right", overflow="fold") for name in names]
     table = Table(

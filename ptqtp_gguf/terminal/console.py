@@ -14,10 +14,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..conversion.summary import Plan, Summary
+from ..conversion import Plan, Summary
 from ..errors import OutputError, printable
-from ..files.gguf import type_name
-from ..inspect.verify import Verdict
+from ..files import type_name
+from ..inspect import Verdict
 from ..system import resident
 
 # a file or a pipe has no width of its own: wide enough that names stay whole

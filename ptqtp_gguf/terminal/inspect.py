@@ -7,13 +7,21 @@ from enum import Enum
 
 from rich.table import Table
 
-from ..codec.reference import T1_OF_DIGIT, T2_OF_DIGIT
+from ..codec import T1_OF_DIGIT, T2_OF_DIGIT
 from ..errors import printable
-from ..files.gguf import TensorInfo
-from ..inspect.contents import FEW, TEMPLATE, Report
-from ..inspect.diff import SHOWN, Difference, TensorDifference
-from ..inspect.histograms import DIGIT_VALUES, PlaneStatistics, Statistics
-from ..plan.roles import role_of
+from ..files import TensorInfo
+from ..inspect import (
+    DIGIT_VALUES,
+    FEW,
+    SHOWN,
+    TEMPLATE,
+    Difference,
+    PlaneStatistics,
+    Report,
+    Statistics,
+    TensorDifference,
+)
+from ..plan import role_of
 from .console import cell, line, out_console, right, whole
 
 BAR = 40  # characters of the longest bar

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quantize.torch_codec import GROUP, Tensor
+from ..quantize import GROUP, Tensor
 
 
 class PlaneLinear(torch.autograd.Function):  # type: ignore[misc]

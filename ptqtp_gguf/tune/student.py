@@ -24,10 +24,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..codec.types import MAX_LEVEL
+from ..codec import MAX_LEVEL
 from ..errors import TuneError
-from ..quantize.torch_codec import GROUP, Tensor, code_scales, latent_start
-from ..source.checkpoint import transformers_reason
+from ..quantize import GROUP, Tensor, code_scales, latent_start
+from ..source import transformers_reason
 from .layers import Flat, PlaneEmbedding, PlaneLinear
 
 _PLAIN = (nn.Linear, nn.Embedding)  # not what is derived from them: Gemma's embedding multiplies

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..codec.planes import TritPlanes
+from ..codec import TritPlanes
 from ..errors import TuneError
-from ..files.writing import check_text_target, partial_file
-from ..plan.tuning import TuneSettings
+from ..files import check_text_target, partial_file
+from ..plan import TuneSettings
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Run:
     def __init__(self, student: Student, settings: TuneSettings, train: Any, held: Any, progress: Progress) -> None:
         import torch
 
-        from ..quantize.torch_codec import change_unit
+        from ..quantize import change_unit
 
         self.student, self.settings, self.train, self.held = student, settings, train, held
         self.progress, self.batches = progress, Batches(student, settings)
@@ -184,7 +184,7 @@ class Run:
 
     def apply(self) -> None:
         """Put the variables into the student: rounded scales, vectors, levels."""
-        from ..quantize.torch_codec import code_scales, nearest_levels, scale_codes
+        from ..quantize import code_scales, nearest_levels, scale_codes
 
         student, d = self.student, self.d["scales"][0]
         wanted = self.scale0 * (d.exp() if self.settings.form == "log" else 1 + d)
@@ -210,7 +210,7 @@ class Run:
 
     def snapshot(self) -> dict[str, Any]:
         """What the student is made of now, on the CPU."""
-        from ..quantize.torch_codec import scale_codes
+        from ..quantize import scale_codes
 
         s = self.student
         kept = {"codes": scale_codes(s.scales.value), "vectors": s.vector_values.value}

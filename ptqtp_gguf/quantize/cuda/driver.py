@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...codec.arrays import U8
+from ...codec import U8
 from ...errors import QuantizeError
 
 THREADS = 128  # a block

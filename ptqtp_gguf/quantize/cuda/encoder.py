@@ -16,9 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...codec import native
-from ...codec.arrays import U8
-from ...codec.types import TP2_0, TP2_1, TYPES
+from ...codec import TP2_0, TP2_1, TYPES, U8, native
 from ...errors import QuantizeError
 from ..pieces import Encoded
 from .driver import OUT_OF_MEMORY, Buffer, CudaError, Device, Unavailable, api, call

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..codec import types as fmt
+from ..codec import BY_NAME
 
 WORST = 8  # tensors in the table of errors
 MOST_FALLBACKS = 20
@@ -153,7 +153,7 @@ def _head(f: CardFacts) -> str:
 
 def _running(f: CardFacts) -> str:
     name = _argument(f.files[0].name)
-    ours = [t.type for t in f.types if t.type in fmt.BY_NAME]
+    ours = [t.type for t in f.types if t.type in BY_NAME]
     lines = ["## Run", "", _fence(f'ptqtp-gguf run {name} -p "The capital of France is" -n 32')]
     if ours:
         lines += [
@@ -161,7 +161,7 @@ def _running(f: CardFacts) -> str:
             "llama-cpp-python that `tools/build_runtime.py` of ptqtp-gguf builds can: Python bindings, `llama-cli`, "
             "`llama-server` and the rest.",
         ]  # fmt: skip
-    if fmt.TP2_1.name in ours and f.q4_0_twin:
+    if ours and f.q4_0_twin:
         twin = _argument(re.sub(r"(\.gguf)?$", "-Q4_0.gguf", f.files[0].name, count=1, flags=re.I))
         lines += [
             "", "For any other runtime, this writes a twin whose trit planes are Q4_0: the same weights bit for bit, "

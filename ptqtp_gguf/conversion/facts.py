@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import __version__
-from ..codec import types as fmt
-from ..files.gguf import type_name
-from ..plan.options import Options, method_name, recipe_of, resolved
-from .card import CardFacts, OutFile, TypeLine, origin_of
+from ..codec import FORMAT_VERSION, TYPES, Key
+from ..files import type_name
+from ..plan import Options, method_name, recipe_of, resolved
+from .model_card import CardFacts, OutFile, TypeLine, origin_of
 from .summary import Summary
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -32,13 +32,13 @@ def card_facts(summary: Summary, source: Path, options: Options) -> CardFacts:
         version=__version__,
         source=source.name,
         origin=origin_of(meta),
-        source_type=str(meta[fmt.Key.SOURCE_TYPE]),
-        quantized_source=str(meta[fmt.Key.SOURCE_TYPE]) not in FLOATS,
-        calibration=str(meta[fmt.Key.CALIBRATION]),
+        source_type=str(meta[Key.SOURCE_TYPE]),
+        quantized_source=str(meta[Key.SOURCE_TYPE]) not in FLOATS,
+        calibration=str(meta[Key.CALIBRATION]),
         recipe_text=recipe.canonical(),
         recipe_description=recipe.description,
         errors=[(r.tensor.name, r.rel_mse) for r in summary.rows if r.rel_mse is not None],
         fallbacks=[(r.tensor.name, type_name(r.choice.type), r.choice.reason) for r in summary.fallbacks],
-        provenance=[(fmt.Key.SOURCE_HASH, summary.source_hash), (fmt.Key.FORMAT_VERSION, str(fmt.FORMAT_VERSION))],
-        q4_0_twin=not any(r.choice.type == fmt.TP2_0.id for r in summary.rows),
+        provenance=[(Key.SOURCE_HASH, summary.source_hash), (Key.FORMAT_VERSION, str(FORMAT_VERSION))],
+        q4_0_twin=all(t.q4_0_twin for r in summary.rows if (t := TYPES.get(r.choice.type))),
     )

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.arrays import I64
+from ..codec import I64
 from ..errors import InputError
-from ..files.gguf import BF16_ID, F16_ID, F32_ID, TensorInfo, tensor_names
-from ..source.base import Source
+from ..files import BF16_ID, F16_ID, F32_ID, TensorInfo, tensor_names
+from ..source import Source
 
 if TYPE_CHECKING:
     import torch

@@ -16,18 +16,24 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec import native
-from ..codec import reference as packing
-from ..codec import types as fmt
-from ..codec.arrays import U8
+from ..codec import TYPES, U8, Key, dequantize, native
 from ..errors import InputError
-from ..files.gguf import F32_ID, FLOAT_IDS, OutTensor, Reader, TensorInfo, align, row_size, type_name
-from ..files.threads import ReadAhead, WriteBehind
-from ..files.writing import system_errors
+from ..files import (
+    F32_ID,
+    FLOAT_IDS,
+    OutTensor,
+    ReadAhead,
+    Reader,
+    TensorInfo,
+    WriteBehind,
+    align,
+    row_size,
+    system_errors,
+    type_name,
+)
 from ..progress import Progress, no_progress
-from ..quantize.pieces import MASK, checksum
-from ..source.base import Source, rows_together
-from ..source.gguf import GgufSource
+from ..quantize import MASK, checksum
+from ..source import GgufSource, Source, rows_together
 from .tensor_error import Meter
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
@@ -49,7 +55,7 @@ class Checker:
 
     def __init__(self, t: OutTensor | TensorInfo, threads: int = 0) -> None:
         self.t, self.threads = t, threads
-        self.kind = fmt.TYPES.get(t.type)
+        self.kind = TYPES.get(t.type)
         self.width = row_size(t.type, t.shape[0])
         self.hash = 0
         self.fault: str | None = None
@@ -66,7 +72,7 @@ class Checker:
             self.fault = f"block {start // self.kind.size + bad} holds a word or scale that no packer writes"
         elif start == 0:
             few = rows[: max(1, SAMPLE // self.t.shape[0])]
-            if not np.array_equal(packing.dequantize(self.kind, few), native.dequantize(self.kind, few)):
+            if not np.array_equal(dequantize(self.kind, few), native.dequantize(self.kind, few)):
                 self.fault = "two decoders do not agree; the program is at fault, please report it"
 
     def verdict(self, expected: int | None) -> str | None:
@@ -189,9 +195,9 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
     Raises InputError where a header is damaged or a part is missing; other findings are faults of the verdict.
     """
     with system_errors(path, InputError), GgufSource(path) as mine:
-        found = mine.get(fmt.Key.TENSOR_HASHES)
+        found = mine.get(Key.TENSOR_HASHES)
         names = [t.name for t in mine.tensors]
-        planes = sum(t.type in fmt.TYPES for t in mine.tensors)
+        planes = sum(t.type in TYPES for t in mine.tensors)
         verdict = Verdict(path, {}, len(names), planes, isinstance(found, list), [])
         hashes: dict[str, int] = {}
         if isinstance(found, list) and len(found) == len(names):
@@ -211,7 +217,7 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
 
 def _compare(mine: Source, source: Source, verdict: Verdict, meter: Meter, progress: Progress) -> None:
     theirs = {t.name: t for t in source.tensors}
-    tuned = mine.get(fmt.Key.METHOD) == TUNED
+    tuned = mine.get(Key.METHOD) == TUNED
     total, done = sum(t.n_weights for t in mine.tensors), 0
     verdict.faults += [
         f"tensor {name} of {source.path} is missing" for name in theirs.keys() - {t.name for t in mine.tensors}

@@ -1,0 +1,139 @@
+"""What every stage that makes planes is given: the source, the plan, the store, text in windows of tokens.
+
+A stage is a module with a function `run(work)` that leaves better planes in the store: calibrate/run.py, tune/run.py.
+quantize/methods.py says which stages a method has.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codec import F32, I8, TP2_1, U8, native
+from ..errors import CalibrationError, OutputError, QuantizeError
+from ..files import TensorInfo, partial_file, read_whole
+from ..plan import TOKENS_CPU, TOKENS_GPU, Below, Calibration, Options, PlanRow
+from ..progress import Progress
+from ..quantize import FLOOR, to_float
+from ..source import Checkpoint, Source, checkpoint
+from . import texts
+from .mapping import Link
+from .store import PlaneStore, unpacked
+
+MAX_TOKENS = 1 << 32  # bytes of the tokens that are kept
+HELD_OUT = 16  # one window of so many is never tuned on, but measured
+
+
+class Work:
+    """The common ground of the stages of one conversion.
+
+    tensors  name -> tensor, of those that become planes by a stage
+    types    name -> ggml type id that each tensor becomes
+    device   torch's
+    arch, layers  the model's architecture by GGUF's name, and its number of blocks
+    Raises CalibrationError, QuantizeError, InputError.
+    """
+
+    def __init__(
+        self, source: Source, rows: list[PlanRow], options: Options, store: PlaneStore, progress: Progress
+    ) -> None:
+        self.source, self.options, self.store, self.progress = source, options, store, progress
+        self.how: Calibration = options.calibration
+        self.tensors = {r.tensor.name: r.tensor for r in rows if r.choice.type == TP2_1.id}
+        self.types = {r.tensor.name: r.choice.type for r in rows}
+        self.device = _device(options.device)
+        self.n_tokens = self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
+        self._found = None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path, options.trust_code)
+        self.texts = self._load(self.how.texts)
+        self.tune_texts = self._load(self.how.tune_texts) or self.texts
+        arch, layers = source.get("general.architecture"), None
+        if isinstance(arch, str):
+            layers = source.get(f"{arch}.block_count")
+        if not isinstance(arch, str) or not isinstance(layers, int) or not 0 < layers <= len(source.tensors):
+            raise CalibrationError(f"{source.path}: the metadata do not tell architecture and number of blocks")
+        self.arch, self.layers = arch, layers
+        _use_threads(options.threads)
+
+    def _load(self, specs: tuple[str, ...]) -> list[texts.Text]:
+        return [texts.load(t, lambda line: self.progress("calibration text", 0, 0, line)) for t in specs]
+
+    def checkpoint(self, why: str) -> Checkpoint:
+        """The checkpoint folder behind the source. why: the option that needs it. Raises CalibrationError."""
+        if self._found is None:
+            raise CalibrationError(
+                f"{self.source.path}: {why} runs the model, which takes a checkpoint folder; for a GGUF give "
+                "--imatrix, or --hessians with second moments that were gathered from the checkpoint"
+            )
+        return self._found
+
+    def tokens(self) -> NDArray[np.int64]:
+        """Windows to calibrate on, int64 (N, window)."""
+        if self.how.tune:
+            self.tune_tokens()  # too little of it should be told before anything long begins
+        most = max(self.n_tokens, self.how.tune_tokens if self.how.tune and not self.how.tune_texts else 0)
+        return self._windows("tokens", self.texts, most)[: max(1, self.n_tokens // self.how.window)]
+
+    def tune_tokens(self) -> NDArray[np.int64]:
+        """Windows to tune on, int64 (N, window); of the same text, those of the calibration are the first of these."""
+        n, own = self.how.tune_tokens, bool(self.how.tune_texts)
+        name, most = ("tune-tokens", n) if own else ("tokens", max(self.n_tokens, n))
+        windows = self._windows(name, self.tune_texts, most)[: n // self.how.window]
+        if len(windows) < HELD_OUT:
+            raise CalibrationError(
+                f"--tune: {len(windows)} windows of {self.how.window} tokens; at least {HELD_OUT} are needed, give "
+                "more text"
+            )
+        return windows
+
+    def _windows(self, name: str, of: list[texts.Text], n: int) -> NDArray[np.int64]:
+        path = self.store.folder / name
+        if not self.store.marked(name):
+            found = self.checkpoint("--calib")
+            windows = texts.tokens(of, found, self.how.window, n, device=self.device, progress=self.progress)
+            with partial_file(path) as partial:
+                partial.file.write(np.ascontiguousarray(windows, "<i8").data)
+                partial.sync()
+                partial.publish()
+            self.store.mark(name)
+        raw = read_whole(path, MAX_TOKENS, OutputError)
+        if not raw or len(raw) % (8 * self.how.window):
+            raise OutputError(f"{path}: damaged; begin anew with --restart")
+        held: NDArray[np.int64] = np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, self.how.window)
+        return held
+
+    def weights(self, t: TensorInfo) -> F32:
+        """All of a tensor, float32 (R, C)."""
+        return np.concatenate([to_float(raw, t.type, self.options.threads) for raw in self.source.pieces(t)])
+
+    def fits(self, w: F32) -> bool:
+        """Whether the planes' type can hold these weights; what it cannot, the conversion lets fall back."""
+        below = Below(TP2_1.id)
+        seen = native.scan(w.reshape(-1), TP2_1.group, FLOOR, self.options.threads)
+        return seen.bad < 0 and not (below.why(seen.largest, seen.groups, seen.below) or below.why_at_end())
+
+    def searched(self, w: F32) -> tuple[I8, U8]:
+        """Planes without calibration: float32 (R, C) -> levels int8 (R, C), codes uint8 (R, C/32)."""
+        return unpacked(native.quantize(TP2_1, "search", w, None, self.options.threads))
+
+
+def rows_in(link: Link, n: int) -> NDArray[np.int64]:
+    """Where the n rows of a GGUF tensor stand in the parameter."""
+    return np.arange(link.start, link.start + n) if link.rows is None else link.rows
+
+
+def _device(name: str) -> str:
+    """torch's device for --device. Raises QuantizeError."""
+    import torch
+
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise QuantizeError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return "cuda"
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
