@@ -43,9 +43,19 @@ _HOMES = {
     "load": "llamacpp",
 }
 __all__ = [
-    "Calibration", "Chat", "Interrupted", "Options", "PtqtpError", "Server", "convert", "dry_run", "evaluate",
-    "export_q4_0", "generate", "load",
-]  # fmt: skip
+    "Calibration",
+    "Chat",
+    "Interrupted",
+    "Options",
+    "PtqtpError",
+    "Server",
+    "convert",
+    "dry_run",
+    "evaluate",
+    "export_q4_0",
+    "generate",
+    "load",
+]
 
 
 def __getattr__(name: str) -> object:

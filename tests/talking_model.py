@@ -48,9 +48,14 @@ def write_talking_model(path: Path, template: str | None = TEMPLATE, context: in
     w.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
     for i in range(LAYERS):
         for name, rows, columns in (
-            ("attn_q", WIDTH, WIDTH), ("attn_k", WIDTH, WIDTH), ("attn_v", WIDTH, WIDTH), ("attn_output", WIDTH, WIDTH),
-            ("ffn_gate", HIDDEN, WIDTH), ("ffn_up", HIDDEN, WIDTH), ("ffn_down", WIDTH, HIDDEN),
-        ):  # fmt: skip
+            ("attn_q", WIDTH, WIDTH),
+            ("attn_k", WIDTH, WIDTH),
+            ("attn_v", WIDTH, WIDTH),
+            ("attn_output", WIDTH, WIDTH),
+            ("ffn_gate", HIDDEN, WIDTH),
+            ("ffn_up", HIDDEN, WIDTH),
+            ("ffn_down", WIDTH, HIDDEN),
+        ):
             matrix = (rng.normal(size=(rows, columns)) * 0.1).astype(np.float32)
             w.add_tensor(f"blk.{i}.{name}.weight", matrix)
         for name in ("attn_norm", "ffn_norm"):

@@ -68,11 +68,33 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     for name, source in texts.items():
         shutil.copy(REPO / source, folder / name)
     argv = [
-        "--model", f"tiny={reference}", "--text", folder / "wiki.txt", "--text2", folder / "code.txt",
-        "--calib", folder / "calib.txt", "--calib-chunks", 2, "--out", folder / "out", "--chunks", CHUNKS,
-        "--ctx", CTX, "--types", "Q8_0,Q4_K_M", "--jobs", 2, "--threads", 1, "--ours", f"search={ours}",
-        "--make", "tiny/paper=convert {reference} {out} -m paper -t TP2_0 -q -j {threads}",
-    ]  # fmt: skip
+        "--model",
+        f"tiny={reference}",
+        "--text",
+        folder / "wiki.txt",
+        "--text2",
+        folder / "code.txt",
+        "--calib",
+        folder / "calib.txt",
+        "--calib-chunks",
+        2,
+        "--out",
+        folder / "out",
+        "--chunks",
+        CHUNKS,
+        "--ctx",
+        CTX,
+        "--types",
+        "Q8_0,Q4_K_M",
+        "--jobs",
+        2,
+        "--threads",
+        1,
+        "--ours",
+        f"search={ours}",
+        "--make",
+        "tiny/paper=convert {reference} {out} -m paper -t TP2_0 -q -j {threads}",
+    ]
     assert accuracy.main([str(a) for a in argv]) == 0
     return folder / "out", [str(a) for a in argv]
 
@@ -237,8 +259,14 @@ def test_what_a_file_holds(tiny_gguf: Path) -> None:
     assert held["shares"] == {"F32": 1.0} and held["bpw_blocks"] == 32 and held["head"] == "F32"
     assert base.facts(tiny_gguf, 32, weights=1000)["bpw"] == 8 * tiny_gguf.stat().st_size / 1000
     assert [base.block_of(kind) for kind in ("Q4_K_M", "IQ3_M", "IQ3_XXS", "TQ1_0", "Q4_0", "IQ4_NL", "Q8_0")] == [
-        256, 256, 256, 256, 32, 32, 32,
-    ]  # fmt: skip
+        256,
+        256,
+        256,
+        256,
+        32,
+        32,
+        32,
+    ]
 
 
 def test_bits_for_the_same_divergence() -> None:
@@ -255,9 +283,10 @@ def test_the_last_of_a_label_counts() -> None:
     rows = [
         about | {"label": "a", "kind": "ours", "n": 1, "chunks": 1},
         about | {"label": "a", "kind": "ours", "error": "e"},
-        about | {"label": "b", "kind": "stock", "n": 2}, about | {"label": "a", "kind": "ours", "n": 3},
+        about | {"label": "b", "kind": "stock", "n": 2},
+        about | {"label": "a", "kind": "ours", "n": 3},
         about | {"label": "a", "kind": "ours", "n": 4, "role": "text2"},
-    ]  # fmt: skip
+    ]
     assert sorted(r["n"] for r in page.latest(rows, "m", "text")) == [2, 3]
     assert [r["n"] for r in page.latest(rows, "m", "text2")] == [4] and page.latest(rows, "other", "text") == []
 
@@ -285,11 +314,13 @@ def test_the_figure(tmp_path: Path) -> None:
     rows = [
         {"kind": kind, "label": label, "type": t, "imatrix": m, "bpw": b, "kld": k}
         for kind, label, t, m, b, k in (
-            ("reference", "reference", "", None, 16, 1e-6), ("stock", "Q4_0", "Q4_0", None, 4.5, 0.2),
-            ("stock", "Q4_0 imatrix", "Q4_0", "x", 4.5, 0.1), ("stock", "TQ1_0", "TQ1_0", None, 2.1, 9.0),
+            ("reference", "reference", "", None, 16, 1e-6),
+            ("stock", "Q4_0", "Q4_0", None, 4.5, 0.2),
+            ("stock", "Q4_0 imatrix", "Q4_0", "x", 4.5, 0.1),
+            ("stock", "TQ1_0", "TQ1_0", None, 2.1, 9.0),
             ("ours", "search", "", None, 3.9, 0.3),
         )
-    ]  # fmt: skip
+    ]
     for name in ("a.svg", "b.svg"):
         page.figure(rows, "tiny", tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()

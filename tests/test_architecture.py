@@ -11,9 +11,23 @@ from helpers import REPO
 PACKAGE = REPO / "ptqtp_gguf"
 # In the order of the flow. A room may import those before it, by the names in their __init__; docs/architecture.md.
 ROOMS = [
-    "codec", "files", "llamacpp", "source", "quantize", "plan", "inspect", "calibrate", "tune", "conversion",
-    "distributed", "measure", "compare", "serve", "terminal", "commands",
-]  # fmt: skip
+    "codec",
+    "files",
+    "llamacpp",
+    "source",
+    "quantize",
+    "plan",
+    "inspect",
+    "calibrate",
+    "tune",
+    "conversion",
+    "distributed",
+    "measure",
+    "compare",
+    "serve",
+    "terminal",
+    "commands",
+]
 FLOOR = ["errors", "progress", "system"]  # below all rooms; they import nothing of ours but each other
 FRONT = ["", "__main__"]
 DOORS = {  # _converter_child runs in the converter's process, with the converter's own gguf-py

@@ -116,9 +116,11 @@ def test_llama_cpp_refuses_them_too() -> None:
     command = [tool, "-n", "1", "-p", "a", "-no-cnv", "--no-warmup", "--check-tensors", "-t", "1", "-m"]
     for name in names("gguf", "data"):
         done = subprocess.run(
-            [*map(str, command), str(ATTACKS.FOLDER / name)], capture_output=True, stdin=subprocess.DEVNULL,
+            [*map(str, command), str(ATTACKS.FOLDER / name)],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
             timeout=4 * SECONDS,
-        )  # fmt: skip
+        )
         assert done.returncode == 1, f"{name}: {done.returncode}"
 
 
@@ -189,9 +191,12 @@ def test_large_files_take_no_memory_by_what_they_claim(tmp_path: Path) -> None:
                 f.seek(0, os.SEEK_END)
                 f.write(end)
         done = subprocess.run(
-            [sys.executable, "-c", LIMIT, str(1 << 30), kind, str(path)], capture_output=True, text=True, timeout=60,
+            [sys.executable, "-c", LIMIT, str(1 << 30), kind, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
             cwd=tmp_path,
-        )  # fmt: skip
+        )
         path.unlink()
         assert done.stdout.startswith(expected), f"{name}: {done.stdout}{done.stderr[-500:]}"
 
@@ -217,10 +222,13 @@ def test_a_recipe_with_many_keys_is_refused_soon() -> None:
 
 def test_patterns_that_people_write_are_taken() -> None:
     usual = [
-        ".*", "attn_v|attn_k", "[qk]{1,2}", r"(?<!x)\.\d{1,3}\.",
+        ".*",
+        "attn_v|attn_k",
+        "[qk]{1,2}",
+        r"(?<!x)\.\d{1,3}\.",
         r"blk\.\d+\.ffn_(up|gate|down)(_exps|_shexp)?\.weight",
         r"(enc\.)?blk\.(0|1|2|3|1[0-9])\..*(attn|ffn).*\.weight",
-    ]  # fmt: skip
+    ]
     for text in usual:
         patterns.compile_bounded(text)
 
@@ -257,9 +265,16 @@ def test_python_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "evil"
     folder.mkdir()
     config = {
-        "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 64, "intermediate_size": 64,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8, "seq_length": 64, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 8,
+        "seq_length": 64,
+        "rms_norm_eps": 1e-5,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
@@ -290,8 +305,11 @@ def test_damaged_files_of_every_kind(tmp_path: Path) -> None:
     """tools/fuzz_readers.py, for a moment; tools/fuzz.py runs it for long."""
     done = subprocess.run(
         [sys.executable, REPO / "tools" / "fuzz_readers.py", "--seconds", "2", "--corpus", tmp_path],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == len(load_tool("fuzz_readers").READERS)

@@ -80,13 +80,18 @@ def made_up(speeds: dict[str, list[float]], **changes: object) -> Bench:
     start = {"load_s": 0.5, "ttft_s": 2.0, "peak_memory": 1000, "energy": None}
     made = [
         {
-            "number": i, "sizes": dict.fromkeys(speeds, 1000), "bandwidth": {"1": 10e9 - i}, "busy": 0.0,
+            "number": i,
+            "sizes": dict.fromkeys(speeds, 1000),
+            "bandwidth": {"1": 10e9 - i},
+            "busy": 0.0,
             "speed": {label: {"tg8 t1": s[i]} for label, s in speeds.items()},
-            "start": {label: dict(start) for label in speeds}, "load": [0.1 * i, 0.2 * i],
-            "first_of": [128, 1], **changes,
+            "start": {label: dict(start) for label in speeds},
+            "load": [0.1 * i, 0.2 * i],
+            "first_of": [128, 1],
+            **changes,
         }
         for i in range(n)
-    ]  # fmt: skip
+    ]
     return Bench(settings, files, made, HERE, 0)
 
 
@@ -95,9 +100,15 @@ def made_up(speeds: dict[str, list[float]], **changes: object) -> Bench:
 
 @pytest.mark.parametrize(
     ("n", "low", "high", "confidence"),  # 1 - 2 * (binomial tail below k) / 2^n, by hand
-    [(1, 1, 1, 0.0), (3, 1, 3, 0.75), (5, 1, 5, 0.9375), (7, 1, 7, 126 / 128), (8, 2, 7, 238 / 256),
-     (11, 3, 9, 1914 / 2048)],
-)  # fmt: skip
+    [
+        (1, 1, 1, 0.0),
+        (3, 1, 3, 0.75),
+        (5, 1, 5, 0.9375),
+        (7, 1, 7, 126 / 128),
+        (8, 2, 7, 238 / 256),
+        (11, 3, 9, 1914 / 2048),
+    ],
+)
 def test_interval_of_a_median(n: int, low: int, high: int, confidence: float) -> None:
     samples = list(range(1, n + 1))
     random.Random(n).shuffle(samples)
@@ -129,9 +140,18 @@ def test_figures_of_a_row() -> None:
     row = data["rows"][0]
     assert row["label"] == "a" and row["file"] == "a.gguf" and row["token_bytes"] == 500_000_000
     assert row["speed"] == [
-        {"test": "tg8", "n_prompt": 0, "n_gen": 8, "threads": 1, "median": 12.0, "low": 10.0, "high": 14.0,
-         "samples": [10.0, 12.0, 11.0, 14.0, 13.0], "share": pytest.approx(0.6)},
-    ]  # fmt: skip
+        {
+            "test": "tg8",
+            "n_prompt": 0,
+            "n_gen": 8,
+            "threads": 1,
+            "median": 12.0,
+            "low": 10.0,
+            "high": 14.0,
+            "samples": [10.0, 12.0, 11.0, 14.0, 13.0],
+            "share": pytest.approx(0.6),
+        },
+    ]
     assert row["ratios"] == {"b": {"tg8 t1": {"median": 2.0, "low": 2.0, "high": 2.0, "clear": True}}}
     assert data["rows"][1]["ratios"]["a"]["tg8 t1"]["median"] == 0.5
     assert (row["load_s"], row["ttft_s"], row["peak_memory"], row["energy"]) == (0.5, 2.0, 1000, None)
@@ -326,9 +346,12 @@ def _interrupt(into: list[rounds.Round]) -> Callable[[rounds.Round], None]:
 
 def test_bad_arguments_and_files(files: list[Path], tmp_path: Path) -> None:
     for match, changes in (
-        ("0 rounds", {"rounds": 0}), ("nothing to measure", {"prompt": (), "generate": ()}),
-        ("0 threads", {"threads": (0,)}), ("-1 tokens", {"prompt": (-1,)}), ("each another", {"labels": ["a"]}),
-    ):  # fmt: skip
+        ("0 rounds", {"rounds": 0}),
+        ("nothing to measure", {"prompt": (), "generate": ()}),
+        ("0 threads", {"threads": (0,)}),
+        ("-1 tokens", {"prompt": (-1,)}),
+        ("each another", {"labels": ["a"]}),
+    ):
         with pytest.raises(BenchError, match=match):
             bench(files, **changes)
     with pytest.raises(BenchError, match="name one"):
@@ -380,10 +403,16 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     command.print_bench(made_up({"ours": [12.0, 9.0], "theirs": [6.0, 8.0]}))
     out = " ".join(capsys.readouterr().out.split())
     for text in (
-        "tg8 t1 t/s", "first token s", " 1200 ", "600.0 (0.50x) ", "7.0 (0.69x?)", "median of 2 rounds; in brackets",
-        "memory, 1 thread: 10.0 GB/s; decoding reaches ours 6000%, theirs 3000% of it", "2 cores, 17.2 GB, os, kernel",
+        "tg8 t1 t/s",
+        "first token s",
+        " 1200 ",
+        "600.0 (0.50x) ",
+        "7.0 (0.69x?)",
+        "median of 2 rounds; in brackets",
+        "memory, 1 thread: 10.0 GB/s; decoding reaches ours 6000%, theirs 3000% of it",
+        "2 cores, 17.2 GB, os, kernel",
         "warning: 2 rounds: ",
-    ):  # fmt: skip
+    ):
         assert text in out
     assert "J/token" not in out  # nothing is known of it
 

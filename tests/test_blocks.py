@@ -134,11 +134,21 @@ def test_bytes_do_not_depend_on_threads(rng: np.random.Generator) -> None:
 def odd_rows(rng: np.random.Generator, cols: int) -> np.ndarray:
     n, gauss = (1, cols), 0.02 * rng.normal(size=(1, cols))
     kinds = [
-        gauss, gauss * 1e-20, gauss * 1e-40, gauss * 1e6, gauss * 1e36, np.where(gauss < 0, -0.0, 0.0),
-        np.full(n, -0.3), 0.01 * rng.choice(np.array(LEVELS), size=n), 0.25 * rng.integers(-3, 4, size=n),
-        gauss * 2.0 ** -rng.integers(0, 120, size=n), np.where(gauss > 0.03, 9, 1e-9),
-        np.where(gauss > 0.05, np.nan, gauss), np.where(gauss > 0.05, -np.inf, gauss), np.full(n, np.nan),
-    ]  # fmt: skip
+        gauss,
+        gauss * 1e-20,
+        gauss * 1e-40,
+        gauss * 1e6,
+        gauss * 1e36,
+        np.where(gauss < 0, -0.0, 0.0),
+        np.full(n, -0.3),
+        0.01 * rng.choice(np.array(LEVELS), size=n),
+        0.25 * rng.integers(-3, 4, size=n),
+        gauss * 2.0 ** -rng.integers(0, 120, size=n),
+        np.where(gauss > 0.03, 9, 1e-9),
+        np.where(gauss > 0.05, np.nan, gauss),
+        np.where(gauss > 0.05, -np.inf, gauss),
+        np.full(n, np.nan),
+    ]
     with np.errstate(over="ignore"):
         return np.concatenate(kinds).astype(np.float32)
 
@@ -158,10 +168,13 @@ wild = st.floats(width=32) | st.floats(-1, 1, width=32) | st.sampled_from([0.0, 
 
 
 @given(
-    hnp.arrays(np.float32, (3, 64), elements=wild), hnp.arrays(np.float32, 64, elements=wild),
-    hnp.arrays(np.uint8, (3, 2)), hnp.arrays(np.int8, (3, 64), elements=st.integers(-5, 5)),
-    st.integers(0, 3), st.integers(0, 2**32 - 1),
-)  # fmt: skip
+    hnp.arrays(np.float32, (3, 64), elements=wild),
+    hnp.arrays(np.float32, 64, elements=wild),
+    hnp.arrays(np.uint8, (3, 2)),
+    hnp.arrays(np.int8, (3, 64), elements=st.integers(-5, 5)),
+    st.integers(0, 3),
+    st.integers(0, 2**32 - 1),
+)
 @settings(max_examples=40, deadline=None)
 def test_native_equals_reference_on_any_values(
     x: np.ndarray, diagonal: np.ndarray, codes: np.ndarray, levels: np.ndarray, window: int, seed: int

@@ -93,9 +93,13 @@ SHAPES = {"token_embd": (256, 300), "output_norm": (256,), "output": (256, 300)}
     f"blk.{i}.{name}": shape
     for i in range(3)
     for name, shape in {
-        "attn_v": (256, 64), "attn_norm": (256,), "ffn_up": (256, 200), "ffn_down": (192, 256), "odd": (40, 8),
+        "attn_v": (256, 64),
+        "attn_norm": (256,),
+        "ffn_up": (256, 200),
+        "ffn_down": (192, 256),
+        "odd": (40, 8),
     }.items()
-}  # fmt: skip
+}
 
 
 def model(kind: str = "BF16") -> tuple[list[TensorInfo], Callable[[TensorInfo, int], np.ndarray]]:

@@ -44,7 +44,7 @@ def valid(planes: Planes, rows: int, cols: int) -> bool:
     return (
         (levels.dtype, codes.dtype, levels.shape, codes.shape)
         == (torch.int8, torch.uint8, (rows, cols), (rows, cols // 32))
-    ) and set(levels.unique().tolist()) <= set(LEVELS)  # fmt: skip
+    ) and set(levels.unique().tolist()) <= set(LEVELS)
 
 
 def test_beats_search_and_gptq(rng: np.random.Generator) -> None:
@@ -163,13 +163,31 @@ def test_equals_the_reference_driven_the_same_way(rng: np.random.Generator, monk
     native_one = calibrate(w, h, cross, threads=1)
     widths = []
 
-    def gptq(r: int, c: int, v: np.ndarray, u: np.ndarray, levels: np.ndarray, codes: np.ndarray, err: np.ndarray,
-             *, window: int) -> None:  # fmt: skip
+    def gptq(
+        r: int,
+        c: int,
+        v: np.ndarray,
+        u: np.ndarray,
+        levels: np.ndarray,
+        codes: np.ndarray,
+        err: np.ndarray,
+        *,
+        window: int,
+    ) -> None:
         widths.append(c)
         levels[:r, :c], codes[:r, : c // 32], err[:r, :c] = blocks.gptq_block(v[:r, :c], u[:c, :c], window)
 
-    def descend(r: int, c: int, e: np.ndarray, part: np.ndarray, levels: np.ndarray, codes: np.ndarray,
-                delta: np.ndarray, *, window: int) -> None:  # fmt: skip
+    def descend(
+        r: int,
+        c: int,
+        e: np.ndarray,
+        part: np.ndarray,
+        levels: np.ndarray,
+        codes: np.ndarray,
+        delta: np.ndarray,
+        *,
+        window: int,
+    ) -> None:
         found = blocks.cd_block(e[:r, :c], part[:c, :c], levels[:r, :c], codes[:r, : c // 32], window)
         levels[:r, :c], codes[:r, : c // 32], delta[:r, :c] = found
 

@@ -198,8 +198,12 @@ def test_killed_and_taken_up_again(tmp_path: Path) -> None:
     assert "block 1" in seen and not {"embedding", "block 0"} & seen
     assert same(got, go(model))
     assert sorted(p.name for p in kept.iterdir()) == [
-        "blk.0.safetensors", "blk.1.safetensors", "blk.2.safetensors", "index.json", "output.safetensors"
-    ]  # fmt: skip
+        "blk.0.safetensors",
+        "blk.1.safetensors",
+        "blk.2.safetensors",
+        "index.json",
+        "output.safetensors",
+    ]
     seen.clear()
     assert same(got, go(model, lambda stage, done, total, what: seen.add(what), kept))
     assert not seen  # no model was run

@@ -53,9 +53,12 @@ def front(text: str) -> dict[str, object]:
 def test_the_whole_card() -> None:
     text = card(FACTS)
     assert front(text) == {
-        "base_model": "HuggingFaceTB/SmolLM2-135M", "base_model_relation": "quantized", "license": "apache-2.0",
-        "language": ["en"], "tags": ["gguf", "ptqtp", "quantized"],
-    }  # fmt: skip
+        "base_model": "HuggingFaceTB/SmolLM2-135M",
+        "base_model_relation": "quantized",
+        "license": "apache-2.0",
+        "language": ["en"],
+        "tags": ["gguf", "ptqtp", "quantized"],
+    }
     for line in (
         "# SmolLM2 135M, TP2_1 GGUF",
         "78.0 MB, 4.657 bits per weight, everything counted.",
@@ -88,9 +91,12 @@ def test_front_matter_that_the_hub_takes() -> None:
         "x", "no repository", "Other", "my: 'licence'", "LICENSE", ("en", "zh", "english", "en"), ("gguf", "chat")
     )
     assert front(card(replace(FACTS, origin=origin))) == {
-        "license": "other", "license_name": "my: 'licence'", "license_link": "LICENSE", "language": ["en", "zh"],
+        "license": "other",
+        "license_name": "my: 'licence'",
+        "license_link": "LICENSE",
+        "language": ["en", "zh"],
         "tags": ["gguf", "ptqtp", "quantized", "chat"],
-    }  # fmt: skip
+    }
 
 
 @settings(max_examples=100)
@@ -116,8 +122,12 @@ def test_hostile_texts(name: str, license: str, tag: str, tensor: str) -> None:
     assert matter["tags"] == list(dict.fromkeys(["gguf", "ptqtp", "quantized", survives(tag)]))
     body = text.split("---\n", 2)[2]
     assert [line for line in body.splitlines() if line.startswith("#")][1:] == [
-        "## Run", "## Tensors", "## Error", "## Made how", "## SHA-256",
-    ]  # fmt: skip
+        "## Run",
+        "## Tensors",
+        "## Error",
+        "## Made how",
+        "## SHA-256",
+    ]
     rows = [line for line in body.split("## Made how")[0].splitlines() if line.startswith("|")]
     cells = [len(line.replace("\\\\", "").replace("\\|", "").split("|")) - 2 for line in rows]
     assert cells == [5] * 4 + [3] * 3 + [2] * 3
@@ -143,10 +153,16 @@ def test_several_files() -> None:
 
 def test_what_a_ggufs_metadata_says() -> None:
     assert origin_of({}) == Origin()
-    found = origin_of({
-        "general.name": " Smol ", "general.license": "apache-2.0", "general.languages": ["en", 3], "general.tags": "x",
-        "general.repo_url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M", "general.license.link": 7,
-        "general.base_model.0.repo_url": "https://huggingface.co/other/parent",
-    })  # fmt: skip
+    found = origin_of(
+        {
+            "general.name": " Smol ",
+            "general.license": "apache-2.0",
+            "general.languages": ["en", 3],
+            "general.tags": "x",
+            "general.repo_url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M",
+            "general.license.link": 7,
+            "general.base_model.0.repo_url": "https://huggingface.co/other/parent",
+        }
+    )
     assert found == Origin("Smol", "HuggingFaceTB/SmolLM2-135M", "apache-2.0", languages=("en",))
     assert origin_of({"general.repo_url": "https://example.org/a/b"}).base_model is None

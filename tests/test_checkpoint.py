@@ -21,8 +21,10 @@ from ptqtp_gguf.errors import CheckpointError, InputError
 from ptqtp_gguf.source.checkpoint import BIN_INDEX, INDEX, check, converter_reason, is_gguf, shard_tensors, stamp
 from ptqtp_gguf.source.pickles import bin_tensors
 
-GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
-        "b": {"dtype": "BF16", "shape": [3], "data_offsets": [16, 22]}}  # fmt: skip
+GOOD = {
+    "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+    "b": {"dtype": "BF16", "shape": [3], "data_offsets": [16, 22]},
+}
 
 
 def entry(**changes: object) -> dict:
@@ -46,8 +48,10 @@ def index(folder: Path, weight_map: object) -> None:
 def test_a_good_folder(folder: Path) -> None:
     found = check(folder)
     assert (found.architecture, found.nbytes, [s.name for s in found.shards]) == (
-        "LlamaForCausalLM", 30, ["one.safetensors", "two.safetensors"],
-    )  # fmt: skip
+        "LlamaForCausalLM",
+        30,
+        ["one.safetensors", "two.safetensors"],
+    )
     (folder / INDEX).unlink()
     (folder / "one.safetensors").rename(folder / "model.safetensors")
     assert check(folder).nbytes == 22
@@ -236,9 +240,10 @@ def test_a_good_bin(bin_folder: Path) -> None:
     assert check(bin_folder).nbytes == 76
     (bin_folder / "pytorch_model.bin").rename(bin_folder / "pytorch_model-1.bin")
     for names, message in (
-        ("abcd", ""), ("abcde", r"tensor e is named by pytorch_model\.bin\.index\.json but absent"),
+        ("abcd", ""),
+        ("abcde", r"tensor e is named by pytorch_model\.bin\.index\.json but absent"),
         ("abc", "tensor d is not named by pytorch_model"),
-    ):  # fmt: skip
+    ):
         (bin_folder / BIN_INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "pytorch_model-1.bin")}))
         if message:
             with pytest.raises(CheckpointError, match=message):
@@ -294,13 +299,14 @@ PICKLES = {
     "a storage of another size": (P + STORAGE.replace(b"K\x04", b"K\x05") + b".", "has 16 bytes for 5 values"),
     "beyond its storage": (P + REBUILD + STORAGE + b"K\x01K\x04\x85K\x01\x85\x89NtR.", "reaches beyond its storage"),
     "a negative stride": (
-        P + REBUILD + STORAGE + b"K\0K\x04\x85J\xff\xff\xff\xff\x85\x89NtR.", "damaged shape",
+        P + REBUILD + STORAGE + b"K\0K\x04\x85J\xff\xff\xff\xff\x85\x89NtR.",
+        "damaged shape",
     ),
     "zero-size": (P + REBUILD + STORAGE + b"K\0K\0\x85K\x01\x85\x89NtR.", "which holds nothing"),
     "a class of ours called": (b"\x80\x02ctorch\nFloatStorage\n)R.", "damaged"),
     "eval": (b"\x80\x02cbuiltins\neval\nX\x01\0\0\x001\x85R.", "holds 'builtins.eval'"),
     "a name with a line break": (b"\x80\x02X\x03\0\0\0a\nbq\0}h\0K\x01s.", r"entry 'a\\nb' is no tensor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PICKLES)
@@ -415,9 +421,13 @@ def test_damaged_index(folder: Path, text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{}", "no 'architectures'"), ('{"architectures": []}', "no 'architectures'"), ("nope", "not valid JSON"),
-     ('{"architectures": [3]}', "no 'architectures'")],
-)  # fmt: skip
+    [
+        ("{}", "no 'architectures'"),
+        ('{"architectures": []}', "no 'architectures'"),
+        ("nope", "not valid JSON"),
+        ('{"architectures": [3]}', "no 'architectures'"),
+    ],
+)
 def test_damaged_config(folder: Path, text: str, message: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):

@@ -39,9 +39,19 @@ def reference(tiny_checkpoint: Path, cache: Path) -> Path:
 @pytest.fixture
 def settings(cache: Path) -> Settings:
     return Settings(
-        against=("Q4_0",), ours=("TP2_1", "TP2_0"), text=REPO / "tools" / "sample.txt", ctx=64, windows=2,
-        generation=False, prompt=(16,), generate=(4,), threads=(1,), rounds=1, cache=cache, command="ptqtp-gguf ...",
-    )  # fmt: skip
+        against=("Q4_0",),
+        ours=("TP2_1", "TP2_0"),
+        text=REPO / "tools" / "sample.txt",
+        ctx=64,
+        windows=2,
+        generation=False,
+        prompt=(16,),
+        generate=(4,),
+        threads=(1,),
+        rounds=1,
+        cache=cache,
+        command="ptqtp-gguf ...",
+    )
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -53,8 +63,11 @@ def test_a_comparison(tiny_checkpoint: Path, reference: Path, settings: Settings
     found = compare(tiny_checkpoint, tmp_path / "report", settings)
     doc = read_document(json.loads(json.dumps(found, allow_nan=False)))
     assert [(r.label, r.kind) for r in doc.rows] == [
-        ("reference", "reference"), ("TP2_1", "ours"), ("TP2_0", "ours"), ("Q4_0", "stock")
-    ]  # fmt: skip
+        ("reference", "reference"),
+        ("TP2_1", "ours"),
+        ("TP2_0", "ours"),
+        ("Q4_0", "stock"),
+    ]
     assert doc.model.weights == inspect(reference).weights and doc.model.vocab == 49152
     rows = {r.label: r for r in doc.rows}
     files = {p.name: p for p in settings.cache.rglob("*.gguf")} if settings.cache else {}

@@ -67,8 +67,10 @@ def test_plan_bytes_and_metadata(tiny_gguf: Path, weights: dict[str, np.ndarray]
 
 
 def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
-    w = {"blk.0.a.weight": rng.normal(size=(8, 256)).astype(np.float32),
-         "blk.0.exps.weight": rng.normal(size=(2, 8, 128)).astype(np.float32)}  # fmt: skip
+    w = {
+        "blk.0.a.weight": rng.normal(size=(8, 256)).astype(np.float32),
+        "blk.0.exps.weight": rng.normal(size=(2, 8, 128)).astype(np.float32),
+    }
     source = write_gguf(tmp_path / "a.gguf", w)
     for method in ("search", "paper"):
         out = tmp_path / f"{method}.gguf"

@@ -63,9 +63,14 @@ class Host:
         return cuda.merge(folded, out)
 
     def encode(
-        self, raw: np.ndarray, source: int, target: int, method: str = "search", first: int = 0,
+        self,
+        raw: np.ndarray,
+        source: int,
+        target: int,
+        method: str = "search",
+        first: int = 0,
         moved: int | None = None,
-    ) -> pieces.Encoded:  # fmt: skip
+    ) -> pieces.Encoded:
         kernel = cuda.KERNELS[target, "" if target == Q8_0 else method]
         if method == "paper" and moved is None:
             moved = self.probe(raw, source).moved
@@ -93,9 +98,23 @@ def compiling(source: str, library: Path, *options: str) -> subprocess.Popen[byt
     if not compiler or not sys.platform.startswith("linux"):
         pytest.skip("needs g++ or clang++ on Linux to build the kernels for the host")
     return subprocess.Popen(
-        [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
-         "-shared", *options, f"-I{cuda.SOURCE_FILE.parent}", str(REPO / "tests" / source), "-o", str(library)]
-    )  # fmt: skip
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Werror",
+            "-Wno-unknown-pragmas",
+            "-fPIC",
+            "-shared",
+            *options,
+            f"-I{cuda.SOURCE_FILE.parent}",
+            str(REPO / "tests" / source),
+            "-o",
+            str(library),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -308,8 +327,9 @@ def padded(a: np.ndarray, pad: int) -> np.ndarray:
     return whole[:-1, : a.shape[1]]
 
 
-def assert_same(groups: HostGroups | GpuGroups, kernel: str, x: np.ndarray, m: np.ndarray, planes: Arrays, window: int,
-                want: Arrays) -> None:  # fmt: skip
+def assert_same(
+    groups: HostGroups | GpuGroups, kernel: str, x: np.ndarray, m: np.ndarray, planes: Arrays, window: int, want: Arrays
+) -> None:
     """A kernel on the planes makes what is wanted of them and of a third matrix, and writes nowhere else."""
     inputs, outputs = [padded(a, 3) for a in (x, m)], [padded(a, 5) for a in (*planes, np.full_like(x, 99))]
     groups.run(kernel, len(x), (*inputs, *outputs), window)

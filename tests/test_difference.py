@@ -62,9 +62,13 @@ def test_errors_against_the_source(ours: Path, tiny_gguf: Path, weights: dict[st
     rows = tensor_errors(ours, tiny_gguf)
     assert [r["rel_mse"] for r in rows] == [t.rel_mse for t in found.tensors]
     assert rows[1] == {
-        "name": "blk.0.attn_q.weight", "type": "TP2_1", "role": "block matrix", "block": 0, "weights": 48 * 64,
+        "name": "blk.0.attn_q.weight",
+        "type": "TP2_1",
+        "role": "block matrix",
+        "block": 0,
+        "weights": 48 * 64,
         "rel_mse": rows[1]["rel_mse"],
-    }  # fmt: skip
+    }
     assert rows[0]["block"] is None and rows[0]["role"] == "embedding"
 
 

@@ -89,11 +89,14 @@ def by_hand(*commands: list[object], **env: str) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
             [sys.executable, "-m", "ptqtp_gguf", "convert", *map(str, command)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=sys.prefix,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=sys.prefix,
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, command in enumerate(commands)
-    ]  # fmt: skip
+    ]
 
 
 def finished(folder: Path) -> int:

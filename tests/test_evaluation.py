@@ -81,12 +81,20 @@ def test_llama_perplexity_agrees(demo_files: dict[str, Path], text: Path, tmp_pa
     n = len(b)
     assert q["tokens"] == n == WINDOWS * (CTX // 2 - 1)
     tolerance = {
-        "ppl": 6e-6 * q["ppl"], "ppl_se": 6e-6 * q["ppl"], "ppl_reference": h * q["ppl_reference"] * 1.01,
-        "ppl_ratio": h * q["ppl_ratio"] * 1.01, "ppl_ratio_se": 2 * h * q["ppl_ratio"] / (n - 1) ** 0.5,
-        "kld": b.mean(), "kld_se": b.max() / (n - 1) ** 0.5, "kld_median": b.max(), "kld_999": b.max(),
-        "rms_dp": 100 * h, "rms_dp_se": 4 * 100 * h / (n - 1) ** 0.5 / (q["rms_dp"] / 100),
-        "same_top": 100 * close / n, "same_top_se": 100 * close / n,
-    }  # fmt: skip
+        "ppl": 6e-6 * q["ppl"],
+        "ppl_se": 6e-6 * q["ppl"],
+        "ppl_reference": h * q["ppl_reference"] * 1.01,
+        "ppl_ratio": h * q["ppl_ratio"] * 1.01,
+        "ppl_ratio_se": 2 * h * q["ppl_ratio"] / (n - 1) ** 0.5,
+        "kld": b.mean(),
+        "kld_se": b.max() / (n - 1) ** 0.5,
+        "kld_median": b.max(),
+        "kld_999": b.max(),
+        "rms_dp": 100 * h,
+        "rms_dp_se": 4 * 100 * h / (n - 1) ** 0.5 / (q["rms_dp"] / 100),
+        "same_top": 100 * close / n,
+        "same_top_se": 100 * close / n,
+    }
     assert set(tolerance) == set(theirs)
     for key, value in theirs.items():
         printed_to = 5.1e-4 if key.startswith(("rms", "same")) else 5.1e-7

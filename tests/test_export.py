@@ -21,7 +21,7 @@ from ptqtp_gguf.plan.options import Options
 def test_every_scale_code_and_digit_is_exact(rng: np.random.Generator) -> None:
     digits = np.tile(np.arange(32, dtype=np.uint8) % 9, (256, 1))
     packed = pack(TP2_1, digits, np.arange(256, dtype=np.uint8)[:, None])
-    twin = gguf.quants.dequantize(to_q4_0(packed), gguf.GGMLQuantizationType.Q4_0)
+    twin = gguf.quants.dequantize(to_q4_0(TP2_1, packed), gguf.GGMLQuantizationType.Q4_0)
     assert np.array_equal(twin, dequantize(TP2_1, packed))
     assert np.all(twin[:, 4] == 0) and np.all(twin[:, 8] > 0)
 

@@ -306,10 +306,14 @@ def test_a_full_standard_output(source: Path, out: Path, command: str) -> None:
 @pytest.mark.parametrize("limit", [60, 150])
 def test_no_memory_to_begin_with(tmp_path: Path, limit: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ptqtp_gguf", "inspect", "x.gguf"], capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit << 20, limit << 20)), cwd=tmp_path,
+        [sys.executable, "-m", "ptqtp_gguf", "inspect", "x.gguf"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit << 20, limit << 20)),
+        cwd=tmp_path,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("Error: "), done.stderr
 

@@ -108,9 +108,14 @@ def test_importance_moves_the_error_to_where_it_matters_less(name: str) -> None:
 def test_extreme_values_neither_abort_nor_give_infinity(kind: int) -> None:
     rng = np.random.default_rng(5)
     rows = [
-        np.zeros(256), np.full(256, 65504.0), rng.choice([-65504.0, 65504.0], 256), rng.normal(size=256) * 1e-38,
-        rng.normal(size=256) * 1e-42, np.where(np.arange(256) % 100, 1e-30, 6e4), rng.normal(size=256) * 1e-10,
-    ]  # fmt: skip
+        np.zeros(256),
+        np.full(256, 65504.0),
+        rng.choice([-65504.0, 65504.0], 256),
+        rng.normal(size=256) * 1e-38,
+        rng.normal(size=256) * 1e-42,
+        np.where(np.arange(256) % 100, 1e-30, 6e4),
+        rng.normal(size=256) * 1e-10,
+    ]
     w = np.array(rows, np.float32)
     wild = 10.0 ** rng.uniform(-38, 30, 256)
     for importance in (None, np.zeros(256), np.full(256, 1e-38), np.full(256, 1e30), wild):
@@ -151,8 +156,11 @@ def test_importance_that_is_refused() -> None:
     w = matrix(1)
     with pytest.raises(QuantizeError, match="IQ2_XXS needs an importance matrix; IQ3_S"):
         ggml.quantize(TYPE_IDS["IQ2_XXS"], w)
-    for table, says in [(np.ones(5), r"shape \(5,\) for rows of 512"), (np.full(COLS, -1), "not negative"),
-                        (np.full(COLS, np.nan), "finite")]:  # fmt: skip
+    for table, says in [
+        (np.ones(5), r"shape \(5,\) for rows of 512"),
+        (np.full(COLS, -1), "not negative"),
+        (np.full(COLS, np.nan), "finite"),
+    ]:
         with pytest.raises(QuantizeError, match=says):
             ggml.quantize(TYPE_IDS["Q4_K"], w, table.astype(np.float32))
 

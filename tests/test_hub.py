@@ -31,10 +31,16 @@ def weights(n: int) -> bytes:
 
 WEIGHTS, LARGE = weights(700_000), weights(28_000_000)  # huggingface_hub writes pieces of 10 MiB
 GOOD = {
-    "config.json": CONFIG, "tokenizer.json": b"{}", "README.md": b"# tiny", "model.safetensors": WEIGHTS,
-    "pytorch_model.bin": b"left out", "consolidated.safetensors": b"left out", "original/params.json": b"left out",
-    "modeling.py": b"left out", "picture.png": b"left out",
-}  # fmt: skip
+    "config.json": CONFIG,
+    "tokenizer.json": b"{}",
+    "README.md": b"# tiny",
+    "model.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"left out",
+    "consolidated.safetensors": b"left out",
+    "original/params.json": b"left out",
+    "modeling.py": b"left out",
+    "picture.png": b"left out",
+}
 REPOS: dict[str, dict[str, bytes]] = {
     "org/good": GOOD,
     "org/cut": GOOD | {"model.safetensors": LARGE},
@@ -134,9 +140,13 @@ def run(home: Path, endpoint: str, *repos: str, prefix: tuple[str, ...] = (), **
     """fetch() of each repo in a process of its own, for huggingface_hub reads its settings once."""
     clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
     done = subprocess.run(
-        [*prefix, sys.executable, "-I", "-c", FETCH, *repos], capture_output=True, text=True, timeout=240, check=False,
+        [*prefix, sys.executable, "-I", "-c", FETCH, *repos],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
         env={**clean, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **env},
-    )  # fmt: skip
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith(("GOT", "ERR"))]
     assert done.returncode == 0 and len(lines) == len(repos), done.stdout + done.stderr
     return lines
@@ -144,9 +154,16 @@ def run(home: Path, endpoint: str, *repos: str, prefix: tuple[str, ...] = (), **
 
 def test_fetch(server: str, tmp_path: Path) -> None:
     repos = [
-        "org/good", "org/good@main", "org/cut", "org/old", "org/gated", "org/forbidden", "org/absent",
-        "org/good@nope", "org/broken",
-    ]  # fmt: skip
+        "org/good",
+        "org/good@main",
+        "org/cut",
+        "org/old",
+        "org/gated",
+        "org/forbidden",
+        "org/absent",
+        "org/good@nope",
+        "org/broken",
+    ]
     out = dict(zip(repos, run(tmp_path, server, *repos), strict=True))
     folder = Path(out["org/good"].removeprefix("GOT "))
     assert sorted(p.name for p in folder.iterdir()) == [

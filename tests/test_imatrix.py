@@ -89,9 +89,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(model: Path, text: Path, out: Path, *more: str) -> Path:
     install.run_tool(
-        "llama-imatrix", "-m", str(model), "-f", str(text), "-o", str(out), "-c", "128", "--chunks", "2", "-t", "2",
-        "--no-ppl", *more, timeout=240,
-    )  # fmt: skip
+        "llama-imatrix",
+        "-m",
+        str(model),
+        "-f",
+        str(text),
+        "-o",
+        str(out),
+        "-c",
+        "128",
+        "--chunks",
+        "2",
+        "-t",
+        "2",
+        "--no-ppl",
+        *more,
+        timeout=240,
+    )
     return out
 
 
@@ -249,9 +263,11 @@ def test_metadata_and_card(table: Path, tiny_gguf: Path, tmp_path: Path) -> None
         assert r.get("ptqtp.calibration") == "imatrix t.imatrix, 7 chunks, wiki.txt"
         keys = {k: kv.value() for k, kv in r.header.kvs.items() if k.startswith("quantize.")}
         assert keys == {
-            "quantize.imatrix.file": "t.imatrix", "quantize.imatrix.dataset": "wiki.txt",
-            "quantize.imatrix.entries_count": 4, "quantize.imatrix.chunks_count": 7,
-        }  # fmt: skip
+            "quantize.imatrix.file": "t.imatrix",
+            "quantize.imatrix.dataset": "wiki.txt",
+            "quantize.imatrix.entries_count": 4,
+            "quantize.imatrix.chunks_count": 7,
+        }
     assert card_facts(done, tiny_gguf, options).calibration == "imatrix t.imatrix, 7 chunks, wiki.txt"
     # what a source, whose planes are taken over as they are, says of its own imatrix goes with another, stays with none
     other = write_imatrix(tmp_path / "o\nther", {"blk.0.attn_q.weight": (np.ones(64), np.array([1]))}, 0, ())
@@ -370,9 +386,11 @@ def test_error_lines(table: Path, tiny_gguf: Path, tmp_path: Path) -> None:
         ("short", "blk.0.attn_q.weight has 32 values, the model's tensor 64 inputs; make an imatrix with this model"),
         ("experts", "blk.0.ffn_gate_exps.weight has 128 values, the model's tensor 3 x 64 inputs"),
         ("stranger", "none of its 1 tensors, as blk.7.attn_q.weight, is in the model"),
-        ("empty", "an imatrix without a tensor"), ("nothing", "the file is empty"),
-        ("model", "a GGUF, but no imatrix; llama-imatrix makes one"), ("absent", "No such file"),
-    ):  # fmt: skip
+        ("empty", "an imatrix without a tensor"),
+        ("nothing", "the file is empty"),
+        ("model", "a GGUF, but no imatrix; llama-imatrix makes one"),
+        ("absent", "No such file"),
+    ):
         path = {"model": tiny_gguf, "absent": tmp_path / "absent", **files}[name]
         for work in (conversion.convert, conversion.dry_run):
             with pytest.raises(InputError) as e:
@@ -414,17 +432,20 @@ def opened(path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (dat_bytes({"a": (3, [1, np.nan])}), "a: value 1 is nan"), (dat_bytes({"a": (3, [np.inf])}), "value 0 is inf"),
-        (dat_bytes({"a": (3, [1, -1])}), "value 1 is -1"), (dat_bytes({"a": (-3, [1])}), "calls of a is -3"),
+        (dat_bytes({"a": (3, [1, np.nan])}), "a: value 1 is nan"),
+        (dat_bytes({"a": (3, [np.inf])}), "value 0 is inf"),
+        (dat_bytes({"a": (3, [1, -1])}), "value 1 is -1"),
+        (dat_bytes({"a": (-3, [1])}), "calls of a is -3"),
         (struct.pack("<i", 2**31 - 1) + bytes(99), "number of entries is 2147483647, not 1 to 6"),
         (struct.pack("<ii", 1, 2**31 - 1) + bytes(99), "length of name 0 is 2147483647, not 1 to 63"),
-        (dat_bytes({"a": (3, [])}), "values of a is 0"), (dat_bytes({"a": (3, [1])}) + b"x", "1 bytes follow its end"),
+        (dat_bytes({"a": (3, [])}), "values of a is 0"),
+        (dat_bytes({"a": (3, [1])}) + b"x", "1 bytes follow its end"),
         (struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 1, 2**30) + bytes(9), "values of a is 1073741824, not 1"),
         (struct.pack("<ii", 1, 1) + b"\xff" + struct.pack("<ii", 1, 1) + bytes(4), "name 0 is not UTF-8"),
         (dat_bytes({"a": (3, [1])})[:-8] + struct.pack("<ii", 7, 9), "length of the data set's name"),
         (struct.pack("<i", 2) + 2 * dat_bytes({"a": (3, [1])}, b"")[4:], "a stands twice"),
     ],
-)  # fmt: skip
+)
 def test_damaged_dat_files(raw: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(raw)
     with pytest.raises(InputError, match=says) as e:
@@ -446,11 +467,14 @@ def test_dat_files_without_an_end_and_with_unseen_experts(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("sums", "counts", "says"),
     [
-        ([[1, np.nan]], [1], "a: value 1 is nan"), ([[1, -2]], [1], "a: value 1 is -2"),
-        ([[1, 2]], [-1], "count 0 is -1"), ([[1, 2]], [np.nan], "count 0 is nan"),
-        ([[1, 2]], [np.inf], "count 0 is inf"), ([[1, 2, 3]], [1, 1], "3 values do not divide among 2 counts"),
+        ([[1, np.nan]], [1], "a: value 1 is nan"),
+        ([[1, -2]], [1], "a: value 1 is -2"),
+        ([[1, 2]], [-1], "count 0 is -1"),
+        ([[1, 2]], [np.nan], "count 0 is nan"),
+        ([[1, 2]], [np.inf], "count 0 is inf"),
+        ([[1, 2, 3]], [1, 1], "3 values do not divide among 2 counts"),
     ],
-)  # fmt: skip
+)
 def test_damaged_values(sums: list[list[float]], counts: list[float], says: str, tmp_path: Path) -> None:
     path = write_imatrix(tmp_path / "x", {"a": (np.array(sums), np.array(counts))})
     with pytest.raises(InputError, match=says):

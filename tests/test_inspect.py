@@ -122,10 +122,12 @@ def test_damaged_scales_are_told(tmp_path: Path) -> None:
 @pytest.fixture
 def converted(tmp_path: Path, tiny_gguf: Path) -> Path:
     special = [
-        kv_u32("tokenizer.ggml.bos_token_id", 0), kv_u32("tokenizer.ggml.eos_token_id", 99),
-        kv_string("tokenizer.ggml.model", "gpt2"), kv_string("tokenizer.ggml.pre", "smollm"),
+        kv_u32("tokenizer.ggml.bos_token_id", 0),
+        kv_u32("tokenizer.ggml.eos_token_id", 99),
+        kv_string("tokenizer.ggml.model", "gpt2"),
+        kv_string("tokenizer.ggml.pre", "smollm"),
         kv_string("tokenizer.chat_template", "{% first %}\n\tsecond \x1b[31m" + "x" * 5000),
-    ]  # fmt: skip
+    ]
     convert(rewritten(tiny_gguf, tmp_path / "source.gguf", special), tmp_path / "ours.gguf")
     return tmp_path / "ours.gguf"
 

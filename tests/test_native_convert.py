@@ -237,9 +237,11 @@ def scan_by_hand(x: np.ndarray, group: int, floor: float) -> native.Scan:
     tops = np.maximum.reduceat(finite, np.arange(0, len(x), group)) if len(x) else np.zeros(1, np.float32)
     bad = np.flatnonzero(~np.isfinite(x))
     return native.Scan(
-        int(bad[0]) if len(bad) else -1, float(tops.max()), int((tops > 0).sum()),
+        int(bad[0]) if len(bad) else -1,
+        float(tops.max()),
+        int((tops > 0).sum()),
         int(((tops > 0) & (tops < floor)).sum()),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("group", [1, 32, 128, 40])

@@ -60,8 +60,10 @@ def test_upstream(version: str) -> None:
     assert f'+__version__ = "{upstream.wheel_version}"\n' in wheel.read_text()
     listed = subprocess.run(
         [sys.executable, str(TOOL), "--upstream", version, "--list-patched"],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()[:-1]  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()[:-1]
     assert listed == tool.patched_files(upstream.patches)
     assert 0 < sum(name.startswith("vendor/llama.cpp/") for name in listed) <= MAX_FILES
 

@@ -50,9 +50,12 @@ def test_what_is_named(reference: Path, tmp_path: Path) -> None:
     conversion.convert(reference, ours)
     found = parse_items(["q4_k_m", "TP2_1", f"mine={ours}", str(reference), "tp2_0"])
     assert found == [
-        Item("Q4_K_M", "stock", "Q4_K_M"), Item("TP2_1", "ours", "TP2_1"), Item("mine", "ours", "", ours),
-        Item("tiny", "stock", "", reference), Item("TP2_0", "ours", "TP2_0"),
-    ]  # fmt: skip
+        Item("Q4_K_M", "stock", "Q4_K_M"),
+        Item("TP2_1", "ours", "TP2_1"),
+        Item("mine", "ours", "", ours),
+        Item("tiny", "stock", "", reference),
+        Item("TP2_0", "ours", "TP2_0"),
+    ]
     with pytest.raises(
         RecipeError, match=r"Q9_Z: neither a file nor a type of llama-quantize's; it makes .*Q4_0, .*IQ4"
     ):

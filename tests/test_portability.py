@@ -26,8 +26,11 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 def test_a_big_endian_machine_is_refused_by_python(tiny_gguf: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", BIG, "convert", str(tiny_gguf), str(tmp_path / "out.gguf")],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"}, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "300"},
+        check=False,
+    )
     assert "runs on little-endian machines only; this one is big-endian" in one_line(done)
     assert not list(tmp_path.glob("*out.gguf*"))
 
@@ -58,8 +61,11 @@ def test_a_big_endian_file_is_refused(cli, tmp_path: Path) -> None:
 def matrix(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(REPO / "tools" / "matrix.py"), *args],
-        capture_output=True, text=True, env={**os.environ, **env}, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        check=False,
+    )
 
 
 def test_every_kernel_has_its_cell() -> None:

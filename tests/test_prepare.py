@@ -185,10 +185,11 @@ def test_tuning(
     fox.write_text("The quick brown fox jumps over the lazy dog and sleeps. " * 300)
     told = []
     summary = convert(
-        tiny_checkpoint, out,
+        tiny_checkpoint,
+        out,
         with_(how, texts=(str(fox),), fisher=False, tune=True, tune_tokens=TOKENS, tune_steps=3),
         lambda stage, done, total, what: told.append((stage, done, total)),
-    )  # fmt: skip
+    )
     assert not leftovers(folder) and ("tuning", 3, 3) in told
     with open_source(in_order_file[1]) as source:
         verdict = verify(out, source)
@@ -297,9 +298,12 @@ def test_killed_in_a_block(
 
 @pytest.mark.usefixtures("again")
 def test_interrupted_again_and_again(
-    how: Options, in_order_file: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path,
+    how: Options,
+    in_order_file: tuple[Path, Path],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Ctrl-C while the streams go through a finished block, between tensors of one input, and while writing."""
     out = tmp_path / "i.gguf"
 
@@ -424,8 +428,12 @@ def test_token_weights_are_squared_gradients(tmp_path: Path) -> None:
     g = {of: torch.stack(parts).numpy() for of, parts in sums.items()}
     expected = {"lm_head.weight": g["lm_head.weight"]}
     for i in range(2):
-        for first, *others in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
-                               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)):  # fmt: skip
+        for first, *others in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ):
             full = [f"model.layers.{i}.{n}.weight" for n in (first, *others)]
             expected[full[0]] = sum(g[n] for n in full)
     assert got.keys() == expected.keys()
@@ -503,9 +511,11 @@ def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
         with pytest.raises(OutputError, match="another conversion to this file is running"):
             PlaneStore(out, job)
     for change, what in (
-        ({"header": "i"}, "source"), ({"options": {"--calib": ["b"], "--tune": False}}, "--calib"),
-        ({"options": {**job["options"], "--tune-steps": 5}}, "--tune-steps"), ({"more": 1}, "more"),
-    ):  # fmt: skip
+        ({"header": "i"}, "source"),
+        ({"options": {"--calib": ["b"], "--tune": False}}, "--calib"),
+        ({"options": {**job["options"], "--tune-steps": 5}}, "--tune-steps"),
+        ({"more": 1}, "more"),
+    ):
         with pytest.raises(ResumeError, match=f"begun with another {what};"):
             PlaneStore(out, {**job, **change})
     with PlaneStore(out, job) as store:

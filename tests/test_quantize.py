@@ -56,12 +56,19 @@ def odd_kinds(rng: np.random.Generator) -> np.ndarray:
     n, levels = (2, 256), np.array(LEVELS)
     gauss = 0.02 * rng.normal(size=n)
     kinds = [
-        gauss, gauss * 1e-20, np.clip(300 * gauss, -9.6875, 9.6875), np.where(gauss < 0, -0.0, 0.0),
-        0.01 * rng.choice(levels, size=n), np.full(n, -0.3), np.where(rng.random(n) < 0.9, 0.0, gauss),
-        0.25 * rng.integers(-3, 4, size=n), gauss * 2.0 ** -rng.integers(0, 120, size=n),
-        np.where(gauss > 0.03, 9, 1e-9), 0.1 * rng.integers(-1, 2, size=n) + 0.05 * rng.integers(-1, 2, size=n),
+        gauss,
+        gauss * 1e-20,
+        np.clip(300 * gauss, -9.6875, 9.6875),
+        np.where(gauss < 0, -0.0, 0.0),
+        0.01 * rng.choice(levels, size=n),
+        np.full(n, -0.3),
+        np.where(rng.random(n) < 0.9, 0.0, gauss),
+        0.25 * rng.integers(-3, 4, size=n),
+        gauss * 2.0 ** -rng.integers(0, 120, size=n),
+        np.where(gauss > 0.03, 9, 1e-9),
+        0.1 * rng.integers(-1, 2, size=n) + 0.05 * rng.integers(-1, 2, size=n),
         2.0**-126 * rng.integers(-9, 9, size=n),
-    ]  # fmt: skip
+    ]
     w = np.concatenate(kinds).astype(np.float32)
     coarse = (w.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # as from bf16
     return np.concatenate([w, coarse])
@@ -101,10 +108,14 @@ def test_bytes_do_not_depend_on_threads(t: TensorType, m) -> None:
 @pytest.mark.parametrize(
     ("t", "kind", "table"),
     [
-        (TP2_1, "gaussian", 0.0206), (TP2_1, "laplace", 0.0281), (TP2_1, "t5", 0.0284),
-        (TP2_0, "gaussian", 0.0256), (TP2_0, "laplace", 0.0398), (TP2_0, "t5", 0.0422),
+        (TP2_1, "gaussian", 0.0206),
+        (TP2_1, "laplace", 0.0281),
+        (TP2_1, "t5", 0.0284),
+        (TP2_0, "gaussian", 0.0256),
+        (TP2_0, "laplace", 0.0398),
+        (TP2_0, "t5", 0.0422),
     ],
-)  # fmt: skip
+)
 def test_search_reaches_the_table(t: TensorType, kind: str, table: float) -> None:
     w = sample(kind, 1024 if t is TP2_1 else 384)
     got = rel_mse(t, w, quantize(t, SEARCH, w, np.ones(1024, np.float32)))

@@ -144,8 +144,10 @@ def test_layers_are_ranges_of_depth_of_each_stack() -> None:
     names = [f"{s}.{i}.attn_q.weight" for s, n in (("enc.blk", 8), ("dec.blk", 4)) for i in range(n)]
     got = types(recipe, [info(n, 64, 64) for n in [*names, "output.weight"]])
     assert [n for n in names if got[n] == "Q8_0"] == [
-        *(f"enc.blk.{i}.attn_q.weight" for i in (0, 1, 4, 5)), "dec.blk.0.attn_q.weight", "dec.blk.2.attn_q.weight",
-    ]  # fmt: skip
+        *(f"enc.blk.{i}.attn_q.weight" for i in (0, 1, 4, 5)),
+        "dec.blk.0.attn_q.weight",
+        "dec.blk.2.attn_q.weight",
+    ]
     assert got["output.weight"] == "BF16"
 
 
@@ -187,8 +189,21 @@ def test_a_rule_with_a_condition_is_there_or_is_not(names: set[str], data: st.Da
     kinds = st.sampled_from(["Q8_0", "Q4_0", "Q5_0", "keep"])
     wants = st.sampled_from([*map(re.escape, NAMES), "none", "outpu", r"blk\..*", r".*\.1\..*"])
     spans = st.sampled_from([(), ((0.0, 0.5),)])
-    rules = data.draw(st.lists(st.builds(Rule, st.sampled_from([".*", r"blk.*", *NAMES]), kinds, st.just("r"),
-                                         spans, st.booleans(), st.none() | wants), min_size=1, max_size=5))  # fmt: skip
+    rules = data.draw(
+        st.lists(
+            st.builds(
+                Rule,
+                st.sampled_from([".*", r"blk.*", *NAMES]),
+                kinds,
+                st.just("r"),
+                spans,
+                st.booleans(),
+                st.none() | wants,
+            ),
+            min_size=1,
+            max_size=5,
+        )
+    )
     tensors = [info(n, 64, 8) for n in sorted(names)]
     met = [r for r in rules if r.needs is None or any(re.fullmatch(r.needs, n) for n in names)]
     plain = [Rule(r.pattern, r.target, r.reason, r.layers, r.override) for r in met]
@@ -220,9 +235,17 @@ def test_a_condition_goes_over_the_names_once(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "name",
-    ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_inp.weight", "blk.0.ssm_conv1d.weight", "blk.0.ssm_a",
-     "blk.0.ffn_gate_exps.bias", "v.patch_embd.weight", "a.position_embd.weight", "altup_proj.weight"],
-)  # fmt: skip
+    [
+        "blk.0.attn_q_norm.weight",
+        "blk.0.ffn_gate_inp.weight",
+        "blk.0.ssm_conv1d.weight",
+        "blk.0.ssm_a",
+        "blk.0.ffn_gate_exps.bias",
+        "v.patch_embd.weight",
+        "a.position_embd.weight",
+        "altup_proj.weight",
+    ],
+)
 def test_no_rule_reaches_what_the_graph_needs_as_it_is(name: str) -> None:
     t = info(name, 64, 64)
     assert alone(t, [Rule(".*", "Q8_0", "all")]).type == t.type
@@ -251,11 +274,16 @@ def test_overrides_search_and_come_first() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("attn_v", "write REGEX=TYPE"), ("=Q8_0", "write REGEX=TYPE"), ("attn_v=", "write REGEX=TYPE"),
-        ("attn_(v=Q8_0", "no regular expression"), ("v=Q9_9", "unknown tensor type 'Q9_9'; there are TP2_0, TP2_1"),
-        ("attn_v=Q8_K", "unknown tensor type"), ("attn_v=I32", "unknown"), ("v=iq2", "unknown tensor type 'iq2'"),
+        ("attn_v", "write REGEX=TYPE"),
+        ("=Q8_0", "write REGEX=TYPE"),
+        ("attn_v=", "write REGEX=TYPE"),
+        ("attn_(v=Q8_0", "no regular expression"),
+        ("v=Q9_9", "unknown tensor type 'Q9_9'; there are TP2_0, TP2_1"),
+        ("attn_v=Q8_K", "unknown tensor type"),
+        ("attn_v=I32", "unknown"),
+        ("v=iq2", "unknown tensor type 'iq2'"),
     ],
-)  # fmt: skip
+)
 def test_bad_overrides(text: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says) as e:
         load("default").with_overrides([text])
@@ -301,10 +329,14 @@ def test_bad_rules_are_named_by_file_and_number(tmp_path: Path, rules: list[obje
 
 def test_bad_files(tmp_path: Path) -> None:
     for raw, says in [
-        (b"", "not JSON"), (b"\xff", "not JSON"), (b"[]", "must be a JSON object"), (b"[" * 100000, "too deeply"),
-        (b'{"name": "a", "name": "b"}', "key 'name' stands twice"), (b" " * (MAX_BYTES + 1), "larger than the limit"),
+        (b"", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"[" * 100000, "too deeply"),
+        (b'{"name": "a", "name": "b"}', "key 'name' stands twice"),
+        (b" " * (MAX_BYTES + 1), "larger than the limit"),
         (b'{"name": "n", "description": "d", "rules": {}}', "'rules' must be a list"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(RecipeError, match=says):
             parse(raw, "x")
     with pytest.raises(RecipeError, match="no recipe 'smal'; there are default, quality, small"):
@@ -315,12 +347,17 @@ def test_bad_files(tmp_path: Path) -> None:
         load("default").bind("tp3")
 
 
-@given(st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["Q8_0", ".*", "keep"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from("name description rules pattern type reason layers override with".split()), inner
-    ),
-))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["Q8_0", ".*", "keep"]),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from("name description rules pattern type reason layers override with".split()), inner
+            )
+        ),
+    )
+)
 def test_a_recipe_is_read_or_refused(value: object) -> None:
     raw = json.dumps(value).encode()
     try:
@@ -334,13 +371,22 @@ def test_a_recipe_is_read_or_refused(value: object) -> None:
 @pytest.mark.parametrize(
     ("wanted", "row", "got"),
     [
-        ("Q6_K", 576, "Q8_0"), ("Q5_K", 576, "Q5_1"), ("Q4_K", 576, "Q5_0"), ("Q3_K", 576, "Q4_0"),
-        ("Q2_K", 576, "Q4_0"), ("TQ1_0", 576, "Q4_0"), ("IQ4_XS", 576, "IQ4_NL"), ("IQ3_S", 576, "IQ4_NL"),
+        ("Q6_K", 576, "Q8_0"),
+        ("Q5_K", 576, "Q5_1"),
+        ("Q4_K", 576, "Q5_0"),
+        ("Q3_K", 576, "Q4_0"),
+        ("Q2_K", 576, "Q4_0"),
+        ("TQ1_0", 576, "Q4_0"),
+        ("IQ4_XS", 576, "IQ4_NL"),
+        ("IQ3_S", 576, "IQ4_NL"),
         ("IQ1_M", 576, "IQ4_NL"),
-        ("Q6_K", 100, "F16"), ("Q4_0", 100, "F16"), ("TP2_0", 96, "Q8_0"), ("MXFP4", 40, "F16"),
+        ("Q6_K", 100, "F16"),
+        ("Q4_0", 100, "F16"),
+        ("TP2_0", 96, "Q8_0"),
+        ("MXFP4", 40, "F16"),
         ("Q6_K", 512, "Q6_K"),
     ],
-)  # fmt: skip
+)
 def test_where_rows_do_not_divide_llama_quantizes_table_holds(wanted: str, row: int, got: str) -> None:
     choice = fit(info("blk.0.a.weight", row, 8), TYPE_IDS[wanted], "asked for")
     assert (type_name(choice.type), choice.fallback) == (got, got != wanted)

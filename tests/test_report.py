@@ -38,9 +38,14 @@ def pair(**changes: Any) -> Document:
     """A document of two rows, ours at 80 MB and Q4_0 at 100 MB, with changes to ours."""
     rows = [
         {"label": "TP2_1", "kind": "ours", "size": 80_000_000, **changes},
-        {"label": "Q4_0", "kind": "stock", "size": 100_000_000, "quality": {"kld": 0.05, "kld_se": 0.001},
-         "speed": report_document.speed(100.0, 500.0, 1)},
-    ]  # fmt: skip
+        {
+            "label": "Q4_0",
+            "kind": "stock",
+            "size": 100_000_000,
+            "quality": {"kld": 0.05, "kld_se": 0.001},
+            "speed": report_document.speed(100.0, 500.0, 1),
+        },
+    ]
     return read_document({"schema": 1, "model": {"name": "m"}, "machine": {"cpu": "c"}, "rows": rows})
 
 
@@ -55,31 +60,52 @@ def decode(median: float, low: float, high: float, clear: bool) -> dict[str, Any
         ({"size": 99_800_000}, "TP2_1 is as large as Q4_0.", ["same"]),
         ({"size": 104_000_000}, "TP2_1 is 4.0 % larger than Q4_0.", ["worse"]),
         ({"size": 250_000_000}, "TP2_1 is 2.5x as large as Q4_0.", ["worse"]),
-        (decode(1.21, 1.18, 1.24, True),
-         "TP2_1 is 20 % smaller than Q4_0 and decodes 1.21x as fast (1.18 to 1.24, 2 threads).", ["better", "better"]),
-        (decode(0.8, 0.75, 0.84, True),
-         "TP2_1 is 20 % smaller than Q4_0 and decodes 0.80x as fast (0.75 to 0.84, 2 threads).", ["better", "worse"]),
-        (decode(1.02, 0.98, 1.05, True),  # whatever it calls itself: its interval holds 1
-         "TP2_1 is 20 % smaller than Q4_0 and shows no clear difference in decoding speed (1.02x, 0.98 to 1.05, "
-         "2 threads).", ["better", "same"]),
-        (decode(1.2, 1.1, 1.3, False),  # whatever its interval: it was not called clear
-         "TP2_1 is 20 % smaller than Q4_0 and shows no clear difference in decoding speed (1.20x, 1.10 to 1.30, "
-         "2 threads).", ["better", "same"]),
-        ({"quality": {"kld": 0.1, "kld_se": 0.002}},  # 2 * exp(+-1.96 * sqrt(2) * 0.02)
-         "TP2_1 is 20 % smaller than Q4_0 and has 2.00x Q4_0's KL divergence from the original (1.89 to 2.11).",
-         ["better", "worse"]),
-        ({"quality": {"kld": 0.025, "kld_se": 0.0}},  # 0.5 * exp(+-1.96 * 0.02)
-         "TP2_1 is 20 % smaller than Q4_0 and has 0.50x Q4_0's KL divergence from the original (0.48 to 0.52).",
-         ["better", "better"]),
-        ({"quality": {"kld": 0.051, "kld_se": 0.002}},
-         "TP2_1 is 20 % smaller than Q4_0 and shows no clear difference in KL divergence from the original (1.02x, "
-         "0.94 to 1.11).", ["better", "same"]),
-        ({"quality": {"kld": 0.1}},
-         "TP2_1 is 20 % smaller than Q4_0 and has 2.00x Q4_0's KL divergence (without an interval).",
-         ["better", "unknown"]),
+        (
+            decode(1.21, 1.18, 1.24, True),
+            "TP2_1 is 20 % smaller than Q4_0 and decodes 1.21x as fast (1.18 to 1.24, 2 threads).",
+            ["better", "better"],
+        ),
+        (
+            decode(0.8, 0.75, 0.84, True),
+            "TP2_1 is 20 % smaller than Q4_0 and decodes 0.80x as fast (0.75 to 0.84, 2 threads).",
+            ["better", "worse"],
+        ),
+        (
+            decode(1.02, 0.98, 1.05, True),  # whatever it calls itself: its interval holds 1
+            "TP2_1 is 20 % smaller than Q4_0 and shows no clear difference in decoding speed (1.02x, 0.98 to 1.05, "
+            "2 threads).",
+            ["better", "same"],
+        ),
+        (
+            decode(1.2, 1.1, 1.3, False),  # whatever its interval: it was not called clear
+            "TP2_1 is 20 % smaller than Q4_0 and shows no clear difference in decoding speed (1.20x, 1.10 to 1.30, "
+            "2 threads).",
+            ["better", "same"],
+        ),
+        (
+            {"quality": {"kld": 0.1, "kld_se": 0.002}},  # 2 * exp(+-1.96 * sqrt(2) * 0.02)
+            "TP2_1 is 20 % smaller than Q4_0 and has 2.00x Q4_0's KL divergence from the original (1.89 to 2.11).",
+            ["better", "worse"],
+        ),
+        (
+            {"quality": {"kld": 0.025, "kld_se": 0.0}},  # 0.5 * exp(+-1.96 * 0.02)
+            "TP2_1 is 20 % smaller than Q4_0 and has 0.50x Q4_0's KL divergence from the original (0.48 to 0.52).",
+            ["better", "better"],
+        ),
+        (
+            {"quality": {"kld": 0.051, "kld_se": 0.002}},
+            "TP2_1 is 20 % smaller than Q4_0 and shows no clear difference in KL divergence from the original (1.02x, "
+            "0.94 to 1.11).",
+            ["better", "same"],
+        ),
+        (
+            {"quality": {"kld": 0.1}},
+            "TP2_1 is 20 % smaller than Q4_0 and has 2.00x Q4_0's KL divergence (without an interval).",
+            ["better", "unknown"],
+        ),
         ({"quality": {"kld": 0.0, "kld_se": 0.0}}, "TP2_1 is 20 % smaller than Q4_0.", ["better"]),
     ],
-)  # fmt: skip
+)
 def test_verdict(changes: dict[str, Any], sentence: str, outcomes: list[str]) -> None:
     doc = pair(**changes)
     verdict = findings.verdicts(doc)[0]
@@ -109,9 +135,15 @@ def test_best_of_column_and_what_is_not_clearly_behind() -> None:
 
 @pytest.mark.parametrize(
     ("x", "half", "texts"),
-    [(14.32123, 0.0843, ("14.321", "0.084")), (0.11234, 0.0066, ("0.1123", "0.0066")), (84.9, 12.3, ("85", "12")),
-     (12.5, None, ("12.50", "")), (1e30, 1e20, ("1.000e+30", "1.0e+20")), (0.0, None, ("0", ""))],
-)  # fmt: skip
+    [
+        (14.32123, 0.0843, ("14.321", "0.084")),
+        (0.11234, 0.0066, ("0.1123", "0.0066")),
+        (84.9, 12.3, ("85", "12")),
+        (12.5, None, ("12.50", "")),
+        (1e30, 1e20, ("1.000e+30", "1.0e+20")),
+        (0.0, None, ("0", "")),
+    ],
+)
 def test_numbers_end_where_their_error_begins(x: float, half: float | None, texts: tuple[str, str]) -> None:
     assert findings.with_error(x, half) == texts
 
@@ -157,7 +189,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
         (changed("text/builtin", 1), "text.builtin is 1, not true or false"),
         (changed("extra", math.nan), "cannot be written as JSON"),
     ],
-)  # fmt: skip
+)
 def test_documents_that_are_none(document: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as e:
         write_json(document, tmp_path / "out")
@@ -259,7 +291,7 @@ def test_page_is_whole_and_stands_alone(folder: Path) -> None:
         "ab" * 32,
         "Zeros: plane 1 43 %",
     ):
-        assert words in page.text, words  # fmt: skip
+        assert words in page.text, words
     names = [tag for tag, _ in page.tags]
     assert names.count("figure") == names.count("svg") == 6
     assert not {"script", "img", "iframe", "object", "form", "base"} & set(names)

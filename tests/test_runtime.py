@@ -41,8 +41,12 @@ TEXT = "The tide table on the harbour wall is printed every December by the same
 def tool(name: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(install.tool(name)), *map(str, args)],
-        capture_output=True, text=True, errors="replace", timeout=600, env={**os.environ, **(env or {})},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=600,
+        env={**os.environ, **(env or {})},
+    )
 
 
 def logits_of(path: Path, tokens: list[int]) -> np.ndarray:
@@ -264,9 +268,16 @@ def test_embedding_and_head_in_tp2_1_run_too(demo_files: dict[str, Path], tmp_pa
     """get_rows and the output product: everything in TP2_1."""
     out = tmp_path / "all.gguf"
     install.run_tool(
-        "llama-quantize", "--token-embedding-type", "tp2_1", "--output-tensor-type", "tp2_1",
-        str(demo_files["bf16"]), str(out), "TP2_1", "2",
-    )  # fmt: skip
+        "llama-quantize",
+        "--token-embedding-type",
+        "tp2_1",
+        "--output-tensor-type",
+        "tp2_1",
+        str(demo_files["bf16"]),
+        str(out),
+        "TP2_1",
+        "2",
+    )
     with Reader(out) as r:
         assert r.by_name["token_embd.weight"].type_name == "TP2_1"
     tokens = tokens_of(out)[:12]

@@ -84,8 +84,10 @@ def test_a_lock_refuses_another_file(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--isolated", "download", "--no-deps", "--no-index", "--require-hashes"]
     done = subprocess.run(
         [*pip, "--find-links", str(tmp_path), "-d", str(tmp_path / "out"), "-r", str(lock)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0 and "DO NOT MATCH THE HASHES" in done.stderr
 
 

@@ -89,8 +89,9 @@ def test_when_the_context_is_full_the_oldest_turns_go_first(model: Any, tmp_path
     chat = Chat(model, system="Be brief.", temperature=0, max_tokens=3, notice=notes.append)
     for i in range(6):
         chat.turns += [
-            {"role": "user", "content": f"Message {i}."}, {"role": "assistant", "content": f"Answer {i}. " * 2}
-        ]  # fmt: skip
+            {"role": "user", "content": f"Message {i}."},
+            {"role": "assistant", "content": f"Answer {i}. " * 2},
+        ]
     before = list(chat.turns)
     assert "".join(chat.ask("The last?"))
     seen = model.detokenize(chat.prompt(), special=True).decode()
@@ -129,11 +130,19 @@ def test_saved_conversations(model: Any, tmp_path: Path) -> None:
     other = Chat(model)
     other.load(path)
     assert (other.system, other.turns) == (chat.system, chat.turns)
-    for bad in (b"", b"{", b"[]", b'{"schema": 2, "messages": []}', b"[" * 100_000, b"\xff\xfe", b'{"schema": 1}',
-                b'{"schema": 1, "messages": [{"role": "user"}]}', b'{"schema": 1, "messages": {"a": 1}}',
-                b'{"schema": 1, "messages": [{"role": "user", "content": "x"}]}',
-                b'{"schema": 1, "messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": ""}]}',
-                ):  # fmt: skip
+    for bad in (
+        b"",
+        b"{",
+        b"[]",
+        b'{"schema": 2, "messages": []}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"schema": 1}',
+        b'{"schema": 1, "messages": [{"role": "user"}]}',
+        b'{"schema": 1, "messages": {"a": 1}}',
+        b'{"schema": 1, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"schema": 1, "messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": ""}]}',
+    ):
         path.write_bytes(bad)
         with pytest.raises(ChatError, match="no saved conversation"):
             other.load(path)
@@ -275,9 +284,21 @@ def serving(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     folder = tmp_path_factory.mktemp("serve")
     (folder / "keys").write_text(f"# a comment\n{KEY}\n")
     command = [
-        SCRIPT, "serve", str(ours), "--port", "0", "--ctx", "256", "--parallel", "2", "--api-key-file",
-        str(folder / "keys"), "--log", str(folder / "log"), "--json",
-    ]  # fmt: skip
+        SCRIPT,
+        "serve",
+        str(ours),
+        "--port",
+        "0",
+        "--ctx",
+        "256",
+        "--parallel",
+        "2",
+        "--api-key-file",
+        str(folder / "keys"),
+        "--log",
+        str(folder / "log"),
+        "--json",
+    ]
     env = {**os.environ, "LLAMA_ARG_CTX_SIZE": "64", "LLAMA_ARG_ALIAS": "wrong", "LLAMA_API_KEY": ""}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as process:
         assert process.stdout
@@ -380,9 +401,20 @@ def test_what_serve_refuses(cli: Callable[..., Any], ours: Path, serving: dict[s
 
 @pytest.mark.parametrize(
     ("host", "only_here"),
-    [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
-     ("192.168.1.2", False), ("", False), ("127.0.0.1,0.0.0.0", False), ("example.org", False), ("127.1", False)],
-)  # fmt: skip
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.168.1.2", False),
+        ("", False),
+        ("127.0.0.1,0.0.0.0", False),
+        ("example.org", False),
+        ("127.1", False),
+    ],
+)
 def test_loopback(host: str, only_here: bool) -> None:
     assert server.is_loopback(host) == only_here
 

@@ -25,9 +25,16 @@ from ptqtp_gguf.tune.student import Student  # noqa: E402
 
 VOCABULARY, LENGTH = 160, 12
 SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
 FAMILIES = {
     "Llama": dict(tie_word_embeddings=False),  # embedding and head are quantized too, each by itself
     "Qwen2": dict(tie_word_embeddings=True),  # biases; one quantized matrix for embedding and head

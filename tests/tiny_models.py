@@ -11,9 +11,17 @@ from helpers import REPO, copy_tokenizer
 
 BPE_VOCAB, SPM_VOCAB = 49152, 384
 COMMON: dict[str, object] = dict(
-    hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=None,
-)  # fmt: skip
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=None,
+)
 ATTENTION = "attn_q attn_k attn_v attn_output"
 DENSE = f"{ATTENTION} ffn_gate ffn_up ffn_down"
 EXPERTS = f"{ATTENTION} ffn_gate_exps ffn_up_exps ffn_down_exps"
@@ -66,36 +74,95 @@ class Family:
 
 FAMILIES = {
     # rows of 144 and 200 fall back; 200 rows are no multiple of the 16 that a panel interleaves
-    "llama": Family("Llama", "llama", config=dict(num_key_value_heads=1, head_dim=36, intermediate_size=200),
-                    fallback={"attn_output": "F16", "ffn_down": "F16"}, shards="100KB"),
+    "llama": Family(
+        "Llama",
+        "llama",
+        config=dict(num_key_value_heads=1, head_dim=36, intermediate_size=200),
+        fallback={"attn_output": "F16", "ffn_down": "F16"},
+        shards="100KB",
+    ),
     "llama-tied": Family("Llama", "llama", config=dict(tie_word_embeddings=True)),
     "mistral": Family("Mistral", "llama", config=dict(head_dim=64, sliding_window=None)),
-    "granite": Family("Granite", "granite", config=dict(
-        embedding_multiplier=6.0, residual_multiplier=0.5, attention_multiplier=0.125, logits_scaling=4.0)),
+    "granite": Family(
+        "Granite",
+        "granite",
+        config=dict(embedding_multiplier=6.0, residual_multiplier=0.5, attention_multiplier=0.125, logits_scaling=4.0),
+    ),
     "qwen2": Family("Qwen2", "qwen2", config=dict(tie_word_embeddings=True)),  # biases of q, k, v
     "qwen3": Family("Qwen3", "qwen3", config=dict(head_dim=64)),  # norms of q, k
-    "qwen3moe": Family("Qwen3Moe", "qwen3moe", (EXPERTS,), dict(
-        head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True,
-        tie_word_embeddings=True), bpe=True, shards="8MB"),
+    "qwen3moe": Family(
+        "Qwen3Moe",
+        "qwen3moe",
+        (EXPERTS,),
+        dict(
+            head_dim=32,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+        ),
+        bpe=True,
+        shards="8MB",
+    ),
     # six layers, because the runtime takes every sixth to be without a window
-    "gemma3": Family("Gemma3", "gemma3", config=dict(
-        tie_word_embeddings=True, head_dim=64, sliding_window=8, num_hidden_layers=6, query_pre_attn_scalar=64),
-        table=True),
+    "gemma3": Family(
+        "Gemma3",
+        "gemma3",
+        config=dict(
+            tie_word_embeddings=True, head_dim=64, sliding_window=8, num_hidden_layers=6, query_pre_attn_scalar=64
+        ),
+        table=True,
+    ),
     "phi3": Family("Phi3", "phi3", (FUSED,), dict(num_key_value_heads=4, original_max_position_embeddings=256)),
     "olmo2": Family("Olmo2", "olmo2", bpe=True),
     # scoring_func: DeepSeek's own configs have it, transformers' class does not; the converter goes by it
-    "deepseek3": Family("DeepseekV3", "deepseek2", DEEPSEEK, dict(
-        num_key_value_heads=4, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
-        v_head_dim=32, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=96,
-        first_k_dense_replace=1, routed_scaling_factor=1.5, n_group=1, topk_group=1, scoring_func="sigmoid"), bpe=True),
-    "falcon": Family("Falcon", "falcon", (FUSED,), dict(
-        new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False, tie_word_embeddings=True),
-        bpe=True, table=True),
+    "deepseek3": Family(
+        "DeepseekV3",
+        "deepseek2",
+        DEEPSEEK,
+        dict(
+            num_key_value_heads=4,
+            q_lora_rank=96,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=96,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.5,
+            n_group=1,
+            topk_group=1,
+            scoring_func="sigmoid",
+        ),
+        bpe=True,
+    ),
+    "falcon": Family(
+        "Falcon",
+        "falcon",
+        (FUSED,),
+        dict(new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False, tie_word_embeddings=True),
+        bpe=True,
+        table=True,
+    ),
     # biases of experts, attention sinks
-    "gpt-oss": Family("GptOss", "gpt-oss", (EXPERTS,), dict(
-        num_local_experts=4, num_experts_per_tok=2, head_dim=32, sliding_window=8,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0)), bpe=True),
-}  # fmt: skip
+    "gpt-oss": Family(
+        "GptOss",
+        "gpt-oss",
+        (EXPERTS,),
+        dict(
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=32,
+            sliding_window=8,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        ),
+        bpe=True,
+    ),
+}
 
 
 def build(family: Family, folder: Path, tokens: list[int]) -> np.ndarray:
@@ -132,7 +199,11 @@ def _add_tokenizer(family: Family, folder: Path) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        input=str(REPO / "tools" / "sample.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=SPM_VOCAB,
-        byte_fallback=True, minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        input=str(REPO / "tools" / "sample.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=SPM_VOCAB,
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+    )
     (folder / "tokenizer.vocab").unlink()

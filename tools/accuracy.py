@@ -49,7 +49,7 @@ from accuracy_base import (
     machine,
     parse,
     sha256,
-)  # fmt: skip
+)
 
 from ptqtp_gguf.compare.candidates import check_apart
 from ptqtp_gguf.errors import PtqtpError
@@ -133,9 +133,22 @@ class Work:
             self.note(f"{model.name}: importance matrix from {a.calib_chunks} windows of {a.calib.name}")
             part = path.with_suffix(".partial.gguf")
             self.tools.run(
-                self.program("llama-imatrix"), "-m", model.reference, "-f", a.calib, "-o", part,
-                "-c", a.ctx, "-b", a.ctx, "--chunks", a.calib_chunks, "-t", a.jobs * a.threads,
-            )  # fmt: skip
+                self.program("llama-imatrix"),
+                "-m",
+                model.reference,
+                "-f",
+                a.calib,
+                "-o",
+                part,
+                "-c",
+                a.ctx,
+                "-b",
+                a.ctx,
+                "--chunks",
+                a.calib_chunks,
+                "-t",
+                a.jobs * a.threads,
+            )
             part.replace(path)
 
     def make_logits(self, model: Model, text: Path) -> None:
@@ -144,9 +157,22 @@ class Work:
             self.note(f"{model.name}: the reference's logits on {text.name}")
             part = path.with_suffix(".partial")
             self.tools.run(
-                self.program("llama-perplexity"), "-m", model.reference, "-f", text, "-c", a.ctx, "-b", a.ctx,
-                "--chunks", a.chunks, "-t", a.jobs * a.threads, "--kl-divergence-base", part,
-            )  # fmt: skip
+                self.program("llama-perplexity"),
+                "-m",
+                model.reference,
+                "-f",
+                text,
+                "-c",
+                a.ctx,
+                "-b",
+                a.ctx,
+                "--chunks",
+                a.chunks,
+                "-t",
+                a.jobs * a.threads,
+                "--kl-divergence-base",
+                part,
+            )
             with open(part, "rb") as f:
                 head = f.read(20)
             windows = struct.unpack("<8sIII", head)[3] if len(head) == 20 else 0
@@ -170,8 +196,14 @@ class Work:
             given = ["--imatrix", item.imatrix] if item.imatrix else []
             self.tools.run(self.program("llama-quantize"), *given, model.reference, part, item.type, self.args.threads)
         else:
-            words = {"reference": model.reference, "checkpoint": model.checkpoint, "out": part, "imatrix": item.imatrix,
-                     "calib": self.args.calib, "threads": self.args.threads}  # fmt: skip
+            words = {
+                "reference": model.reference,
+                "checkpoint": model.checkpoint,
+                "out": part,
+                "imatrix": item.imatrix,
+                "calib": self.args.calib,
+                "threads": self.args.threads,
+            }
             command = [word.format(**words) for word in shlex.split(item.make)]
             safe = ["-P"] if sys.version_info >= (3, 11) else []  # not the package of the folder that we stand in
             self.tools.run(sys.executable, *safe, "-m", "ptqtp_gguf", *command)
@@ -208,8 +240,13 @@ class Work:
 
     def about(self, text: Path) -> Row:
         which = "text" if text == self.args.text else "text2"
-        return {"role": which, "text": sha256(text), "text_name": text.name, "chunks": self.args.chunks,
-                "ctx": self.args.ctx}  # fmt: skip
+        return {
+            "role": which,
+            "text": sha256(text),
+            "text_name": text.name,
+            "chunks": self.args.chunks,
+            "ctx": self.args.ctx,
+        }
 
     def score(self, model: Model, item: Item, path: Path, data: str, text: Path) -> Row:
         """The figures of one file on one text, measured or taken from a file of the very same tensors."""
@@ -220,10 +257,21 @@ class Work:
             other = row.get("same_as", row["label"])
             return about | {name: row[name] for name in names} | ({"same_as": other} if other != item.label else {})
         command = [
-            self.program("llama-perplexity", ours=item.kind == "ours"), "-m", path, "-c", self.args.ctx,
-            "-b", self.args.ctx, "--chunks", self.args.chunks, "-t", self.args.threads,
-            "--kl-divergence-base", self.logits(model, text), "--kl-divergence",
-        ]  # fmt: skip
+            self.program("llama-perplexity", ours=item.kind == "ours"),
+            "-m",
+            path,
+            "-c",
+            self.args.ctx,
+            "-b",
+            self.args.ctx,
+            "--chunks",
+            self.args.chunks,
+            "-t",
+            self.args.threads,
+            "--kl-divergence-base",
+            self.logits(model, text),
+            "--kl-divergence",
+        ]
         for _ in range(RETRIES):
             out = self.tools.run(*command, linger=True)
             if is_whole(out):
@@ -351,8 +399,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--calib-chunks", type=int, default=128)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.json, logits and files on the way")
     p.add_argument("--ours", action="append", default=[], metavar="[NAME/]LABEL=FILE.gguf")
-    p.add_argument("--make", action="append", default=[], metavar="[NAME/]LABEL=ARGS", help="ptqtp-gguf ARGS, with "
-                   "{reference}, {checkpoint}, {out}, {calib}, {imatrix}, {threads}")  # fmt: skip
+    p.add_argument(
+        "--make",
+        action="append",
+        default=[],
+        metavar="[NAME/]LABEL=ARGS",
+        help="ptqtp-gguf ARGS, with {reference}, {checkpoint}, {out}, {calib}, {imatrix}, {threads}",
+    )
     p.add_argument("--types", type=lambda s: [t for t in s.split(",") if t], default=TYPES, help=",".join(TYPES))
     p.add_argument("--chunks", type=int, default=32, help="windows of the text to score")
     p.add_argument("--ctx", type=int, default=512, help="tokens a window; the second half of each is scored")

@@ -130,11 +130,16 @@ def main_table(first: list[Row], second: list[Row]) -> str:
         name = f"{r['label']}\u2020" if r["fell_back"] > 0 and r["kind"] == "stock" else r["label"]
         cells = [
             f"**{name}**" if r["kind"] == "ours" else name,
-            f"{r['size'] / 1e6:.1f}", f"{r['bpw']:.3f}", number(r["ppl"], 4),
+            f"{r['size'] / 1e6:.1f}",
+            f"{r['bpw']:.3f}",
+            number(r["ppl"], 4),
             number(r["ppl"] / exact if exact and r["ppl"] else r["ppl_ratio"], 4),
-            with_error(r["kld"], r["kld_se"]), number(r["kld_median"]), number(r["kld_999"]),
-            number(r["same_top"]), number(r["rms_dp"]),
-        ]  # fmt: skip
+            with_error(r["kld"], r["kld_se"]),
+            number(r["kld_median"]),
+            number(r["kld_999"]),
+            number(r["same_top"]),
+            number(r["rms_dp"]),
+        ]
         if second:
             o = other.get((r["label"], r["kind"]))
             cells += [with_error(o["kld"], o["kld_se"]), number(o["same_top"])] if o else ["", ""]
@@ -309,8 +314,18 @@ def figure(rows: list[Row], model: str, path: Path) -> None:
     for label, pair in sorted(by_type.items(), key=lambda kv: kv[1][0]["kind"] != "ours"):
         r = min(pair, key=lambda r: r["kld"])
         mine = r["kind"] == "ours"
-        texts.append(ax.text(0, 0, label, fontsize=9.5 if mine else 8.5, color=OURS if mine else INK,
-                             weight="bold" if mine else "normal", transform=None, zorder=4))  # fmt: skip
+        texts.append(
+            ax.text(
+                0,
+                0,
+                label,
+                fontsize=9.5 if mine else 8.5,
+                color=OURS if mine else INK,
+                weight="bold" if mine else "normal",
+                transform=None,
+                zorder=4,
+            )
+        )
         anchors.append(tuple(ax.transData.transform((r["bpw"], r["kld"]))))
     boxes = [t.get_window_extent() for t in texts]
     points = [ax.transData.transform((r["bpw"], r["kld"])) for r in shown]

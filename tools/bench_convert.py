@@ -165,10 +165,18 @@ def checkpoint(folder: Path, layers: int) -> Path:
 
     demo = demo_model.ensure(Path("build/demo"))
     config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=8, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        architectures=["LlamaForCausalLM"], torch_dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=49152,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        architectures=["LlamaForCausalLM"],
+        torch_dtype="bfloat16",
+    )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -33,9 +33,14 @@ COLUMNS = 8192
 PIECE = 64 << 20  # bytes
 
 LAYER = {
-    "attn_q": (8192, 8192), "attn_k": (1024, 8192), "attn_v": (1024, 8192), "attn_output": (8192, 8192),
-    "ffn_gate": (28672, 8192), "ffn_up": (28672, 8192), "ffn_down": (8192, 28672),
-}  # fmt: skip
+    "attn_q": (8192, 8192),
+    "attn_k": (1024, 8192),
+    "attn_v": (1024, 8192),
+    "attn_output": (8192, 8192),
+    "ffn_gate": (28672, 8192),
+    "ffn_up": (28672, 8192),
+    "ffn_down": (8192, 28672),
+}
 LAYERS, VOCABULARY = 80, (128256, 8192)
 
 

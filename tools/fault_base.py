@@ -127,9 +127,14 @@ class Layer:
         return f"{what.split(bytes(1))[0].decode()} {path.split(bytes(1))[0].decode()}" if fired else ""
 
     def run(
-        self, args: list[str], fault: Fault | None = None, *, log: bool = False, fork: bool = True,
+        self,
+        args: list[str],
+        fault: Fault | None = None,
+        *,
+        log: bool = False,
+        fork: bool = True,
         limits: dict[int, int] | None = None,
-    ) -> Outcome:  # fmt: skip
+    ) -> Outcome:
         """One command line, in a process group of its own.
 
         fork    by a fork of this process, which has imported the package: saves a second, not for limits of memory
@@ -154,17 +159,27 @@ class Layer:
         survivors = not _ends(process.pid)
         calls = [line.split(" ", 1) for line in log_path.read_text().splitlines()] if log_path else []
         return Outcome(
-            code if code is not None else -signal.SIGKILL, out.read_text(errors="replace"),
-            err.read_text(errors="replace"), self.hit(), code is None, survivors, tuple((a, b) for a, b in calls),
-        )  # fmt: skip
+            code if code is not None else -signal.SIGKILL,
+            out.read_text(errors="replace"),
+            err.read_text(errors="replace"),
+            self.hit(),
+            code is None,
+            survivors,
+            tuple((a, b) for a, b in calls),
+        )
 
 
 class _Executed:
     def __init__(self, args: list[str], env: dict[str, str], out: int, err: int, limit: Callable[[], None]) -> None:
         self._process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ptqtp-gguf")), *args], stdin=subprocess.DEVNULL, stdout=out,
-            stderr=err, env={**os.environ, **env}, start_new_session=True, preexec_fn=limit,
-        )  # fmt: skip
+            [str(Path(sys.executable).with_name("ptqtp-gguf")), *args],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env={**os.environ, **env},
+            start_new_session=True,
+            preexec_fn=limit,
+        )
         self.pid = self._process.pid
 
     def wait(self, timeout: float) -> int | None:

@@ -58,9 +58,13 @@ class Serving:
         started = time.monotonic()
         with open(err_path, "wb") as err:
             process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("ptqtp-gguf")), "serve", str(self.model), *words], env=env,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, start_new_session=True,
-            )  # fmt: skip
+                [str(Path(sys.executable).with_name("ptqtp-gguf")), "serve", str(self.model), *words],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                start_new_session=True,
+            )
             assert process.stdout is not None
             event, hung = self._until_ready(process, process.stdout, started, kill_after)
         if event and not self.ready:
@@ -79,9 +83,13 @@ class Serving:
         process.stdout.close()
         calls = [line.split(" ", 1) for line in log_path.read_text().splitlines()] if log_path else []
         done = Outcome(
-            process.returncode, "", err_path.read_text(errors="replace"), self.layer.hit(), hung,
+            process.returncode,
+            "",
+            err_path.read_text(errors="replace"),
+            self.layer.hit(),
+            hung,
             calls=tuple((a, b) for a, b in calls),
-        )  # fmt: skip
+        )
         return done, list(self._complaints(folder, scratch, done, fault, kill_after, event, mark))
 
     def _until_ready(
@@ -103,9 +111,15 @@ class Serving:
             time.sleep(0.002)
 
     def _complaints(
-        self, folder: Path, scratch: Path, done: Outcome, fault: Fault | None, kill_after: float | None,
-        event: dict[str, object], mark: str,
-    ) -> Iterator[str]:  # fmt: skip
+        self,
+        folder: Path,
+        scratch: Path,
+        done: Outcome,
+        fault: Fault | None,
+        kill_after: float | None,
+        event: dict[str, object],
+        mark: str,
+    ) -> Iterator[str]:
         action = fault.action if fault else 0
         if done.hung:
             yield "it hangs"

@@ -119,8 +119,10 @@ def seeds(target: str, seed: int) -> list[bytes]:
     if target == "dot":
         return [
             bytes([t, r]) + raw + b"".join(b"\0\x3c" + rng.randbytes(32) for _ in range(len(raw) // 14))
-            for t in (0, 1) for raw in valid[t] for r in (0, 15, 19, 128 + 17)
-        ]  # fmt: skip
+            for t in (0, 1)
+            for raw in valid[t]
+            for r in (0, 15, 19, 128 + 17)
+        ]
     if target == "quantize":
         heads = [bytes([flags, rows, 2, 31]) for flags in (0, 1, 2, 4, 5, 8, 9, 13, 29) for rows in (0, 3)]
         return [h + floats(n, 0.02) for h in heads for n in (300, 1300)] + [heads[3] + floats(6500, 1)]
@@ -155,10 +157,13 @@ def run_native(target: str, home: Path, seconds: int, seed: int, folder: Path) -
     edges = re.findall(r"(?:cov:|edges:) (\d+)", out)
     lines = [x for x in out.splitlines() if re.search(r"ERROR|runtime error|crash:|timeout:|SUMMARY|: .*: ", x)]
     return {
-        "target": target, "runs": int(runs[-1]) if runs else 0, "edges": int(edges[-1]) if edges else 0,
-        "inputs": len(list(corpus.iterdir())), "findings": lines[:5] or [out[-500:]] if done.returncode else [],
+        "target": target,
+        "runs": int(runs[-1]) if runs else 0,
+        "edges": int(edges[-1]) if edges else 0,
+        "inputs": len(list(corpus.iterdir())),
+        "findings": lines[:5] or [out[-500:]] if done.returncode else [],
         "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-    }  # fmt: skip
+    }
 
 
 def run_script(name: str, seconds: int, seed: int, folder: Path) -> list[dict[str, object]]:

@@ -43,16 +43,28 @@ def model(path: Path, block_type: int) -> None:
     tokens = ["<unk>", "<s>", "</s>", *(chr(65 + i) for i in range(VOCAB - 3))]
     raw = b"".join(struct.pack("<Q", len(t)) + t.encode("ascii") for t in tokens)
     kvs = [
-        kv_string("general.architecture", "llama"), kv_u32("ptqtp.format_version", 1),
-        *(kv_u32(f"llama.{k}", v) for k, v in (
-            ("context_length", 64), ("embedding_length", WIDTH), ("block_count", 1), ("feed_forward_length", WIDTH),
-            ("attention.head_count", 2), ("attention.head_count_kv", 2), ("rope.dimension_count", 64))),
-        kv_scalar("llama.attention.layer_norm_rms_epsilon", FLOAT32, 1e-5), kv_string("tokenizer.ggml.model", "llama"),
+        kv_string("general.architecture", "llama"),
+        kv_u32("ptqtp.format_version", 1),
+        *(
+            kv_u32(f"llama.{k}", v)
+            for k, v in (
+                ("context_length", 64),
+                ("embedding_length", WIDTH),
+                ("block_count", 1),
+                ("feed_forward_length", WIDTH),
+                ("attention.head_count", 2),
+                ("attention.head_count_kv", 2),
+                ("rope.dimension_count", 64),
+            )
+        ),
+        kv_scalar("llama.attention.layer_norm_rms_epsilon", FLOAT32, 1e-5),
+        kv_string("tokenizer.ggml.model", "llama"),
         KV("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, VOCAB) + raw),
         KV("tokenizer.ggml.scores", ARRAY, struct.pack(f"<IQ{VOCAB}f", FLOAT32, VOCAB, *[-1.0] * VOCAB)),
         kv_list("tokenizer.ggml.token_type", INT32, [2, 3, 3, *[1] * (VOCAB - 3)]),
-        kv_u32("tokenizer.ggml.bos_token_id", 1), kv_u32("tokenizer.ggml.eos_token_id", 2),
-    ]  # fmt: skip
+        kv_u32("tokenizer.ggml.bos_token_id", 1),
+        kv_u32("tokenizer.ggml.eos_token_id", 2),
+    ]
     matrices = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
     rows = {f"blk.0.{name}.weight": WIDTH for name in matrices} | {"token_embd.weight": VOCAB, "output.weight": VOCAB}
     tensors = [OutTensor(name, (WIDTH, n), block_type) for name, n in rows.items()]

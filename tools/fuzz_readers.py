@@ -40,9 +40,18 @@ MEMORY = 3 << 30
 PACKAGE = str(Path(checkpoint.__file__).parent)
 SPECIAL = [0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1]
 WORDS = [
-    *(bytes([c]) for c in b'[]{},":*+|()?\xff\x00\n'), b"-1", b"1e999", b"NaN", b"null", b"true", b"1" + b"0" * 400,
-    b"\\u0000", b"F32", b"../x", b"{9}",
-]  # fmt: skip
+    *(bytes([c]) for c in b'[]{},":*+|()?\xff\x00\n'),
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b"1" + b"0" * 400,
+    b"\\u0000",
+    b"F32",
+    b"../x",
+    b"{9}",
+]
 
 
 def attacks() -> dict[str, tuple[str, str, bytes]]:
@@ -59,19 +68,22 @@ def sound() -> dict[str, list[bytes]]:
     """Files that the readers take."""
     tensors = [OutTensor("blk.0.a.weight", (32, 2), 251), OutTensor("b", (128,), 250), OutTensor("c", (7,), 0)]
     kvs = [
-        kv_string("general.architecture", "llama"), kv_u32("ptqtp.format_version", 1),
-        kv_u32("general.alignment", 32), kv_list("numbers", 5, [1, -2, 3]),
+        kv_string("general.architecture", "llama"),
+        kv_u32("ptqtp.format_version", 1),
+        kv_u32("general.alignment", 32),
+        kv_list("numbers", 5, [1, -2, 3]),
         kv_list("ptqtp.tensor_hashes", 10, [1, 2, 3]),
-    ]  # fmt: skip
+    ]
     model = build_header(kvs, tensors, 32) + bytes(32 + 64 + 32)
     sums = [OutTensor("a.in_sum2", (4, 2), 0), OutTensor("a.counts", (1, 2), 0)]
     matrix = build_header([kv_string("general.type", "imatrix"), kv_u32("imatrix.chunk_count", 2)], sums, 32)
     values = np.arange(16, dtype="<f4").tobytes()
     dat = struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 2, 3) + values[:12] + struct.pack("<ii", 2, 1) + b"t"
     header = {
-        "a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"},
+        "a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
+        "__metadata__": {"format": "pt"},
         "b": {"dtype": "BF16", "shape": [1], "data_offsets": [8, 10]},
-    }  # fmt: skip
+    }
     raw = json.dumps(header).encode()
     out = io.BytesIO()
     pickle = (
@@ -87,13 +99,15 @@ def sound() -> dict[str, list[bytes]]:
     kept = [{"job": {"options": {"a": 1}, "stamp": [["f", 1, 2]], "plan": plan}}, row, {"verified": ["0" * 64]}]
     made = [{"job": {}}, {"tensor": 0, "name": "a", "file": "0.bin", "hash": 0}, {"tensor": 1, "said": "x"}]
     return {
-        "gguf": [model], "imatrix": [matrix + values + bytes(64), dat],
-        "safetensors": [struct.pack("<Q", len(raw)) + raw + bytes(10)], "pickle": [out.getvalue()],
+        "gguf": [model],
+        "imatrix": [matrix + values + bytes(64), dat],
+        "safetensors": [struct.pack("<Q", len(raw)) + raw + bytes(10)],
+        "pickle": [out.getvalue()],
         "index": [json.dumps({"weight_map": {"a": "m.safetensors"}, "metadata": {}}).encode()],
         "recipe": [p.read_bytes() for p in sorted(Path(PACKAGE, "recipes").glob("*.json"))],
         "journal": [b"".join(json.dumps(r).encode() + b"\n" for r in kept)],
         "planes": [b"".join(json.dumps(r).encode() + b"\n" for r in made)],
-    }  # fmt: skip
+    }
 
 
 # ---- readers: of a file in a folder of its own ----
@@ -131,10 +145,15 @@ def read_planes(path: Path) -> None:
 
 
 READERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "gguf": (read_gguf, ".gguf"), "imatrix": (read_imatrix, ".imatrix"), "recipe": (recipe.load, ".json"),
-    "safetensors": (checkpoint.shard_tensors, ".safetensors"), "pickle": (pickles.bin_tensors, ".bin"),
-    "index": (read_index, ".json"), "journal": (read_journal, ".journal"), "planes": (read_planes, ".journal"),
-}  # fmt: skip
+    "gguf": (read_gguf, ".gguf"),
+    "imatrix": (read_imatrix, ".imatrix"),
+    "recipe": (recipe.load, ".json"),
+    "safetensors": (checkpoint.shard_tensors, ".safetensors"),
+    "pickle": (pickles.bin_tensors, ".bin"),
+    "index": (read_index, ".json"),
+    "journal": (read_journal, ".journal"),
+    "planes": (read_planes, ".journal"),
+}
 
 
 # ---- mutation ----
@@ -219,8 +238,14 @@ def fuzz(kind: str, seconds: float, seed: int, corpus: Path) -> dict[str, object
             if runs > first:
                 inputs.append(raw)
                 (folder / f"{seed}-{runs}").write_bytes(raw)
-    return {"target": f"python-{kind}", "runs": runs, "inputs": len(inputs), "places": len(seen), "read": taken,
-            "findings": sorted(findings.values())}  # fmt: skip
+    return {
+        "target": f"python-{kind}",
+        "runs": runs,
+        "inputs": len(inputs),
+        "places": len(seen),
+        "read": taken,
+        "findings": sorted(findings.values()),
+    }
 
 
 def results(kinds: list[str], seconds: float, seed: int, corpus: Path) -> Iterator[dict[str, object]]:

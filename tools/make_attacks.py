@@ -41,9 +41,13 @@ def tensor(name: str | bytes = "t", shape: tuple[int, ...] = (32,), kind: int = 
 
 
 def gguf(
-    kvs: list[bytes] | None = None, tensors: list[bytes] | None = None, data: bytes = b"", *, version: int = 3,
+    kvs: list[bytes] | None = None,
+    tensors: list[bytes] | None = None,
+    data: bytes = b"",
+    *,
+    version: int = 3,
     counts: tuple[int, int] | None = None,
-) -> bytes:  # fmt: skip
+) -> bytes:
     kvs, tensors = kvs or [], tensors or []
     counts = counts or (len(tensors), len(kvs))
     head = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join([*kvs, *tensors])
@@ -70,9 +74,13 @@ def torch_bin(pickle: bytes, *members: tuple[str, bytes], packed: bool = False) 
 def storage(count: int, key: bytes = b"0") -> bytes:
     """Pickle: the storage of `count` floats."""
     return (
-        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX" + struct.pack("<I", len(key)) + key
-        + b"X\x03\x00\x00\x00cpuK" + bytes([count]) + b"tQ"
-    )  # fmt: skip
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX"
+        + struct.pack("<I", len(key))
+        + key
+        + b"X\x03\x00\x00\x00cpuK"
+        + bytes([count])
+        + b"tQ"
+    )
 
 
 def bin_of(rebuilt: bytes) -> bytes:

@@ -23,8 +23,14 @@ def case(name: str, t: TensorType, digits: list[int], scales: list[float]) -> di
     else:
         packed = packing.pack(TP2_0, d, np.array(scales, np.float16).reshape(1, -1, 2))
     values = [float(v) for v in packing.dequantize(t, packed)[0]]
-    return {"name": name, "type": t.name, "digits": digits, "scales": scales, "hex": packed.tobytes().hex(),
-            "values": values}  # fmt: skip
+    return {
+        "name": name,
+        "type": t.name,
+        "digits": digits,
+        "scales": scales,
+        "hex": packed.tobytes().hex(),
+        "values": values,
+    }
 
 
 def main() -> None:

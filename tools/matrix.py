@@ -33,23 +33,40 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # the kernel that must be chosen on a CPU that qemu plays; its x86 has no AVX512
 X86_CPUS = {"qemu64": "scalar", "Conroe": "ssse3", "Nehalem": "ssse3", "SandyBridge": "avx", "Haswell": "avx2"}
 ARM_CPUS = {
-    "cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "neon_dotprod", "neoverse-n1": "neon_dotprod",
+    "cortex-a53": "neon",
+    "cortex-a72": "neon",
+    "cortex-a76": "neon_dotprod",
+    "neoverse-n1": "neon_dotprod",
     "max": "neon_i8mm",
-}  # fmt: skip
+}
 X86_KERNELS = ("scalar", "ssse3", "avx", "avx2", "avxvnni", "avx512bw", "avx512vnni", "amx")
 # the variant of ggml-cpu that a portable wheel must load: told by its features; and our kernel in it
 WHEEL_CPUS = {
-    "qemu64": ("x64", set(), "scalar"), "Nehalem": ("sse42", {"SSSE3"}, "ssse3"),
+    "qemu64": ("x64", set(), "scalar"),
+    "Nehalem": ("sse42", {"SSSE3"}, "ssse3"),
     "SandyBridge": ("sandybridge", {"SSSE3", "AVX"}, "avx"),
     "Haswell": ("haswell", {"SSSE3", "AVX", "F16C", "AVX2"}, "avx2"),
-}  # fmt: skip
+}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TYPES = PYTHONS[1:]  # the stubs of a numpy of this time are not for 3.10; there it is run
 # Without torch, transformers and the patched runtime: what reads and writes files, and the numbers.
 PYTHON_TESTS = (
-    "architecture", "blocks", "cli", "convert", "difference", "format", "gguf_io", "inspect",
-    "native_convert", "packing", "portability", "quantize", "recipe", "split", "verify",
-)  # fmt: skip
+    "architecture",
+    "blocks",
+    "cli",
+    "convert",
+    "difference",
+    "format",
+    "gguf_io",
+    "inspect",
+    "native_convert",
+    "packing",
+    "portability",
+    "quantize",
+    "recipe",
+    "split",
+    "verify",
+)
 NOT_FOR_THEM = re.compile(
     r"^(accelerate|transformers|tokenizers|hf-xet|playwright|greenlet|openai|mypy|ruff|clang-format|sentencepiece)=="
 )
@@ -81,9 +98,16 @@ def sh(log: str, *command: object, env: Mapping[str, str] | None = None, cwd: Pa
     """Run a command, its output to a log; returns the output. Raises Failed."""
     BUILD.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
-    )  # fmt: skip
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     with (BUILD / f"{log}.log").open("a") as file:
         file.write(f"$ {' '.join(map(str, command))}\n{done.stdout}\n")
     if fail and done.returncode != 0:

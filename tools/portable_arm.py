@@ -74,11 +74,16 @@ def build(upstream: Upstream, home: Path, jobs: int) -> Path:
     log.unlink(missing_ok=True)
     shutil.rmtree(stage, ignore_errors=True)
     cross = {
-        "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64", "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_C_COMPILER": "clang", "CMAKE_CXX_COMPILER": "clang++", "CMAKE_C_COMPILER_TARGET": TARGET,
-        "CMAKE_CXX_COMPILER_TARGET": TARGET, "CMAKE_STRIP": shutil.which(f"{TARGET}-strip"),
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_C_COMPILER": "clang",
+        "CMAKE_CXX_COMPILER": "clang++",
+        "CMAKE_C_COMPILER_TARGET": TARGET,
+        "CMAKE_CXX_COMPILER_TARGET": TARGET,
+        "CMAKE_STRIP": shutil.which(f"{TARGET}-strip"),
         "SKBUILD_PLATLIB_DIR": stage,
-    }  # fmt: skip
+    }
     defines = {**wheel_defines(tree), **cmake_defines(upstream, True), **cross}
     call(log, "cmake", "-S", tree, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in defines.items()))
     call(log, "cmake", "--build", folder, "--parallel", jobs, "--target", *wheel_targets(tree))

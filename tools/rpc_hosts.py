@@ -152,9 +152,14 @@ def _child(path: str, server: str | None, layers: int, rows: bool, out: str) -> 
     if server:
         model.use_servers([server])
     model = llama_cpp.Llama(
-        path, n_ctx=256, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1,
+        path,
+        n_ctx=256,
+        logits_all=True,
+        verbose=False,
+        n_threads=1,
+        n_threads_batch=1,
         n_gpu_layers=layers if server else 0,
-    )  # fmt: skip
+    )
     together, alone = FEED
     tokens = model.tokenize(TEXT.encode())[: together + alone]
     model.eval(tokens[:together])
@@ -237,9 +242,10 @@ def main() -> int:
                 found[f"logits, {name} there"] = {
                     "largest difference to rows here": float(np.abs(there - rows).max()),
                     "rms difference to panels here": float(np.sqrt(((there - panels) ** 2).mean())),
-                    "rms of the logits": float(panels.std()), "tokens": len(rows),
+                    "rms of the logits": float(panels.std()),
+                    "tokens": len(rows),
                     "same top as panels": float((there.argmax(1) == panels.argmax(1)).mean()),
-                }  # fmt: skip
+                }
                 if not np.array_equal(there, rows):
                     wrong.append(f"{name} there: logits differ from those of rows here")
         for name, act in (("run", run_and), ("serve", serve_and)):

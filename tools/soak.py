@@ -38,11 +38,19 @@ from typing import Any
 import numpy as np
 
 QUESTIONS = [
-    "What is the capital of France?", "Name three colours.", "Write a short story about a river.",
-    "Why is the sky blue?", "List the planets.", "How do I boil an egg?", "Explain gravity to a child.",
-    "Who wrote Hamlet?", "Translate 'good morning' to German.", "What is 12 times 12?", "Give me a haiku on snow.",
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write a short story about a river.",
+    "Why is the sky blue?",
+    "List the planets.",
+    "How do I boil an egg?",
+    "Explain gravity to a child.",
+    "Who wrote Hamlet?",
+    "Translate 'good morning' to German.",
+    "What is 12 times 12?",
+    "Give me a haiku on snow.",
     "Describe a cat in one sentence.",
-]  # fmt: skip
+]
 TOKENS = 24  # of an answer
 PATH = "/v1/chat/completions"
 TIMEOUT = 120.0  # seconds without a byte are a hang; queues of 32 clients are shorter
@@ -189,21 +197,43 @@ def sends_too_long_a_prompt(c: Client) -> str:
 
 def sends_broken_json(c: Client) -> str:
     good = json.dumps(body(c.question())).encode()
-    return refused(c, c.rng.choice([
-        b"", b"{", b"null", b"[]", b"\xff\xfe\x00", good[: c.rng.randrange(1, len(good))], b"[" * c.large,
-        b'{"messages": ' + b"[" * c.large, good[:-1] + b',"x":1e999999',
-        b'{"messages":[{"role":"user","content":"\\ud8"}]}',
-    ]))  # fmt: skip
+    return refused(
+        c,
+        c.rng.choice(
+            [
+                b"",
+                b"{",
+                b"null",
+                b"[]",
+                b"\xff\xfe\x00",
+                good[: c.rng.randrange(1, len(good))],
+                b"[" * c.large,
+                b'{"messages": ' + b"[" * c.large,
+                good[:-1] + b',"x":1e999999',
+                b'{"messages":[{"role":"user","content":"\\ud8"}]}',
+            ]
+        ),
+    )
 
 
 def sends_wrong_types(c: Client) -> str:
     wrong: list[dict[str, object]] = [
-        {"messages": "hello"}, {"messages": [1]}, {"messages": [{"role": 3, "content": "x"}]}, {"messages": {}},
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {"max_tokens": "many"},
-        {"messages": [{"role": "user", "content": {"a": {}}}]}, {"stop": {"a": 1}}, {"temperature": "hot"},
-        {"tools": 7}, {"grammar": "root ::= ("}, {"response_format": {"type": "json_schema", "json_schema": 5}},
-        {"logit_bias": {"x": "y"}, "stream": "perhaps"}, {"seed": {}}, {"n_predict": []},
-    ]  # fmt: skip
+        {"messages": "hello"},
+        {"messages": [1]},
+        {"messages": [{"role": 3, "content": "x"}]},
+        {"messages": {}},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"max_tokens": "many"},
+        {"messages": [{"role": "user", "content": {"a": {}}}]},
+        {"stop": {"a": 1}},
+        {"temperature": "hot"},
+        {"tools": 7},
+        {"grammar": "root ::= ("},
+        {"response_format": {"type": "json_schema", "json_schema": 5}},
+        {"logit_bias": {"x": "y"}, "stream": "perhaps"},
+        {"seed": {}},
+        {"n_predict": []},
+    ]
     return refused(c, json.dumps({**body("x"), **c.rng.choice(wrong)}).encode(), codes=range(200, 501))
 
 
@@ -213,10 +243,14 @@ def asks_for_what_is_not_there(c: Client) -> str:
 
 def says_nothing(c: Client) -> str:
     """Half a request, or none, and the connection stays for a while."""
-    start = c.rng.choice([
-        b"", b"POST", b"POST %s HTTP/1.1\r\nHost:" % PATH.encode(),
-        b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n{" % PATH.encode(),
-    ])  # fmt: skip
+    start = c.rng.choice(
+        [
+            b"",
+            b"POST",
+            b"POST %s HTTP/1.1\r\nHost:" % PATH.encode(),
+            b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n{" % PATH.encode(),
+        ]
+    )
     with closing(connect(c.port)) as s:
         s.sendall(start)
         time.sleep(c.rng.random() * 2)
@@ -239,10 +273,19 @@ def speaks_no_http(c: Client) -> str:
 
 
 ACTS: dict[Act, int] = {  # how often, of 100
-    reads_a_stream: 34, reads_a_whole_answer: 10, reads_slowly: 4, vanishes: 14, vanishes_in_the_queue: 6,
-    wants_a_million_tokens: 2, sends_too_long_a_prompt: 6, sends_broken_json: 8, sends_wrong_types: 6,
-    asks_for_what_is_not_there: 2, says_nothing: 5, speaks_no_http: 3,
-}  # fmt: skip
+    reads_a_stream: 34,
+    reads_a_whole_answer: 10,
+    reads_slowly: 4,
+    vanishes: 14,
+    vanishes_in_the_queue: 6,
+    wants_a_million_tokens: 2,
+    sends_too_long_a_prompt: 6,
+    sends_broken_json: 8,
+    sends_wrong_types: 6,
+    asks_for_what_is_not_there: 2,
+    says_nothing: 5,
+    speaks_no_http: 3,
+}
 
 
 # ---- the server and what it uses ----
@@ -267,10 +310,21 @@ def growth(seconds: list[float], values: list[float]) -> float:
 def serving(arguments: argparse.Namespace, log: Path) -> Iterator[dict[str, Any]]:
     """`ptqtp-gguf serve` as a user starts it; "exit" is its exit code after SIGTERM."""
     command = [
-        str(Path(sys.executable).with_name("ptqtp-gguf")), "serve", str(arguments.model), "--port", "0", "--json",
-        "--ctx", str(arguments.ctx), "--parallel", str(arguments.parallel), "--threads", str(arguments.threads),
-        "--log", str(log),
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("ptqtp-gguf")),
+        "serve",
+        str(arguments.model),
+        "--port",
+        "0",
+        "--json",
+        "--ctx",
+        str(arguments.ctx),
+        "--parallel",
+        str(arguments.parallel),
+        "--threads",
+        str(arguments.threads),
+        "--log",
+        str(log),
+    ]
     env = {k: v for k, v in os.environ.items() if k != "LLAMA_API_KEY"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout
@@ -376,21 +430,32 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     if other and arguments.parallel == 1:
         wrong.append(f"{other} of {equal + other} full answers differ from those of the idle server")
     return {
-        "model": arguments.model.name, "clients": arguments.clients, "minutes": arguments.minutes,
-        "parallel": arguments.parallel, "seed": arguments.seed, "acts": sum(outcomes.values()),
-        "outcomes": dict(sorted(outcomes.items())), "answers_equal": equal, "answers_other": other,
+        "model": arguments.model.name,
+        "clients": arguments.clients,
+        "minutes": arguments.minutes,
+        "parallel": arguments.parallel,
+        "seed": arguments.seed,
+        "acts": sum(outcomes.values()),
+        "outcomes": dict(sorted(outcomes.items())),
+        "answers_equal": equal,
+        "answers_other": other,
         "texts_other": {q: len(t) for q, t in texts.items()},
         "memory_mib": {
-            "idle": round(before[0], 1), "highest": round(max((s[1] for s in samples), default=0), 1),
-            "end": round(samples[-1][1], 1) if samples else None, "growth_second_half": round(memory, 2),
+            "idle": round(before[0], 1),
+            "highest": round(max((s[1] for s in samples), default=0), 1),
+            "end": round(samples[-1][1], 1) if samples else None,
+            "growth_second_half": round(memory, 2),
         },
         "threads": {"idle": before[1], "highest": max((s[2] for s in samples), default=0)},
         "files": {
-            "idle": before[2], "highest": max((s[3] for s in samples), default=0),
+            "idle": before[2],
+            "highest": max((s[3] for s in samples), default=0),
             "growth_second_half": round(files, 1),
         },
-        "exit": server["exit"], "wrong": wrong, "memory_by_second": [round(s[1]) for s in samples],
-    }  # fmt: skip
+        "exit": server["exit"],
+        "wrong": wrong,
+        "memory_by_second": [round(s[1]) for s in samples],
+    }
 
 
 def main() -> int:

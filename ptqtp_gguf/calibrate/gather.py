@@ -136,9 +136,15 @@ def _config_errors(found: Checkpoint) -> Iterator[None]:
 
 class _Walk:
     def __init__(
-        self, found: Checkpoint, tokens: NDArray[np.int64], name: Callable[[str], str | None],
-        wanted: Collection[str] | None, device: str, store: Store, progress: Progress,
-    ) -> None:  # fmt: skip
+        self,
+        found: Checkpoint,
+        tokens: NDArray[np.int64],
+        name: Callable[[str], str | None],
+        wanted: Collection[str] | None,
+        device: str,
+        store: Store,
+        progress: Progress,
+    ) -> None:
         self.tokens, self.name, self.wanted, self.store, self.progress = tokens, name, wanted, store, progress
         self.blocks = Blocks(found, device)
         self.batches = Batches(self.blocks, tokens)

@@ -103,10 +103,17 @@ def _streams(folder: Path, index: int) -> tuple[Path, Path]:
 
 class _InOrder:
     def __init__(
-        self, found: Checkpoint, tokens: NDArray[np.int64], name: Callable[[str], str | None],
-        wanted: Collection[str], folder: Path, finished: Callable[[int], None], weights: Weights, device: str,
+        self,
+        found: Checkpoint,
+        tokens: NDArray[np.int64],
+        name: Callable[[str], str | None],
+        wanted: Collection[str],
+        folder: Path,
+        finished: Callable[[int], None],
+        weights: Weights,
+        device: str,
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.name, self.wanted = folder, name, wanted
         self.finished, self.weights, self.progress = finished, weights, progress
         self.blocks = Blocks(found, device)
@@ -202,9 +209,16 @@ class _InOrder:
             self.batches.halve(detail)
 
     def _gather(
-        self, i: int, k: int, group: list[str], weight: NDArray[np.float32] | None, params: dict[str, Any],
-        full: dict[str, Any], now: dict[str, Any], detail: str,
-    ) -> tuple[dict[str, Moment], Any]:  # fmt: skip
+        self,
+        i: int,
+        k: int,
+        group: list[str],
+        weight: NDArray[np.float32] | None,
+        params: dict[str, Any],
+        full: dict[str, Any],
+        now: dict[str, Any],
+        detail: str,
+    ) -> tuple[dict[str, Moment], Any]:
         """Moments of the inputs of one stage, and their cross moments with the unquantized stream."""
         import torch
 

@@ -32,9 +32,12 @@ MAX_INDEX = 1 << 28  # bytes
 SAMPLE = 1 << 16  # bytes of each shard's head and tail that stand for it
 SYMMETRIC = 1e-3  # of the largest value on the diagonal
 _MEANING = {  # of the fingerprint's entries, for messages
-    "model": "another model", "tokens": "another text", "shape": "other windows", "sequential": "other settings",
+    "model": "another model",
+    "tokens": "another text",
+    "shape": "other windows",
+    "sequential": "other settings",
     "tensors": "other tensors",
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -70,9 +73,12 @@ def fingerprint(
     tensors = "all" if wanted is None else hashlib.sha256("\n".join(sorted(wanted)).encode()).hexdigest()
     text = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").data).hexdigest()
     return {
-        "model": model.hexdigest(), "tokens": text, "shape": list(tokens.shape), "sequential": sequential,
+        "model": model.hexdigest(),
+        "tokens": text,
+        "shape": list(tokens.shape),
+        "sequential": sequential,
         "tensors": tensors,
-    }  # fmt: skip
+    }
 
 
 class Store:

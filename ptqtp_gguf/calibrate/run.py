@@ -88,9 +88,17 @@ def _in_order(work: Work) -> None:
     weights = _token_weights(work, found, tokens)
     name = mapping.names(work.arch, work.layers)
     for stage in in_order(
-        found, tokens, name, work.tensors, work.store.folder, first=first, finished=work.store.end_block,
-        weights=weights, device=work.device, progress=work.progress,
-    ):  # fmt: skip
+        found,
+        tokens,
+        name,
+        work.tensors,
+        work.store.folder,
+        first=first,
+        finished=work.store.end_block,
+        weights=weights,
+        device=work.device,
+        progress=work.progress,
+    ):
         _quantize(work, stage.moments, stage.cross)
         stage.replace(_replaced(work, stage))
 

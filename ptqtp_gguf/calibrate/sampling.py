@@ -14,9 +14,15 @@ BATCH = 32  # windows written together
 
 
 def written(
-    found: Checkpoint, n: int, window: int, bos: int | None, common: NDArray[np.int64], device: str = "cpu",
-    seed: int = 0, progress: Progress = no_progress,
-) -> NDArray[np.int64]:  # fmt: skip
+    found: Checkpoint,
+    n: int,
+    window: int,
+    bos: int | None,
+    common: NDArray[np.int64],
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> NDArray[np.int64]:
     """n windows of tokens, int64 (n, window), sampled from the whole model at temperature 1, begun with one token each.
 
     bos     the first token, if the tokenizer has one

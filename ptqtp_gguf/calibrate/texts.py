@@ -130,9 +130,15 @@ def _parquet(path: Path) -> Iterator[str]:
 
 
 def tokens(
-    texts: list[Text], found: Checkpoint, window: int = WINDOW, n_tokens: int = TOKENS, *, device: str = "cpu",
-    seed: int = 0, progress: Progress = no_progress,
-) -> NDArray[np.int64]:  # fmt: skip
+    texts: list[Text],
+    found: Checkpoint,
+    window: int = WINDOW,
+    n_tokens: int = TOKENS,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> NDArray[np.int64]:
     """Windows of tokens by the model's own tokenizer: int64 (N, window), N at most n_tokens / window.
 
     Each window begins with BOS if the tokenizer adds one. Several texts take turns, a window each; a text that is

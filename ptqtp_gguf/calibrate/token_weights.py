@@ -28,9 +28,12 @@ Weights = dict[str, NDArray[np.float32]]  # parameter that is the first of those
 
 
 def token_weights(
-    folder: Path, tokens: NDArray[np.int64], device: str = "cpu", progress: Progress = no_progress,
+    folder: Path,
+    tokens: NDArray[np.int64],
+    device: str = "cpu",
+    progress: Progress = no_progress,
     trust_code: bool = False,
-) -> Weights:  # fmt: skip
+) -> Weights:
     """Weights of tokens int64 (N, T), by the names that transformers gives the parameters of linear layers.
 
     trust_code: run Python code that the folder brings.

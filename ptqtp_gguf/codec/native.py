@@ -139,9 +139,17 @@ def _quantize(
         raise QuantizeError(f"rows of {cols} weights; {t.name} needs a multiple of {t.block}")
     out = np.empty((rows, cols // t.block * t.size), np.uint8)
     status = _lib().ptqtp_quantize_stats(
-        t.id, _METHODS[method], _ptr(weights), _ptr(importance), _ptr(out), rows, cols, first, threads,
+        t.id,
+        _METHODS[method],
+        _ptr(weights),
+        _ptr(importance),
+        _ptr(out),
+        rows,
+        cols,
+        first,
+        threads,
         None if stats is None else ctypes.byref(stats),
-    )  # fmt: skip
+    )
     _check(status, f"{method} to {t.name}")
     return out
 
@@ -262,9 +270,16 @@ Matrix = tuple[int, int]  # address of the first element, elements from row to r
 
 
 def gptq_block(
-    rows: int, cols: int, w: Matrix, u: Matrix, levels: Matrix, codes: Matrix, err: Matrix,
-    window: int = 2, threads: int = 0,
-) -> None:  # fmt: skip
+    rows: int,
+    cols: int,
+    w: Matrix,
+    u: Matrix,
+    levels: Matrix,
+    codes: Matrix,
+    err: Matrix,
+    window: int = 2,
+    threads: int = 0,
+) -> None:
     """GPTQ with feedback over one block of columns, in place, as quantize.blocks.gptq_block.
 
     w       float32 (rows, cols), cols a multiple of 32 and at most 256
@@ -279,9 +294,16 @@ def gptq_block(
 
 
 def cd_block(
-    rows: int, cols: int, r: Matrix, h: Matrix, levels: Matrix, codes: Matrix, delta: Matrix,
-    window: int = 2, threads: int = 0,
-) -> None:  # fmt: skip
+    rows: int,
+    cols: int,
+    r: Matrix,
+    h: Matrix,
+    levels: Matrix,
+    codes: Matrix,
+    delta: Matrix,
+    window: int = 2,
+    threads: int = 0,
+) -> None:
     """A sweep of coordinate descent over one block of columns, in place, as quantize.blocks.cd_block.
 
     r       float32 (rows, cols), these columns of (W - levels * scales) H; cols a multiple of 32 and at most 256

@@ -196,9 +196,14 @@ class _Shell:
         self.tokens += pace.tokens
         if self.as_json:
             event(
-                "answer", text="".join(answer), reason=pace.reason, prompt_tokens=pace.prompt, tokens=pace.tokens,
-                wait_s=round(pace.wait, 4), tokens_per_second=pace.speed and round(pace.speed, 3),
-            )  # fmt: skip
+                "answer",
+                text="".join(answer),
+                reason=pace.reason,
+                prompt_tokens=pace.prompt,
+                tokens=pace.tokens,
+                wait_s=round(pace.wait, 4),
+                tokens_per_second=pace.speed and round(pace.speed, 3),
+            )
             return
         if pace.reason == "full":
             _note("the context is full, the answer ends here; /reset, or start with a larger --ctx")
@@ -210,8 +215,10 @@ class _Shell:
         if name not in self.commands:
             err_console.print(
                 f"no command {harmless(name)}; /help lists them, a message that begins with / wants a blank before it",
-                soft_wrap=True, markup=False, style="red",
-            )  # fmt: skip
+                soft_wrap=True,
+                markup=False,
+                style="red",
+            )
             return
         self.commands[name][1](rest.strip())
 

@@ -80,16 +80,29 @@ def compare(
     _check_output(output, force)
     check_tools()
     settings = Settings(
-        against=_names(against, PEERS), ours=_names(ours, ("TP2_1",)), text=text, ctx=ctx, windows=windows,
-        generation=generation, prompt=tuple(numbers(prompt, "--prompt")),
-        generate=tuple(numbers(generate, "--generate")), threads=tuple(numbers(bench_threads, "--bench-threads")),
-        rounds=rounds, imatrix=imatrix, cache=cache, fresh=fresh, command=_command(),
-    )  # fmt: skip
+        against=_names(against, PEERS),
+        ours=_names(ours, ("TP2_1",)),
+        text=text,
+        ctx=ctx,
+        windows=windows,
+        generation=generation,
+        prompt=tuple(numbers(prompt, "--prompt")),
+        generate=tuple(numbers(generate, "--generate")),
+        threads=tuple(numbers(bench_threads, "--bench-threads")),
+        rounds=rounds,
+        imatrix=imatrix,
+        cache=cache,
+        fresh=fresh,
+        command=_command(),
+    )
     options = Options(
-        recipe=recipe, tensor_types=tuple(tensor_type or ()), device=device, threads=threads,
+        recipe=recipe,
+        tensor_types=tuple(tensor_type or ()),
+        device=device,
+        threads=threads,
         trust_code=trust_remote_code,
         calibration=Calibration(texts=tuple(calib or ()), tokens=calib_tokens, tune=tune),
-    )  # fmt: skip
+    )
     stopped = ""
     with reporter(quiet, as_json) as progress:
         try:

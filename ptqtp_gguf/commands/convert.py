@@ -111,18 +111,35 @@ def convert(
       ptqtp-gguf convert ./model model-paper.gguf --method paper --type TP2_0
     """
     options = Options(
-        method=method, type=type, recipe=recipe, tensor_types=tuple(tensor_type or ()), imatrix=imatrix,
+        method=method,
+        type=type,
+        recipe=recipe,
+        tensor_types=tuple(tensor_type or ()),
+        imatrix=imatrix,
         calibration=Calibration(
-            texts=tuple(calib or ()), tokens=calib_tokens, window=calib_window, hessians=hessians, fisher=fisher,
-            tune=tune, tune_tokens=tune_tokens, tune_steps=tune_steps, tune_texts=tuple(tune_text or ()),
+            texts=tuple(calib or ()),
+            tokens=calib_tokens,
+            window=calib_window,
+            hessians=hessians,
+            fisher=fisher,
+            tune=tune,
+            tune_tokens=tune_tokens,
+            tune_steps=tune_steps,
+            tune_texts=tuple(tune_text or ()),
             tune_planes=tune_planes,
         ),
-        target_bpw=target_bpw, overrides=tuple(override_kv or ()),
+        target_bpw=target_bpw,
+        overrides=tuple(override_kv or ()),
         split_max_size=parse_size(split_max_size) if split_max_size else 0,
-        revision=revision, keep_bf16=keep_bf16, threads=threads, device=device,
-        max_memory=parse_size(max_memory) if max_memory else 0, force=force, restart=restart,
+        revision=revision,
+        keep_bf16=keep_bf16,
+        threads=threads,
+        device=device,
+        max_memory=parse_size(max_memory) if max_memory else 0,
+        force=force,
+        restart=restart,
         trust_code=trust_remote_code,
-    )  # fmt: skip
+    )
     rank, n_ranks = ranks.world()
     quiet, as_json = quiet or rank > 0, as_json and rank == 0
     with reporter(quiet, as_json) as progress:

@@ -68,14 +68,17 @@ def _dict(
     digests = found.sha256[-len(files) :]
     answers: list[Generation | None] = [*written] if written else [None] * len(files)
     return {
-        "text": found.text.as_dict(), "warnings": found.warnings, "measured_windows": found.measured,
+        "text": found.text.as_dict(),
+        "warnings": found.warnings,
+        "measured_windows": found.measured,
         "reference": {"file": str(reference), "sha256": found.sha256[0], "quality": found.reference.as_dict()}
-        if found.reference else None,
+        if found.reference
+        else None,
         "rows": [
             {"file": str(f), "sha256": s, "quality": q.as_dict(), "generation": g.as_dict() if g else None}
             for f, s, q, g in zip(files, digests, found.quality, answers, strict=True)
         ],
-    }  # fmt: skip
+    }
 
 
 def _print(reference: Path | None, files: list[Path], found: Evaluation, written: list[Generation] | None) -> None:
@@ -97,9 +100,12 @@ def _print(reference: Path | None, files: list[Path], found: Evaluation, written
         cells = [_pm(q.ppl, q.ppl_se, 4)]
         if reference:
             cells += [
-                _pm(q.ppl_ratio, q.ppl_ratio_se, 4), _pm(q.kld, q.kld_se, 5), f"{q.kld_999:.3f}",
-                _pm(q.rms_dp, q.rms_dp_se, 2), _pm(q.same_top, q.same_top_se, 2),
-            ]  # fmt: skip
+                _pm(q.ppl_ratio, q.ppl_ratio_se, 4),
+                _pm(q.kld, q.kld_se, 5),
+                f"{q.kld_999:.3f}",
+                _pm(q.rms_dp, q.rms_dp_se, 2),
+                _pm(q.same_top, q.same_top_se, 2),
+            ]
         if written:
             shown = written[i].as_dict()
             if agreement := shown["agreement"]:

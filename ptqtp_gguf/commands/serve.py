@@ -44,14 +44,26 @@ def serve(
       ptqtp-gguf serve model.gguf --host 0.0.0.0 --expose --api-key-file keys.txt
     """
     server = Server(
-        file, host=host, port=port, ctx=ctx, threads=threads, parallel=parallel, expose=expose,
-        api_key_file=api_key_file, alias=alias, log=log, rpc=rpc or (), rpc_layers=rpc_layers,
-    )  # fmt: skip
+        file,
+        host=host,
+        port=port,
+        ctx=ctx,
+        threads=threads,
+        parallel=parallel,
+        expose=expose,
+        api_key_file=api_key_file,
+        alias=alias,
+        log=log,
+        rpc=rpc or (),
+        rpc_layers=rpc_layers,
+    )
     if not is_loopback(host) and not server.has_key:
         err_console.print(
             f"Warning: whoever reaches {host} can use the model; give --api-key-file, or set LLAMA_API_KEY",
-            soft_wrap=True, markup=False, style="yellow",
-        )  # fmt: skip
+            soft_wrap=True,
+            markup=False,
+            style="yellow",
+        )
     try:
         with reporter(quiet, as_json) as progress:
             server.start(progress)

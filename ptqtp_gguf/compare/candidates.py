@@ -173,9 +173,11 @@ class Workshop:
         source = self.source if how.calibration.wanted else self.reference
         settled = resolved(how)
         key: dict[str, object] = {
-            "reference": self.reference_sha, "version": __version__, "library": file_sha256(native.library_path()),
+            "reference": self.reference_sha,
+            "version": __version__,
+            "library": file_sha256(native.library_path()),
             "options": {**decisive(settled, recipe_of(settled)), "--imatrix": self.imatrix_sha if weighed else "none"},
-        }  # fmt: skip
+        }
 
         def make(path: Path) -> None:
             pipeline.convert(source, path, replace(how, force=True), self.progress)
@@ -186,8 +188,11 @@ class Workshop:
     def _stock(self, item: Item) -> Made:
         libraries = [file_sha256(p) for p in install.quantize_libraries()]
         key: dict[str, object] = {
-            "reference": self.reference_sha, "type": item.type, "imatrix": self.imatrix_sha, "library": libraries,
-        }  # fmt: skip
+            "reference": self.reference_sha,
+            "type": item.type,
+            "imatrix": self.imatrix_sha,
+            "library": libraries,
+        }
         weighed = ["--imatrix", str(self.imatrix)] if self.imatrix else []
 
         def make(path: Path) -> None:

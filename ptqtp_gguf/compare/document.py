@@ -230,12 +230,16 @@ def read_document(document: object) -> Document:
             raise InputError(f"comparison: {at}.label {_shown(row.label)} is empty or used twice; name each row")
         seen.add(row.label)
         if (d := row.digits) and not len(d.values) == len(d.counts) <= MAX_BARS:
-            raise InputError(f"comparison: {at}.digits has {len(d.counts)} counts for {len(d.values)} values; "
-                             f"give one each, at most {MAX_BARS}")  # fmt: skip
+            raise InputError(
+                f"comparison: {at}.digits has {len(d.counts)} counts for {len(d.values)} values; "
+                f"give one each, at most {MAX_BARS}"
+            )
         # no scale was counted: neither an edge
         if (s := row.scales) and (s.edges or s.counts) and not len(s.edges) == len(s.counts) + 1 <= MAX_BARS:
-            raise InputError(f"comparison: {at}.scales has {len(s.edges)} edges for {len(s.counts)} counts; "
-                             f"give one more than counts, at most {MAX_BARS}")  # fmt: skip
+            raise InputError(
+                f"comparison: {at}.scales has {len(s.edges)} edges for {len(s.counts)} counts; "
+                f"give one more than counts, at most {MAX_BARS}"
+            )
     return doc
 
 
@@ -314,5 +318,6 @@ def _object(cls: type[T], value: object, where: str) -> T:
 def _fields(cls: type) -> list[tuple[str, object, bool]]:
     """Of a dataclass: name, type, whether it must be there."""
     hints, missing = get_type_hints(cls), dataclasses.MISSING
-    return [(f.name, hints[f.name], f.default is missing and f.default_factory is missing)
-            for f in dataclasses.fields(cls)]  # fmt: skip
+    return [
+        (f.name, hints[f.name], f.default is missing and f.default_factory is missing) for f in dataclasses.fields(cls)
+    ]

@@ -187,8 +187,9 @@ def kld_finding(ours: Row, against: Row) -> Finding | None:
         return None
     if a.kld_se is None or b.kld_se is None:
         value = f"{times(a.kld / b.kld)}x"
-        return Finding("KL divergence", value, f"has {value} {against.label}'s KL divergence (without an interval)", "",
-                       "unknown")  # fmt: skip
+        return Finding(
+            "KL divergence", value, f"has {value} {against.label}'s KL divergence (without an interval)", "", "unknown"
+        )
     ratio, low, high = ratio_interval(a.kld, a.kld_se, b.kld, b.kld_se)
     outcome, interval = _outcome(low, high, True, False), _interval(low, high)
     value = f"{times(ratio)}x"
@@ -310,15 +311,20 @@ def columns(doc: Document) -> list[Column]:
         Column("size", word, "low", lambda r: size(r.size)),
         Column("bpw", "bits a weight", "low", lambda r: _plain(r.bpw, lambda v: f"{v:.2f}")),
         Column("perplexity", "lower is better", "low", lambda r: _perplexity(doc, r)),
-        Column("KLD", "nats a token", "low",
-               lambda r: _estimated(r.quality.kld, r.quality.kld_se) if r.quality else None),
-        Column("same top", "% of tokens", "high",
-               lambda r: _estimated(r.quality.same_top, r.quality.same_top_se) if r.quality else None),
+        Column(
+            "KLD", "nats a token", "low", lambda r: _estimated(r.quality.kld, r.quality.kld_se) if r.quality else None
+        ),
+        Column(
+            "same top",
+            "% of tokens",
+            "high",
+            lambda r: _estimated(r.quality.same_top, r.quality.same_top_se) if r.quality else None,
+        ),
         Column("decode", threads(decode), "high", lambda r: _speed(r, decode)),
         Column("prefill", threads(prefill), "high", lambda r: _speed(r, prefill)),
         Column("load", "seconds", "low", lambda r: _plain(r.load_s, lambda v: significant(v, 2))),
         Column("memory", f"peak {word}", "low", lambda r: size(r.peak_memory)),
-    ]  # fmt: skip
+    ]
 
 
 def _perplexity(doc: Document, row: Row) -> Value | None:
@@ -358,10 +364,16 @@ def main_table(doc: Document) -> Table:
             absent.append(column.name)
             continue
         shown.append(column)
-        cells.append([
-            Cell(v.text, v.half, r.kind != "reference" and len(rivals) > 1 and _among_best(v, rivals, column.better))
-            if v else Cell() for r, v in zip(rows, values, strict=True)
-        ])  # fmt: skip
+        cells.append(
+            [
+                Cell(
+                    v.text, v.half, r.kind != "reference" and len(rivals) > 1 and _among_best(v, rivals, column.better)
+                )
+                if v
+                else Cell()
+                for r, v in zip(rows, values, strict=True)
+            ]
+        )
     return Table(shown, [(r, [c[i] for c in cells]) for i, r in enumerate(rows)], absent)
 
 

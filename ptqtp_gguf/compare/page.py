@@ -83,14 +83,20 @@ def render(doc: Document, plots: list[Plot]) -> str:
     every = findings.verdicts(doc)
     unit, unit_name = findings.size_unit(doc)
     return template.render(
-        doc=doc, ordered=ordered, verdicts=every, table=findings.main_table(doc),
-        perplexity=findings.perplexity_sentence(doc), unit=unit, unit_name=unit_name,
+        doc=doc,
+        ordered=ordered,
+        verdicts=every,
+        table=findings.main_table(doc),
+        perplexity=findings.perplexity_sentence(doc),
+        unit=unit,
+        unit_name=unit_name,
         frontier=findings.frontier_sentence(doc, pair[0]) if pair else "",
-        speeds=speeds(doc), ours=pair[0].label if pair else "ours",
+        speeds=speeds(doc),
+        ours=pair[0].label if pair else "ours",
         quantiles=[r for r in ordered if r.quality and r.quality.kld is not None],
         generation=[(r, said) for r in ordered if (said := findings.generation_sentences(r))],
         plots=[{"plot": p, "svg": Markup(p.inline)} for p in plots],
-    )  # fmt: skip
+    )
 
 
 def speeds(doc: Document) -> list[dict[str, Any]]:

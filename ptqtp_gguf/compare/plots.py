@@ -21,8 +21,14 @@ from .document import Document, Row
 from .findings import Z95, headline, main_test, ordered, percent, plural, significant, size_unit, speed_of
 
 # light theme; the page's CSS has the same names with values for light and dark
-PALETTE = {"ink": "#1b232d", "muted": "#58626f", "grid": "#e2e6eb", "ours": "#0a5fc2", "stock": "#b0530a",
-           "line": "#8a94a1"}  # fmt: skip
+PALETTE = {
+    "ink": "#1b232d",
+    "muted": "#58626f",
+    "grid": "#e2e6eb",
+    "ours": "#0a5fc2",
+    "stock": "#b0530a",
+    "line": "#8a94a1",
+}
 MAX_BLOCKS = 512
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
@@ -59,13 +65,26 @@ def _style() -> Iterator[None]:
         warnings.simplefilter("ignore")  # a label may hold letters that the font does not have
         matplotlib.rcdefaults()
         settings: dict[str, Any] = {
-            "text.color": PALETTE["ink"], "xtick.color": PALETTE["ink"], "ytick.color": PALETTE["ink"],
-            "axes.labelcolor": PALETTE["muted"], "axes.edgecolor": PALETTE["line"],
-            "xtick.labelcolor": PALETTE["muted"], "ytick.labelcolor": PALETTE["muted"], "grid.color": PALETTE["grid"],
-            "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-            "font.size": 9.5, "font.family": ["DejaVu Sans"], "svg.fonttype": "none", "svg.hashsalt": "ptqtp-gguf",
-            "text.parse_math": False, "axes.unicode_minus": False, "lines.linewidth": 1.4,
-        }  # fmt: skip
+            "text.color": PALETTE["ink"],
+            "xtick.color": PALETTE["ink"],
+            "ytick.color": PALETTE["ink"],
+            "axes.labelcolor": PALETTE["muted"],
+            "axes.edgecolor": PALETTE["line"],
+            "xtick.labelcolor": PALETTE["muted"],
+            "ytick.labelcolor": PALETTE["muted"],
+            "grid.color": PALETTE["grid"],
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.size": 9.5,
+            "font.family": ["DejaVu Sans"],
+            "svg.fonttype": "none",
+            "svg.hashsalt": "ptqtp-gguf",
+            "text.parse_math": False,
+            "axes.unicode_minus": False,
+            "lines.linewidth": 1.4,
+        }
         cast(Any, matplotlib.rcParams).update(settings)
         yield
 
@@ -158,16 +177,33 @@ def _points(figure: Any, canvas: Any, axes: Any, points: list[tuple[float, float
     at = [axes.transData.transform((x, y)) for x, y, _ in points]
     taken = [Bbox.from_bounds(px - 6, py - 6, 12, 12) for px, py in at]
     run = [axes.transData.transform(p) for p in line]
-    taken += [Bbox([[min(a[0], b[0]) - 1, min(a[1], b[1]) - 1], [max(a[0], b[0]) + 1, max(a[1], b[1]) + 1]])
-              for a, b in pairwise(run)]  # fmt: skip
-    places = [(8, 0, "left", "center"), (-8, 0, "right", "center"), (0, 8, "center", "bottom"),
-              (0, -8, "center", "top"), (7, 7, "left", "bottom"), (-7, 7, "right", "bottom"), (7, -7, "left", "top"),
-              (-7, -7, "right", "top"), (0, 20, "center", "bottom"), (0, -20, "center", "top")]  # fmt: skip
+    taken += [
+        Bbox([[min(a[0], b[0]) - 1, min(a[1], b[1]) - 1], [max(a[0], b[0]) + 1, max(a[1], b[1]) + 1]])
+        for a, b in pairwise(run)
+    ]
+    places = [
+        (8, 0, "left", "center"),
+        (-8, 0, "right", "center"),
+        (0, 8, "center", "bottom"),
+        (0, -8, "center", "top"),
+        (7, 7, "left", "bottom"),
+        (-7, 7, "right", "bottom"),
+        (7, -7, "left", "top"),
+        (-7, -7, "right", "top"),
+        (0, 20, "center", "bottom"),
+        (0, -20, "center", "top"),
+    ]
     for i, (x, y, row) in enumerate(points):
         text = axes.annotate(
-            _short(row.label), (x, y), xytext=(0, 0), textcoords="offset points", fontsize=9.5, zorder=5,
-            color=_look(row)["color"], fontweight="bold" if row.kind == "ours" else "normal",
-        )  # fmt: skip
+            _short(row.label),
+            (x, y),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=9.5,
+            zorder=5,
+            color=_look(row)["color"],
+            fontweight="bold" if row.kind == "ours" else "normal",
+        )
         text.set_in_layout(False)
 
         def box(place: tuple[int, int, str, str], text: Any = text) -> Any:
@@ -234,10 +270,13 @@ def kld_over_size(doc: Document) -> Plot | None:
     _points(figure, canvas, axes, points, corners)
     said = "; ".join(f"{r.label} {significant(y)} at {significant(x)} {word}" for x, y, r in points)
     return _finish(
-        figure, "kld-over-size", "Distance from the original over file size",
+        figure,
+        "kld-over-size",
+        "Distance from the original over file size",
         "Lower left is better. Bars: 95 % intervals. Dashed: the frontier; what lies on it is beaten by no other row "
-        "in both size and distance.", f"KL divergence over file size. {said}.",
-    )  # fmt: skip
+        "in both size and distance.",
+        f"KL divergence over file size. {said}.",
+    )
 
 
 def speed_over_bytes(doc: Document) -> Plot | None:
@@ -291,8 +330,15 @@ def same_top(doc: Document) -> Plot | None:
         values += [x - half, x + half]
         axes.plot([x - half, x + half], [i, i], zorder=3, color=_look(row)["color"])
         axes.plot([x], [i], linestyle="none", markersize=8 if row.kind == "ours" else 6.5, zorder=4, **_look(row))
-        axes.annotate(f"{x:.1f}", (x, i), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8.5,
-                      color=PALETTE["muted"])  # fmt: skip
+        axes.annotate(
+            f"{x:.1f}",
+            (x, i),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=PALETTE["muted"],
+        )
     low, high = _padded(values, 0.08)
     axes.set_xlim(max(low, 0), high)
     axes.set_ylim(len(rows) - 0.5, -0.7)
@@ -300,9 +346,13 @@ def same_top(doc: Document) -> Plot | None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("same most likely token, % of tokens")
     said = "; ".join(f"{r.label} {q.same_top:.1f} %" for r, q in rows)
-    return _finish(figure, "same-top", "Same next token as the original",
-                   "Further right is better; smallest file first. Bars: 95 % intervals.",
-                   f"How often the most likely token is the original's. {said}.")  # fmt: skip
+    return _finish(
+        figure,
+        "same-top",
+        "Same next token as the original",
+        "Further right is better; smallest file first. Bars: 95 % intervals.",
+        f"How often the most likely token is the original's. {said}.",
+    )
 
 
 def block_errors(row: Row) -> dict[tuple[str, int], float]:
@@ -354,13 +404,18 @@ def error_map(doc: Document) -> Plot | None:
     bar.set_ticks(steps, labels=[significant(v, 2) for v in steps])
     bar.set_label("relative squared error")
     worst = max(errors[0], key=lambda k: errors[0][k])
-    said = [f"{r.label} from {significant(min(e.values()), 2)} to {significant(max(e.values()), 2)}"
-            for r, e in zip(rows, errors, strict=True)]  # fmt: skip
+    said = [
+        f"{r.label} from {significant(min(e.values()), 2)} to {significant(max(e.values()), 2)}"
+        for r, e in zip(rows, errors, strict=True)
+    ]
     return _finish(
-        figure, "block-errors", "Error by block and matrix",
+        figure,
+        "block-errors",
+        "Error by block and matrix",
         f"Squared error over the original's squares, brighter is worse. Worst of {rows[0].label}: {worst[0]} of block "
-        f"{worst[1]}.", f"Relative squared error of each matrix in {blocks} blocks: {'; '.join(said)}.",
-    )  # fmt: skip
+        f"{worst[1]}.",
+        f"Relative squared error of each matrix in {blocks} blocks: {'; '.join(said)}.",
+    )
 
 
 def _bars(x: list[float], width: list[float], counts: list[int], xlabel: str) -> Any:
@@ -392,8 +447,13 @@ def digit_histogram(doc: Document) -> Plot | None:
     zeros = "; ".join(f"plane {i} {percent(z)}" for i, z in enumerate(d.zero_share, 1))
     total = sum(d.counts)
     said = ", ".join(f"{v}: {percent(n / total)}" for v, n in zip(d.values, d.counts, strict=True))
-    return _finish(figure, "digits", f"Digits of {row.label}", f"Zeros: {zeros}." if zeros else "Share of each value.",
-                   f"How often each value of two digits is used. {said}.")  # fmt: skip
+    return _finish(
+        figure,
+        "digits",
+        f"Digits of {row.label}",
+        f"Zeros: {zeros}." if zeros else "Share of each value.",
+        f"How often each value of two digits is used. {said}.",
+    )
 
 
 def scale_histogram(doc: Document) -> Plot | None:
@@ -413,5 +473,10 @@ def scale_histogram(doc: Document) -> Plot | None:
         _log_ticks(figure.axes[0].xaxis)
     most = middles[counts.index(max(counts))]
     said = f"from {significant(edges[0])} to {significant(edges[-1])}, most at about {significant(most)}"
-    return _finish(figure, "scales", f"Scales of {row.label}", f"Share of blocks by scale: {said}.",
-                   f"Histogram of the scales, {said}.")  # fmt: skip
+    return _finish(
+        figure,
+        "scales",
+        f"Scales of {row.label}",
+        f"Share of blocks by scale: {said}.",
+        f"Histogram of the scales, {said}.",
+    )

@@ -105,9 +105,12 @@ class Comparison:
 
 
 def compare(
-    source: Path, output: Path, settings: Settings | None = None, options: Options | None = None,
+    source: Path,
+    output: Path,
+    settings: Settings | None = None,
+    options: Options | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Make what is to be compared, measure it on this machine, and return the document that a report is made of.
 
     source   checkpoint folder, hub id, or a GGUF in 16 or 32 bits
@@ -207,20 +210,42 @@ def _facts(made: Made, weights: int) -> Row:
     """A row before anything is measured. weights: of the reference; a head stored apart counts as what it costs."""
     report = inspect(made.path)
     return {
-        "label": made.label, "kind": made.kind, "file": made.path.name, "sha256": made.sha256, "made": made.made,
-        "size": report.size, "bpw": 8 * report.size / weights,
-        "bpw_blocks": report.bpw_blocks, "types": report.types,
-        "quality": None, "generation": None, "speed": [], "ratios": {}, "load_s": None, "ttft_s": None,
-        "peak_memory": None, "energy": None, "token_bytes": None, "tensors": [], "digits": None, "scales": None,
-    }  # fmt: skip
+        "label": made.label,
+        "kind": made.kind,
+        "file": made.path.name,
+        "sha256": made.sha256,
+        "made": made.made,
+        "size": report.size,
+        "bpw": 8 * report.size / weights,
+        "bpw_blocks": report.bpw_blocks,
+        "types": report.types,
+        "quality": None,
+        "generation": None,
+        "speed": [],
+        "ratios": {},
+        "load_s": None,
+        "ttft_s": None,
+        "peak_memory": None,
+        "energy": None,
+        "token_bytes": None,
+        "tensors": [],
+        "digits": None,
+        "scales": None,
+    }
 
 
 def _quality(run: Comparison) -> None:
     s = run.settings
     done = evaluate(
-        run.reference, run.paths, text=s.text, ctx=s.ctx, windows=s.windows, threads=run.options.threads,
-        state=run.records, progress=run.progress,
-    )  # fmt: skip
+        run.reference,
+        run.paths,
+        text=s.text,
+        ctx=s.ctx,
+        windows=s.windows,
+        threads=run.options.threads,
+        state=run.records,
+        progress=run.progress,
+    )
     run.document["text"] = done.text.as_dict()
     run.document["warnings"] += done.warnings
     if done.reference:
@@ -252,9 +277,16 @@ def _speed(run: Comparison) -> None:
 
     def measured(count: int, progress: Progress) -> None:
         done = bench(
-            run.paths, labels=[m.label for m in run.made], prompt=s.prompt, generate=s.generate,
-            threads=s.threads or None, rounds=count, done=list(rounds.done), keep=rounds.keep, progress=progress,
-        ).as_dict()  # fmt: skip
+            run.paths,
+            labels=[m.label for m in run.made],
+            prompt=s.prompt,
+            generate=s.generate,
+            threads=s.threads or None,
+            rounds=count,
+            done=list(rounds.done),
+            keep=rounds.keep,
+            progress=progress,
+        ).as_dict()
         run.document |= {"machine": done["machine"], "bench": done["bench"]}
         run.document["warnings"] += done["warnings"]
         for row in done["rows"]:

@@ -60,9 +60,15 @@ class Tally:
     def record(self, index: int, row: PlanRow) -> dict[str, Any]:
         """The journal's line."""
         return {
-            "tensor": index, "type": row.choice.type, "nbytes": self.nbytes, "hash": self.hash, "source": self.source,
-            "error": self.error, "power": self.power, "why": row.choice.reason if row.choice.fallback else None,
-        }  # fmt: skip
+            "tensor": index,
+            "type": row.choice.type,
+            "nbytes": self.nbytes,
+            "hash": self.hash,
+            "source": self.source,
+            "error": self.error,
+            "power": self.power,
+            "why": row.choice.reason if row.choice.fallback else None,
+        }
 
 
 def take_record(row: PlanRow, record: dict[str, Any]) -> None:
@@ -131,9 +137,15 @@ def _pieces(job: Job, start: int, end: int) -> Generator[U8, None, None]:
 
 
 def _tensor(
-    job: Job, row: PlanRow, index: int, pieces: Generator[U8, None, None], sink: WriteBehind, file: BinaryIO,
-    done: int, total: int,
-) -> dict[str, Any]:  # fmt: skip
+    job: Job,
+    row: PlanRow,
+    index: int,
+    pieces: Generator[U8, None, None],
+    sink: WriteBehind,
+    file: BinaryIO,
+    done: int,
+    total: int,
+) -> dict[str, Any]:
     t, target = row.tensor, row.choice.type
     tally = Tally(below=Below(target))
     importance = job.imatrix.of(t, target, job.source.tensors) if job.imatrix else None

@@ -52,9 +52,15 @@ def parse_override(text: str, old: KV | None) -> KV:
 
 
 def build(
-    source: Source, rows: list[PlanRow], method: str, type_name: str, recipe: str, overrides: tuple[str, ...],
-    imatrix: Imatrix | None = None, calibration: str = "",
-) -> list[KV]:  # fmt: skip
+    source: Source,
+    rows: list[PlanRow],
+    method: str,
+    type_name: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    imatrix: Imatrix | None = None,
+    calibration: str = "",
+) -> list[KV]:
     """Metadata of the output before a weight is read; checksums and the source's hash are zeros until `complete`.
 
     Raises RecipeError for a bad override.

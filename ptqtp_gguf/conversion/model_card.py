@@ -111,9 +111,14 @@ def origin_of(metadata: Mapping[str, object]) -> Origin:
 def card(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter, ending in a newline."""
     parts = [
-        _front_matter(facts.origin, facts.files), _head(facts), _running(facts), _contents(facts), _errors(facts),
-        _making(facts), _checksums(facts),
-    ]  # fmt: skip
+        _front_matter(facts.origin, facts.files),
+        _head(facts),
+        _running(facts),
+        _contents(facts),
+        _errors(facts),
+        _making(facts),
+        _checksums(facts),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -157,16 +162,20 @@ def _running(f: CardFacts) -> str:
     lines = ["## Run", "", _fence(f'ptqtp-gguf run {name} -p "The capital of France is" -n 32')]
     if ours:
         lines += [
-            "", f"The tensor types {' and '.join(ours)} are ours: stock llama.cpp cannot read them. The patched "
+            "",
+            f"The tensor types {' and '.join(ours)} are ours: stock llama.cpp cannot read them. The patched "
             "llama-cpp-python that `tools/build_runtime.py` of ptqtp-gguf builds can: Python bindings, `llama-cli`, "
             "`llama-server` and the rest.",
-        ]  # fmt: skip
+        ]
     if ours and f.q4_0_twin:
         twin = _argument(re.sub(r"(\.gguf)?$", "-Q4_0.gguf", f.files[0].name, count=1, flags=re.I))
         lines += [
-            "", "For any other runtime, this writes a twin whose trit planes are Q4_0: the same weights bit for bit, "
-            "at 4.5 bits in the place of 3.5.", "", _fence(f"ptqtp-gguf export-q4_0 {name} {twin}"),
-        ]  # fmt: skip
+            "",
+            "For any other runtime, this writes a twin whose trit planes are Q4_0: the same weights bit for bit, "
+            "at 4.5 bits in the place of 3.5.",
+            "",
+            _fence(f"ptqtp-gguf export-q4_0 {name} {twin}"),
+        ]
     return "\n".join(lines)
 
 
@@ -201,11 +210,16 @@ def _errors(f: CardFacts) -> str:
 def _making(f: CardFacts) -> str:
     about = f" ({_md(f.recipe_description)})" if f.recipe_description else ""
     lines = [
-        "## Made how", "", f"- source: {_md(f.source)}" + (f", {_md(f.source_type)}" if f.source_type else ""),
+        "## Made how",
+        "",
+        f"- source: {_md(f.source)}" + (f", {_md(f.source_type)}" if f.source_type else ""),
         *([f"- source SHA-256: {_code(f.source_sha256)}"] if f.source_sha256 else []),
-        f"- method: {_code(f.method)}", f"- recipe: {_code(f.recipe)}{about}", f"- calibration: {_md(f.calibration)}",
-        f"- ptqtp-gguf: {_md(f.version)}", *(f"- {_md(key)}: {_code(value)}" for key, value in f.provenance),
-    ]  # fmt: skip
+        f"- method: {_code(f.method)}",
+        f"- recipe: {_code(f.recipe)}{about}",
+        f"- calibration: {_md(f.calibration)}",
+        f"- ptqtp-gguf: {_md(f.version)}",
+        *(f"- {_md(key)}: {_code(value)}" for key, value in f.provenance),
+    ]
     if f.recipe_text:
         lines += ["", "The recipe, as a file that `--recipe` takes:", "", _fence(_clean(f.recipe_text), "json")]
     return "\n".join(lines)

@@ -41,9 +41,12 @@ from .summary import Plan, Summary
 
 
 def convert(
-    source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress,
+    source: Path,
+    out: Path,
+    options: Options | None = None,
+    progress: Progress = no_progress,
     last: Callable[[Summary], None] = lambda _: None,
-) -> Summary:  # fmt: skip
+) -> Summary:
     """Convert a Hugging Face folder, a hub id or a GGUF file to a trit-plane GGUF.
 
     source    folder with config.json and safetensors, a GGUF of any ggml type (or a part of a split one), or the id of
@@ -143,9 +146,11 @@ def _identity(path: Path) -> list[int]:
 
 
 def make_bf16(
-    found: checkpoint.Checkpoint, bf16: Path, progress: Progress = no_progress,
+    found: checkpoint.Checkpoint,
+    bf16: Path,
+    progress: Progress = no_progress,
     made: Callable[[Path], None] = lambda _: None,
-) -> None:  # fmt: skip
+) -> None:
     """llama.cpp's own bf16 GGUF of a checked folder, whole or not at all. Raises CheckpointError, OutputError.
 
     made: called with the whole file before it gets its name
@@ -219,15 +224,26 @@ def metadata_of(
     source: Source, rows: list[PlanRow], options: Options, recipe: Recipe, imatrix: Imatrix | None
 ) -> list[KV]:
     return metadata.build(
-        source, rows, method_name(options), options.type, described(options, recipe), options.overrides, imatrix,
+        source,
+        rows,
+        method_name(options),
+        options.type,
+        described(options, recipe),
+        options.overrides,
+        imatrix,
         options.calibration.described() if options.calibration.wanted else "",
-    )  # fmt: skip
+    )
 
 
 def convert_opened(
-    source: Source, out: Path, options: Options, recipe: Recipe, imatrix: Imatrix | None, journal: Journal,
+    source: Source,
+    out: Path,
+    options: Options,
+    recipe: Recipe,
+    imatrix: Imatrix | None,
+    journal: Journal,
     progress: Progress,
-) -> Summary:  # fmt: skip
+) -> Summary:
     job = fingerprint(source, decisive(options, recipe, imatrix))
     if journal.job is None:
         rows = plan_of(source, options, recipe, imatrix, progress)
@@ -279,9 +295,20 @@ def convert_opened(
     if imatrix:
         lacks = [(r.tensor.name, imatrix.unweighted(r.tensor, r.choice.type, source.tensors)) for r in rows]
     return Summary(
-        out, size, 0.0, rows, dict(source_types), [p.path for p in parts], digests, resumed, device, whole,
-        parts[0].kvs, [(name, lack) for name, lack in lacks if lack], notes,
-    )  # fmt: skip
+        out,
+        size,
+        0.0,
+        rows,
+        dict(source_types),
+        [p.path for p in parts],
+        digests,
+        resumed,
+        device,
+        whole,
+        parts[0].kvs,
+        [(name, lack) for name, lack in lacks if lack],
+        notes,
+    )
 
 
 def _join(work: Job, out: Path, stamp: object) -> int:

@@ -61,9 +61,12 @@ KEPT = "what is finished is kept; run the same command again to go on"
 
 
 def convert_on_ranks(
-    source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress,
+    source: Path,
+    out: Path,
+    options: Options | None = None,
+    progress: Progress = no_progress,
     last: Callable[[Summary], None] = lambda _: None,
-) -> Summary | None:  # fmt: skip
+) -> Summary | None:
     """conversion.convert on all ranks that torchrun has started; each calls this with the same arguments.
 
     source     seen by every rank under its path, which may differ; with keep_bf16 by rank 0 only
@@ -283,9 +286,17 @@ class _Conversion:
                 share = found.shares[i]
                 with shares.opened(share, found.of) as journal:
                     job = Job(
-                        source, found.rows[share.first : share.end], [share.part], journal, encoder, options.method,
-                        piece, options.threads, shares.shifted(progress, base, total), self.imatrix,
-                    )  # fmt: skip
+                        source,
+                        found.rows[share.first : share.end],
+                        [share.part],
+                        journal,
+                        encoder,
+                        options.method,
+                        piece,
+                        options.threads,
+                        shares.shifted(progress, base, total),
+                        self.imatrix,
+                    )
                     made[str(i)] = shares.work(job, self.out, found.suspect, split and i > 0)
                 base += sum(weights[i])
             device = encoder.name

@@ -132,23 +132,39 @@ class Report:
             "format_version": self.format_version,
             "alignment": self.alignment,
             "parts": [
-                {"role": p.role.value, "type": p.type, "tensors": p.tensors, "weights": p.weights, "bytes": p.nbytes,
-                 "bpw": round(p.bpw, 4)}
+                {
+                    "role": p.role.value,
+                    "type": p.type,
+                    "tensors": p.tensors,
+                    "weights": p.weights,
+                    "bytes": p.nbytes,
+                    "bpw": round(p.bpw, 4),
+                }
                 for p in self.parts
             ],
             "tensors": [
-                {"name": t.name, "shape": list(t.shape), "type": t.type_name, "role": role_of(t.name).value,
-                 "block": layer_of(t.name), "weights": t.n_weights, "bytes": t.nbytes,
-                 "bpw": round(8 * t.nbytes / t.n_weights, 4)}
+                {
+                    "name": t.name,
+                    "shape": list(t.shape),
+                    "type": t.type_name,
+                    "role": role_of(t.name).value,
+                    "block": layer_of(t.name),
+                    "weights": t.n_weights,
+                    "bytes": t.nbytes,
+                    "bpw": round(8 * t.nbytes / t.n_weights, 4),
+                }
                 for t in self.tensors
             ],
             "tokenizer": {
-                "model": value(tok.model), "pre": value(tok.pre), "tokens": tok.tokens, "merges": tok.merges,
+                "model": value(tok.model),
+                "pre": value(tok.pre),
+                "tokens": tok.tokens,
+                "merges": tok.merges,
                 "special": {k: {"id": i, "text": value(text)} for k, (i, text) in tok.special.items()},
             },
             "chat_template": value(self.template),
             "metadata": {k: value(v) for k, v in self.metadata.items()},
-        }  # fmt: skip
+        }
 
 
 def _text(value: object) -> str | None:

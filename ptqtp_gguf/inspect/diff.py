@@ -152,17 +152,34 @@ class Difference:
             "identical": self.identical,
             "equal": self.equal,
             "roles": [
-                {"role": r.role.value, "type_a": r.type_a, "type_b": r.type_b, "tensors": r.tensors,
-                 "identical": r.identical, "weights": r.weights, "rel_mse": r.rel_mse, "max_abs": r.max_abs}
+                {
+                    "role": r.role.value,
+                    "type_a": r.type_a,
+                    "type_b": r.type_b,
+                    "tensors": r.tensors,
+                    "identical": r.identical,
+                    "weights": r.weights,
+                    "rel_mse": r.rel_mse,
+                    "max_abs": r.max_abs,
+                }
                 for r in self.roles
             ],
             "tensors": [
-                {"name": t.name, "shape": list(t.shape), "type_a": t.type_a, "type_b": t.type_b, "role": t.role.value,
-                 "block": layer_of(t.name), "weights": t.weights, "identical": t.identical, "rel_mse": t.rel_mse,
-                 "max_abs": t.max_abs}
+                {
+                    "name": t.name,
+                    "shape": list(t.shape),
+                    "type_a": t.type_a,
+                    "type_b": t.type_b,
+                    "role": t.role.value,
+                    "block": layer_of(t.name),
+                    "weights": t.weights,
+                    "identical": t.identical,
+                    "rel_mse": t.rel_mse,
+                    "max_abs": t.max_abs,
+                }
                 for t in self.tensors
             ],
-        }  # fmt: skip
+        }
 
 
 def rel_mse(found: Distance | None) -> float | None:
@@ -224,10 +241,16 @@ def tensor_errors(
             done += t.n_weights
             ref = theirs.get(t.name)
             found = _distance(meter, mine, t, source, ref) if ref and ref.shape == t.shape else None
-            rows.append({
-                "name": t.name, "type": type_name(t.type), "role": role_of(t.name).value, "block": layer_of(t.name),
-                "weights": t.n_weights, "rel_mse": rel_mse(found),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "name": t.name,
+                    "type": type_name(t.type),
+                    "role": role_of(t.name).value,
+                    "block": layer_of(t.name),
+                    "weights": t.n_weights,
+                    "rel_mse": rel_mse(found),
+                }
+            )
         progress("comparing", total, total, "")
     return rows
 

@@ -96,9 +96,8 @@ class Meter:
         rows = rows_together(t.shape[0], PIECE)
         total = NONE
         for found in self._ordered(
-            self._pool.submit(measure, x, y)
-            for x, y in zip(a.pieces(t, rows), b.pieces(other, rows), strict=True)
-        ):  # fmt: skip
+            self._pool.submit(measure, x, y) for x, y in zip(a.pieces(t, rows), b.pieces(other, rows), strict=True)
+        ):
             total = total.plus(found)
         return total
 

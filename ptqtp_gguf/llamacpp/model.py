@@ -47,9 +47,14 @@ def context_for(path: Path, ctx: int) -> int:
 
 
 def load(
-    path: Path, *, n_ctx: int = 2048, threads: int | None = None, verbose: bool = False, rpc: Sequence[str] = (),
+    path: Path,
+    *,
+    n_ctx: int = 2048,
+    threads: int | None = None,
+    verbose: bool = False,
+    rpc: Sequence[str] = (),
     rpc_layers: int = -1,
-) -> Any:  # fmt: skip
+) -> Any:
     """Open a GGUF file as llama_cpp.Llama, the class of llama-cpp-python, with all that it can do.
 
     n_ctx       tokens of context
@@ -94,9 +99,14 @@ def generate(
 
 
 def pieces(
-    model: Any, prompt: str | list[int], *, max_tokens: int, temperature: float, seed: int,
+    model: Any,
+    prompt: str | list[int],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
     stop: list[str] | None = None,
-) -> Iterator[tuple[str, str | None]]:  # fmt: skip
+) -> Iterator[tuple[str, str | None]]:
     """Continue a prompt, text or tokens; yields text as it comes and, with the last of it, "stop" or "length".
 
     What the prompt has in common with the one before is not computed again. Raises InputError if the prompt does not

@@ -78,17 +78,21 @@ class Generation:
         agreement: dict[str, float | int | None] | None = None
         if a:
             agreement = {
-                "mean": statistics.fmean(a), "median": statistics.median(a), "full": a.count(LIMIT), "prompts": len(a),
+                "mean": statistics.fmean(a),
+                "median": statistics.median(a),
+                "full": a.count(LIMIT),
+                "prompts": len(a),
                 "limit": LIMIT,
-            }  # fmt: skip
+            }
         return {
             "agreement": agreement,
             "cloze": {
-                "right": _equal(self.answers, self.right), "of": len(self.right),
+                "right": _equal(self.answers, self.right),
+                "of": len(self.right),
                 "reference_right": _equal(self.reference, self.right),
                 "same_answer": _equal(self.reference, self.answers),
             },
-        }  # fmt: skip
+        }
 
 
 def _equal(a: list[int] | None, b: list[int]) -> int | None:
@@ -96,9 +100,13 @@ def _equal(a: list[int] | None, b: list[int]) -> int | None:
 
 
 def generate(
-    reference: Path | None, candidates: Sequence[Path], *, threads: int = 0, state: Path | None = None,
+    reference: Path | None,
+    candidates: Sequence[Path],
+    *,
+    threads: int = 0,
+    state: Path | None = None,
     progress: Progress = no_progress,
-) -> list[Generation]:  # fmt: skip
+) -> list[Generation]:
     """Agreement and cloze of each file, in the order given. Without a reference there is no agreement.
 
     threads, state, progress and what is raised: as evaluation.evaluate; the stage is "generating", texts. What is kept
@@ -136,9 +144,16 @@ class _Steps:
 
 
 def _of_file(
-    file: File, told: I32 | None, texts: list[str], asked: list[Question], build: str, reference: str,
-    state: Path | None, threads: int, step: _Steps,
-) -> tuple[list[int], list[int]]:  # fmt: skip
+    file: File,
+    told: I32 | None,
+    texts: list[str],
+    asked: list[Question],
+    build: str,
+    reference: str,
+    state: Path | None,
+    threads: int,
+    step: _Steps,
+) -> tuple[list[int], list[int]]:
     """Its agreement with what the reference told (P, LIMIT), and its answers.
 
     Of the reference itself, whose told is None: its tokens, P x LIMIT in a row; [] where there is no reference.

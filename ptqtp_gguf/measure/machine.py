@@ -23,9 +23,25 @@ from ..llamacpp import system_info
 from ..system import free_memory
 
 FEATURES = (  # of the flags in /proc/cpuinfo, those that kernels are chosen by
-    "ssse3", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile",
-    "amx_int8", "asimd", "asimddp", "asimdhp", "i8mm", "sve", "sve2",
-)  # fmt: skip
+    "ssse3",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "asimdhp",
+    "i8mm",
+    "sve",
+    "sve2",
+)
 PROBE_BYTES = 1 << 28  # a thread: more than its share of the caches
 MIN_PROBE_BYTES = 1 << 24
 
@@ -57,11 +73,15 @@ def describe(root: Path = Path("/")) -> Machine:
     allowed = _allowed()
     return Machine(
         cpu=_field(cpuinfo, "model name") or _sysctl("machdep.cpu.brand_string") or platform.processor() or "unknown",
-        cores=_cores(root, allowed) or len(allowed), cpus=len(allowed), memory=_memory(root),
+        cores=_cores(root, allowed) or len(allowed),
+        cpus=len(allowed),
+        memory=_memory(root),
         os=f"{platform.system()} {platform.release()} {platform.machine()}",
-        features=tuple(f for f in FEATURES if f in flags), kernel=_kernel(), governor=_governor(root, allowed),
+        features=tuple(f for f in FEATURES if f in flags),
+        kernel=_kernel(),
+        governor=_governor(root, allowed),
         quota=_quota(root),
-    )  # fmt: skip
+    )
 
 
 def _text(path: Path) -> str:

@@ -46,9 +46,16 @@ class Evaluation:
 
 
 def evaluate(
-    reference: Path | None, candidates: Sequence[Path], *, text: Path | None = None, ctx: int = 512, windows: int = 0,
-    threads: int = 0, state: Path | None = None, progress: Progress = no_progress,
-) -> Evaluation:  # fmt: skip
+    reference: Path | None,
+    candidates: Sequence[Path],
+    *,
+    text: Path | None = None,
+    ctx: int = 512,
+    windows: int = 0,
+    threads: int = 0,
+    state: Path | None = None,
+    progress: Progress = no_progress,
+) -> Evaluation:
     """Measure files over a text, against a reference where one is given, by the rules of llama-perplexity.
 
     text      UTF-8; None: the one in the package
@@ -77,9 +84,13 @@ def evaluate(
             warnings.append(f"--ctx {ctx}: the model was trained on {model.trained} tokens of context")
     base, rest = (files[0], files[1:]) if reference else (None, files)
     job: Job = {
-        "records": 1, "format": FORMAT_VERSION, "runtime": build, "reference": base.sha256 if base else "",
-        "text": found.sha256, "ctx": ctx,
-    }  # fmt: skip
+        "records": 1,
+        "format": FORMAT_VERSION,
+        "runtime": build,
+        "reference": base.sha256 if base else "",
+        "text": found.sha256,
+        "ctx": ctx,
+    }
     records = [Records(state, {**job, "file": f.sha256}, ctx - ctx // 2 - 1) for f in rest]
     before = sum(len(r.windows) for r in records)
     try:
@@ -94,9 +105,11 @@ def evaluate(
     return Evaluation(
         quality=[summarize(r, n, base is not None) for r in rows],
         reference=summarize(alone(rows[0]), n, False) if base else None,
-        text=facts, sha256=[f.sha256 for f in files], measured=sum(len(r.windows) for r in records) - before,
+        text=facts,
+        sha256=[f.sha256 for f in files],
+        measured=sum(len(r.windows) for r in records) - before,
         warnings=warnings,
-    )  # fmt: skip
+    )
 
 
 def _measure(

@@ -88,10 +88,15 @@ def one_round(settings: Settings, files: list[File], number: int, report: Callab
         start[f.label] = _first_token(f, settings)
         step += 1
     return {
-        "number": number, "sizes": {f.label: f.size for f in files}, "bandwidth": bandwidth, "speed": speed,
-        "start": start, "first_of": settings.first_of, "busy": machine.busy_share(before, machine.moment()),
+        "number": number,
+        "sizes": {f.label: f.size for f in files},
+        "bandwidth": bandwidth,
+        "speed": speed,
+        "start": start,
+        "first_of": settings.first_of,
+        "busy": machine.busy_share(before, machine.moment()),
         "load": [load_before, machine.load()],
-    }  # fmt: skip
+    }
 
 
 def fits(found: Round, settings: Settings, files: list[File]) -> bool:

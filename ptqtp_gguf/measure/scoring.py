@@ -159,12 +159,24 @@ def summarize(rows: Rows, windows: int, paired: bool) -> Quality:
     rms = math.sqrt(mse)
     same = float(rows["same_top"].mean())
     return Quality(
-        ppl=ppl, ppl_se=ppl * se, windows=windows, tokens=len(rows),
-        ppl_reference=_exp(base), ppl_ratio=ratio, ppl_ratio_se=ratio * log_ratio_se,
-        kld=kld, kld_se=kld_se, kld_median=median, kld_99=high, kld_999=higher, kld_max=float(rows["kld"].max()),
-        rms_dp=100 * rms, rms_dp_se=50 / rms * mse_se if rms else 0.0,
-        same_top=100 * same, same_top_se=100 * math.sqrt(same * (1 - same) / max(1, len(rows) - 1)),
-    )  # fmt: skip
+        ppl=ppl,
+        ppl_se=ppl * se,
+        windows=windows,
+        tokens=len(rows),
+        ppl_reference=_exp(base),
+        ppl_ratio=ratio,
+        ppl_ratio_se=ratio * log_ratio_se,
+        kld=kld,
+        kld_se=kld_se,
+        kld_median=median,
+        kld_99=high,
+        kld_999=higher,
+        kld_max=float(rows["kld"].max()),
+        rms_dp=100 * rms,
+        rms_dp_se=50 / rms * mse_se if rms else 0.0,
+        same_top=100 * same,
+        same_top_se=100 * math.sqrt(same * (1 - same) / max(1, len(rows) - 1)),
+    )
 
 
 def _mean(values: F64) -> tuple[float, float]:

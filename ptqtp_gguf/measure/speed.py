@@ -78,18 +78,32 @@ class Bench:
             for name, n_prompt, n_gen in self.settings.tests:
                 key = f"{name} t{t}"
                 s = self.speed(file, key)
-                speeds.append({
-                    "test": name, "n_prompt": n_prompt, "n_gen": n_gen, "threads": t, "median": s.median, "low": s.low,
-                    "high": s.high, "samples": self.samples(file, key), "share": self.share(file, key),
-                })  # fmt: skip
+                speeds.append(
+                    {
+                        "test": name,
+                        "n_prompt": n_prompt,
+                        "n_gen": n_gen,
+                        "threads": t,
+                        "median": s.median,
+                        "low": s.low,
+                        "high": s.high,
+                        "samples": self.samples(file, key),
+                        "share": self.share(file, key),
+                    }
+                )
         peak = self.start(file, "peak_memory")
         return {
-            "label": file.label, "file": file.path.name, "size": file.size, "token_bytes": file.token_bytes,
+            "label": file.label,
+            "file": file.path.name,
+            "size": file.size,
+            "token_bytes": file.token_bytes,
             "speed": speeds,
             "ratios": {other.label: self._ratios(file, other) for other in self.files if other is not file},
-            "load_s": self.start(file, "load_s"), "ttft_s": self.start(file, "ttft_s"),
-            "peak_memory": None if peak is None else round(peak), "energy": self.start(file, "energy"),
-        }  # fmt: skip
+            "load_s": self.start(file, "load_s"),
+            "ttft_s": self.start(file, "ttft_s"),
+            "peak_memory": None if peak is None else round(peak),
+            "energy": self.start(file, "energy"),
+        }
 
     def _ratios(self, file: File, other: File) -> dict[str, dict[str, float | bool]]:
         found = ((key, self.ratio(file, other, key)) for key in self.settings.keys)
@@ -102,20 +116,30 @@ class Bench:
         return {
             "machine": {**self.machine.as_dict(), "load": load},
             "bench": {
-                "prompt": list(s.prompt), "generate": list(s.generate), "threads": list(s.threads),
-                "rounds": len(self.rounds), "first": s.first,
+                "prompt": list(s.prompt),
+                "generate": list(s.generate),
+                "threads": list(s.threads),
+                "rounds": len(self.rounds),
+                "first": s.first,
                 "bandwidth": {str(t): b * 1e-9 for t, b in self.bandwidth.items()},
             },
             "warnings": self.warnings,
             "rows": [self.row(f) for f in self.files],
-        }  # fmt: skip
+        }
 
 
 def bench(
-    files: Sequence[Path], *, labels: Sequence[str] | None = None, prompt: Sequence[int] = (128, 512),
-    generate: Sequence[int] = (64,), threads: Sequence[int] | None = None, rounds: int = 5,
-    done: Iterable[Round] = (), keep: Callable[[Round], None] | None = None, progress: Progress = no_progress,
-) -> Bench:  # fmt: skip
+    files: Sequence[Path],
+    *,
+    labels: Sequence[str] | None = None,
+    prompt: Sequence[int] = (128, 512),
+    generate: Sequence[int] = (64,),
+    threads: Sequence[int] | None = None,
+    rounds: int = 5,
+    done: Iterable[Round] = (),
+    keep: Callable[[Round], None] | None = None,
+    progress: Progress = no_progress,
+) -> Bench:
     """Measure GGUF files (of a split one, its first part) in rounds.
 
     labels    what the rows are called, one a file; None: the file's name without .gguf

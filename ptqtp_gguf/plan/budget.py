@@ -177,9 +177,14 @@ def _nbytes(t: TensorInfo, type_id: int, alignment: int) -> int:
 
 
 def _measure(
-    t: TensorInfo, ladder: list[int], sample: Sample, method: methods.Method, threads: int, alignment: int,
+    t: TensorInfo,
+    ladder: list[int],
+    sample: Sample,
+    method: methods.Method,
+    threads: int,
+    alignment: int,
     importance: Importance | None,
-) -> list[Option]:  # fmt: skip
+) -> list[Option]:
     """The options of one tensor. A type that cannot hold the sample is none."""
     w = sample(t, SAMPLE)
     runs: list[tuple[slice, F32 | None]] = [(slice(0, len(w)), None)]

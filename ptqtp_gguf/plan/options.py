@@ -55,13 +55,19 @@ class Calibration:
         if not self.wanted:
             return {}
         found = {
-            "--calib": [_identity(t) for t in self.texts], "--calib-tokens": self.tokens, "--calib-window": self.window,
-            "--hessians": str(self.hessians) if self.hessians else "none", "--fisher": self.fisher, "--tune": self.tune,
-        }  # fmt: skip
+            "--calib": [_identity(t) for t in self.texts],
+            "--calib-tokens": self.tokens,
+            "--calib-window": self.window,
+            "--hessians": str(self.hessians) if self.hessians else "none",
+            "--fisher": self.fisher,
+            "--tune": self.tune,
+        }
         tuned = {
-            "--tune-tokens": self.tune_tokens, "--tune-steps": self.tune_steps, "--tune-planes": self.tune_planes,
+            "--tune-tokens": self.tune_tokens,
+            "--tune-steps": self.tune_steps,
+            "--tune-planes": self.tune_planes,
             "--tune-text": [_identity(t) for t in self.tune_texts],
-        }  # fmt: skip
+        }
         return found | (tuned if self.tune else {})
 
     def described(self) -> str:

@@ -35,9 +35,16 @@ class PlanRow:
 
 
 def make_plan(
-    source: Source, recipe: Recipe, type_name: str, target_bpw: float | None, header: int, method: str, threads: int,
-    progress: Progress, imatrix: Imatrix | None = None,
-) -> list[PlanRow]:  # fmt: skip
+    source: Source,
+    recipe: Recipe,
+    type_name: str,
+    target_bpw: float | None,
+    header: int,
+    method: str,
+    threads: int,
+    progress: Progress,
+    imatrix: Imatrix | None = None,
+) -> list[PlanRow]:
     """Decide on every tensor by its name and shape; with target_bpw also by its error on a sample of its weights.
 
     header: bytes of the output's metadata, for the budget. Raises RecipeError if nothing would become trit planes, the
@@ -50,11 +57,18 @@ def make_plan(
         choices = recipe.plan(source.tensors)
     else:
         choices = fit_budget(
-            source.tensors, recipe, target_bpw, header, lambda t, n: sample(source, t, n), method=method,
-            threads=threads, alignment=source.alignment, progress=progress,
+            source.tensors,
+            recipe,
+            target_bpw,
+            header,
+            lambda t, n: sample(source, t, n),
+            method=method,
+            threads=threads,
+            alignment=source.alignment,
+            progress=progress,
             takes=lambda t, kind: kind not in TYPES or _look(source, t, kind, threads) is None,
             importance=of,
-        )  # fmt: skip
+        )
     require_importance(source.tensors, choices, lambda t, target: of(t, target) is not None, imatrix is not None)
     rows = [PlanRow(t, choices[t.name], role_of(t.name)) for t in source.tensors]
     for row in rows:

@@ -59,9 +59,15 @@ class Chat:
     """
 
     def __init__(
-        self, model: Any, *, system: str = "", temperature: float = 0.8, seed: int | None = None,
-        max_tokens: int = 0, notice: Callable[[str], None] = lambda line: None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        *,
+        system: str = "",
+        temperature: float = 0.8,
+        seed: int | None = None,
+        max_tokens: int = 0,
+        notice: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.model, self.system, self.temperature, self.notice = model, system, temperature, notice
         self.max_tokens = max_tokens
         self.turns: list[Message] = []
@@ -99,9 +105,13 @@ class Chat:
             limit = min(self.max_tokens or room, room)
             started = begun = time.monotonic()
             stream = pieces(
-                self.model, tokens, max_tokens=limit, temperature=self.temperature,
-                seed=self._seeds.randrange(1 << 31), stop=[] if self._template else [f"\n{SPEAKERS['user']}:"],
-            )  # fmt: skip
+                self.model,
+                tokens,
+                max_tokens=limit,
+                temperature=self.temperature,
+                seed=self._seeds.randrange(1 << 31),
+                stop=[] if self._template else [f"\n{SPEAKERS['user']}:"],
+            )
             for piece, end in stream:
                 if end:
                     reason = "full" if end == "length" and limit == room else end

@@ -59,10 +59,21 @@ class Server:
     """
 
     def __init__(
-        self, path: Path, *, host: str = "127.0.0.1", port: int = 0, ctx: int = 0, threads: int = 0, parallel: int = 1,
-        expose: bool = False, api_key_file: Path | None = None, alias: str | None = None, log: Path | None = None,
-        rpc: Sequence[str] = (), rpc_layers: int = -1,
-    ) -> None:  # fmt: skip
+        self,
+        path: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        ctx: int = 0,
+        threads: int = 0,
+        parallel: int = 1,
+        expose: bool = False,
+        api_key_file: Path | None = None,
+        alias: str | None = None,
+        log: Path | None = None,
+        rpc: Sequence[str] = (),
+        rpc_layers: int = -1,
+    ) -> None:
         self.path, self.host, self.port = path, host, port
         self.threads, self.parallel, self.api_key_file, self.log = threads, parallel, api_key_file, log
         self.rpc, self.rpc_layers = endpoints(rpc), rpc_layers
@@ -102,14 +113,34 @@ class Server:
             check(endpoint)
         layers = self.rpc_layers if self.rpc_layers >= 0 else ALL_LAYERS
         command = [
-            str(program), "--model", str(self.path), "--host", self.host, "--port", str(self.port),
-            "--alias", self.name, "--ctx-size", str(self.ctx * self.parallel), "--parallel", str(self.parallel),
-            "--cache-ram", str(PROMPT_CACHE), "--cors-origins", "localhost", "--offline", "--no-ui", "--no-slots",
-            "--threads-http", str(HTTP_THREADS + self.parallel), "--timeout", str(HTTP_SECONDS),
+            str(program),
+            "--model",
+            str(self.path),
+            "--host",
+            self.host,
+            "--port",
+            str(self.port),
+            "--alias",
+            self.name,
+            "--ctx-size",
+            str(self.ctx * self.parallel),
+            "--parallel",
+            str(self.parallel),
+            "--cache-ram",
+            str(PROMPT_CACHE),
+            "--cors-origins",
+            "localhost",
+            "--offline",
+            "--no-ui",
+            "--no-slots",
+            "--threads-http",
+            str(HTTP_THREADS + self.parallel),
+            "--timeout",
+            str(HTTP_SECONDS),
             *(["--threads", str(self.threads)] if self.threads else []),
             *(["--rpc", ",".join(self.rpc), "--n-gpu-layers", str(layers)] if self.rpc else []),
             *(["--api-key-file", str(self.api_key_file)] if self.api_key_file else []),
-        ]  # fmt: skip
+        ]
         # what the caller said is what runs; a key that is set but empty would let everybody in who sends none
         env = {
             k: v for k, v in os.environ.items() if not k.startswith("LLAMA_ARG_") and (k, v) != ("LLAMA_API_KEY", "")

@@ -65,12 +65,20 @@ class ConverterStream:
         script = install.converter()
         self._process = subprocess.Popen(
             [
-                sys.executable, "-I", "-u", child.__file__, str(script), os.path.abspath(checkpoint.folder),
+                sys.executable,
+                "-I",
+                "-u",
+                child.__file__,
+                str(script),
+                os.path.abspath(checkpoint.folder),
                 *([child.TRUST] if checkpoint.trust_code else []),
             ],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._asks, self._data = self._process.stdin, self._process.stdout
         self._drain = threading.Thread(target=self._drain_log, args=(self._process.stderr,), daemon=True)

@@ -34,10 +34,16 @@ class Bar:
 
     def __init__(self, quiet: bool) -> None:
         self.bar = Progress(
-            TextColumn("{task.description:>10}"), BarColumn(20), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}", markup=False),
-            console=err_console, disable=quiet or not err_console.is_terminal, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description:>10}"),
+            BarColumn(20),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=err_console,
+            disable=quiet or not err_console.is_terminal,
+            transient=True,
+        )
         self.tasks: dict[str, TaskID] = {}
         self.begun: dict[str, tuple[float, int]] = {}
         self.seen = 0.0
@@ -110,15 +116,28 @@ def whole(header: str) -> Column:
 def summary_dict(s: Summary) -> dict[str, object]:
     """A summary for JSON. Sizes in bytes, time in seconds."""
     return {
-        "files": [str(p) for p in s.files], "bytes": s.size, "weights": s.n_weights, "bpw": round(s.bpw, 4),
-        "seconds": round(s.seconds, 3), "device": s.device, "resumed_tensors": s.resumed, "sha256": s.sha256,
-        "source_hash": s.source_hash, "weights_by_type": s.weights_by_type(), "notes": s.notes,
+        "files": [str(p) for p in s.files],
+        "bytes": s.size,
+        "weights": s.n_weights,
+        "bpw": round(s.bpw, 4),
+        "seconds": round(s.seconds, 3),
+        "device": s.device,
+        "resumed_tensors": s.resumed,
+        "sha256": s.sha256,
+        "source_hash": s.source_hash,
+        "weights_by_type": s.weights_by_type(),
+        "notes": s.notes,
         "tensors": [
-            {"name": r.tensor.name, "type": type_name(r.choice.type), "reason": r.choice.reason,
-             "fallback": r.choice.fallback, "rel_mse": r.rel_mse}
+            {
+                "name": r.tensor.name,
+                "type": type_name(r.choice.type),
+                "reason": r.choice.reason,
+                "fallback": r.choice.fallback,
+                "rel_mse": r.rel_mse,
+            }
             for r in s.rows
         ],
-    }  # fmt: skip
+    }
 
 
 def print_summary(s: Summary) -> None:
@@ -166,16 +185,26 @@ def plan_dict(p: Plan) -> dict[str, object]:
     """A plan for JSON. Sizes in bytes."""
     n = sum(r.tensor.n_weights for r in p.rows)
     return {
-        "recipe": p.recipe.name, "bytes": p.size, "weights": n, "bpw": round(8 * p.size / n, 4), "memory": p.memory,
+        "recipe": p.recipe.name,
+        "bytes": p.size,
+        "weights": n,
+        "bpw": round(8 * p.size / n, 4),
+        "memory": p.memory,
         "files": [{"path": str(x.path), "bytes": x.size, "tensors": len(x.tensors)} for x in p.parts],
         "tensors": [
-            {"name": r.tensor.name, "shape": list(r.tensor.shape), "source_type": r.tensor.type_name,
-             "type": type_name(r.choice.type), "bytes": r.out.nbytes,
-             "bpw": round(8 * r.out.nbytes / r.tensor.n_weights, 4), "reason": r.choice.reason,
-             "fallback": r.choice.fallback}
+            {
+                "name": r.tensor.name,
+                "shape": list(r.tensor.shape),
+                "source_type": r.tensor.type_name,
+                "type": type_name(r.choice.type),
+                "bytes": r.out.nbytes,
+                "bpw": round(8 * r.out.nbytes / r.tensor.n_weights, 4),
+                "reason": r.choice.reason,
+                "fallback": r.choice.fallback,
+            }
             for r in p.rows
         ],
-    }  # fmt: skip
+    }
 
 
 def print_plan(p: Plan, free: int) -> None:
@@ -184,9 +213,14 @@ def print_plan(p: Plan, free: int) -> None:
     for r in p.rows:
         bpw = 8 * r.out.nbytes / r.tensor.n_weights
         table.add_row(
-            cell(r.tensor.name), " x ".join(map(str, r.tensor.shape)), r.tensor.type_name, type_name(r.choice.type),
-            f"{bpw:.3f}", f"{r.out.nbytes / 1e6:.3f}", cell(r.choice.reason),
-        )  # fmt: skip
+            cell(r.tensor.name),
+            " x ".join(map(str, r.tensor.shape)),
+            r.tensor.type_name,
+            type_name(r.choice.type),
+            f"{bpw:.3f}",
+            f"{r.out.nbytes / 1e6:.3f}",
+            cell(r.choice.reason),
+        )
     out_console.print(table)
     n = sum(r.tensor.n_weights for r in p.rows)
     line(f"recipe {p.recipe.name}: {p.recipe.description}")
@@ -203,13 +237,18 @@ def print_plan(p: Plan, free: int) -> None:
 def verdict_dict(v: Verdict) -> dict[str, object]:
     """A verdict for JSON."""
     return {
-        "file": str(v.path), "good": v.good, "sha256": v.sha256, "tensors": v.tensors, "trit_plane_tensors": v.planes,
-        "checksums": v.checksums, "faults": v.faults,
+        "file": str(v.path),
+        "good": v.good,
+        "sha256": v.sha256,
+        "tensors": v.tensors,
+        "trit_plane_tensors": v.planes,
+        "checksums": v.checksums,
+        "faults": v.faults,
         "errors": [
             {"name": e.name, "type": e.type, "rel_mse": e.rel_mse if math.isfinite(e.rel_mse) else None}
             for e in v.errors
         ],
-    }  # fmt: skip
+    }
 
 
 def print_verdict(v: Verdict, all_errors: bool) -> None:

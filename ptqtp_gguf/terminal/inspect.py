@@ -151,9 +151,14 @@ def print_tensors(report: Report, planes: Statistics, order: Sort = Sort.FILE) -
     for t in report.tensors if order is Sort.FILE else sorted(report.tensors, key=key):
         s = planes.tensors.get(t.name)
         table.add_row(
-            cell(t.name), shape_of(t.shape), t.type_name, f"{8 * t.nbytes / t.n_weights:.3f}", f"{t.nbytes / 1e6:.3f}",
-            role_of(t.name).value, *(_of_planes(s) if with_planes else ()),
-        )  # fmt: skip
+            cell(t.name),
+            shape_of(t.shape),
+            t.type_name,
+            f"{8 * t.nbytes / t.n_weights:.3f}",
+            f"{t.nbytes / 1e6:.3f}",
+            role_of(t.name).value,
+            *(_of_planes(s) if with_planes else ()),
+        )
     out_console.print(table)
 
 
@@ -184,9 +189,12 @@ def _print_digits(s: PlaneStatistics) -> None:
     most = max(1, *s.digits)
     for d, n in enumerate(s.digits):
         table.add_row(
-            str(DIGIT_VALUES[d]), str(T1_OF_DIGIT[d]), str(T2_OF_DIGIT[d]), f"{100 * n / max(1, s.weights):.2f} %",
+            str(DIGIT_VALUES[d]),
+            str(T1_OF_DIGIT[d]),
+            str(T2_OF_DIGIT[d]),
+            f"{100 * n / max(1, s.weights):.2f} %",
             bar(n / most),
-        )  # fmt: skip
+        )
     out_console.print(table)
 
 
@@ -270,9 +278,15 @@ def _print_roles(d: Difference) -> None:
     table = Table("role", "A", "B", *map(right, heads))
     for r in d.roles:
         table.add_row(
-            r.role.value, r.type_a, r.type_b, str(r.tensors), str(r.identical), f"{r.weights / 1e6:.2f}",
-            _number(r.rel_mse, ".6f"), _number(r.max_abs, ".4g"),
-        )  # fmt: skip
+            r.role.value,
+            r.type_a,
+            r.type_b,
+            str(r.tensors),
+            str(r.identical),
+            f"{r.weights / 1e6:.2f}",
+            _number(r.rel_mse, ".6f"),
+            _number(r.max_abs, ".4g"),
+        )
     out_console.print(table)
     worst = sorted(((t.rel_mse, t.name) for t in d.tensors if t.rel_mse), reverse=True)[:3]
     if worst:

@@ -55,10 +55,18 @@ class Tuned:
 
 
 def tune(
-    folder: Path, planes: Mapping[str, Any], windows: Any, held_out: Any, settings: TuneSettings | None = None,
-    device: str = "cpu", progress: Progress = no_progress, state: Path | None = None,
-    only_vectors: Collection[str] | None = None, trust_code: bool = False, fixed: Mapping[str, Any] | None = None,
-) -> Tuned:  # fmt: skip
+    folder: Path,
+    planes: Mapping[str, Any],
+    windows: Any,
+    held_out: Any,
+    settings: TuneSettings | None = None,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+    state: Path | None = None,
+    only_vectors: Collection[str] | None = None,
+    trust_code: bool = False,
+    fixed: Mapping[str, Any] | None = None,
+) -> Tuned:
     """Tune the planes of the model in a folder.
 
     planes    HF parameter name -> TritPlanes (or a pair alike)
@@ -93,9 +101,14 @@ def tune(
 
 
 def evaluate_kl(
-    folder: Path, planes: Mapping[str, Any], windows: Any, vectors: Mapping[str, Any] | None = None,
-    settings: TuneSettings | None = None, device: str = "cpu", progress: Progress = no_progress,
-) -> float:  # fmt: skip
+    folder: Path,
+    planes: Mapping[str, Any],
+    windows: Any,
+    vectors: Mapping[str, Any] | None = None,
+    settings: TuneSettings | None = None,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> float:
     """Mean KL(original || planes and vectors), nats, over all positions of windows int64 (N, L). Raises TuneError."""
     import torch
 
@@ -132,9 +145,16 @@ def _windows(ids: Any, what: str) -> Any:
 
 
 def _student(
-    folder: Path, planes: Mapping[str, Any], train: Any, held: Any, settings: TuneSettings, device: str,
-    only: Collection[str] | None = None, trust_code: bool = False, fixed: Mapping[str, Any] | None = None,
-) -> Student:  # fmt: skip
+    folder: Path,
+    planes: Mapping[str, Any],
+    train: Any,
+    held: Any,
+    settings: TuneSettings,
+    device: str,
+    only: Collection[str] | None = None,
+    trust_code: bool = False,
+    fixed: Mapping[str, Any] | None = None,
+) -> Student:
     import torch
 
     from .student import Student
@@ -142,10 +162,17 @@ def _student(
     gc.collect()  # a student refers to itself; the one before may still hold memory
     try:
         student = Student(
-            folder, planes, device, bf16=settings.bf16 and device.startswith("cuda"), vectors=settings.train_vectors,
-            latent=settings.latent_start if settings.train_planes else None, logits_bytes=settings.logits_bytes,
-            only=only, trust_code=trust_code, fixed=fixed,
-        )  # fmt: skip
+            folder,
+            planes,
+            device,
+            bf16=settings.bf16 and device.startswith("cuda"),
+            vectors=settings.train_vectors,
+            latent=settings.latent_start if settings.train_planes else None,
+            logits_bytes=settings.logits_bytes,
+            only=only,
+            trust_code=trust_code,
+            fixed=fixed,
+        )
         for ids in (train, held):
             if int(ids.min()) < 0 or int(ids.max()) >= student.embeddings:
                 raise TuneError(
@@ -161,9 +188,14 @@ def _student(
 
 
 def _fingerprint(
-    folder: Path, planes: Mapping[str, Any], train: Any, held: Any, settings: TuneSettings,
-    only: Collection[str] | None, fixed: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path,
+    planes: Mapping[str, Any],
+    train: Any,
+    held: Any,
+    settings: TuneSettings,
+    only: Collection[str] | None,
+    fixed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Everything that decides the result, as JSON."""
     of_planes = hashlib.sha256()
     for name, values in sorted((fixed or {}).items()):

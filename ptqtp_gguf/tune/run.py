@@ -64,10 +64,18 @@ def run(work: Work) -> None:
             planes[hf][0][at], planes[hf][1][at] = levels, codes
     del model, params
     result = tune(
-        found.folder, planes, torch.from_numpy(windows[~held]), torch.from_numpy(windows[held]),
-        work.how.tuning, work.device, work.progress, work.store.folder / "tuning.safetensors",
-        {hf for hf, (t, _) in links.items() if len(t.shape) == 1}, found.trust_code, fixed,
-    )  # fmt: skip
+        found.folder,
+        planes,
+        torch.from_numpy(windows[~held]),
+        torch.from_numpy(windows[held]),
+        work.how.tuning,
+        work.device,
+        work.progress,
+        work.store.folder / "tuning.safetensors",
+        {hf for hf, (t, _) in links.items() if len(t.shape) == 1},
+        found.trust_code,
+        fixed,
+    )
     for note in result.notes:
         work.store.say(note)
     for hf, tuned in result.planes.items():

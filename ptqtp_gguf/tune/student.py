@@ -67,10 +67,19 @@ class Student:
     """
 
     def __init__(
-        self, folder: Path, planes: Mapping[str, Any], device: str, *, bf16: bool, vectors: bool, latent: float | None,
-        logits_bytes: int, only: Collection[str] | None = None, trust_code: bool = False,
+        self,
+        folder: Path,
+        planes: Mapping[str, Any],
+        device: str,
+        *,
+        bf16: bool,
+        vectors: bool,
+        latent: float | None,
+        logits_bytes: int,
+        only: Collection[str] | None = None,
+        trust_code: bool = False,
         fixed: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.device = _device(device)
         self.folder = folder
         self.model = _load(folder, trust_code)

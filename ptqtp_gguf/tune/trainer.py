@@ -96,9 +96,11 @@ class Run:
         if student.latent:
             self.d["latent"] = (student.latent.value, settings.lr_planes)
         self.adam = torch.optim.Adam(
-            [{"params": [d], "lr": lr} for d, lr in self.d.values()], betas=settings.betas, eps=settings.eps,
+            [{"params": [d], "lr": lr} for d, lr in self.d.values()],
+            betas=settings.betas,
+            eps=settings.eps,
             fused=student.device.type == "cuda",
-        )  # fmt: skip
+        )
         self.usual = torch.zeros((), device=student.device)  # running mean of the gradient's norm
         self.best: dict[str, Any] = {}
 
@@ -262,9 +264,14 @@ class Run:
             return
         begun = time.monotonic()
         note = {
-            "job": self.job, "step": self.step, "history": self.history, "notes": self.notes, "sum": self.sum,
-            "count": self.count, "done": self.done,
-        }  # fmt: skip
+            "job": self.job,
+            "step": self.step,
+            "history": self.history,
+            "notes": self.notes,
+            "sum": self.sum,
+            "count": self.count,
+            "done": self.done,
+        }
         data = save({k: v.cpu().contiguous() for k, v in self.tensors().items()}, {"tuning": json.dumps(note)})
         with partial_file(self.path) as partial:
             partial.file.write(data)

@@ -75,10 +75,13 @@ def compile_for(nvrtc: Any, capability: int, source: Path) -> bytes:
     headers = sorted(source.parent.glob("*.cuh"))
     program = call(
         nvrtc.nvrtcCreateProgram(
-            source.read_bytes(), source.name.encode(),
-            len(headers), [h.read_bytes() for h in headers], [h.name.encode() for h in headers],
+            source.read_bytes(),
+            source.name.encode(),
+            len(headers),
+            [h.read_bytes() for h in headers],
+            [h.name.encode() for h in headers],
         )
-    )  # fmt: skip
+    )
     options = [f"--gpu-architecture={arch}".encode(), b"--fmad=false", b"--std=c++17"]
     try:
         call(nvrtc.nvrtcCompileProgram(program, len(options), options))

@@ -262,9 +262,16 @@ class CudaEncoder:
         return slot.pending
 
     def _run(
-        self, slot: _Slot, nbytes: int, out_bytes: int, kernel: str, source: int, groups: int, first: int,
+        self,
+        slot: _Slot,
+        nbytes: int,
+        out_bytes: int,
+        kernel: str,
+        source: int,
+        groups: int,
+        first: int,
         have_moved: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Upload, kernels, download, each on its own stream."""
         device, u32 = self.device, np.uint32
         slot.source.upload(nbytes)
