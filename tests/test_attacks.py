@@ -15,10 +15,10 @@ from helpers import REPO, load_tool, safetensors_bytes
 
 from ptqtp_gguf.calibrate import store as planes
 from ptqtp_gguf.calibrate import texts
-from ptqtp_gguf.conversion.records import choices_of
+from ptqtp_gguf.conversion.records import ConversionJournal, choices_of
 from ptqtp_gguf.errors import CalibrationError, CheckpointError, InputError, OutputError, PtqtpError, RecipeError
 from ptqtp_gguf.files.gguf import Reader
-from ptqtp_gguf.files.journal import Journal, journal_path
+from ptqtp_gguf.files.journal import journal_path
 from ptqtp_gguf.inspect.check import verify
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan import patterns, recipe
@@ -64,7 +64,7 @@ def read_journal(path: Path) -> None:
     out = path.with_name("out.gguf")
     shutil.copy(path, journal_path(out))
     try:
-        Journal(out).__exit__(None, None, None)
+        ConversionJournal(out).__exit__(None, None, None)
     finally:
         assert journal_path(out).read_bytes() == before, "a damaged journal is left as it is"
 
@@ -141,7 +141,7 @@ def test_a_journal_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     victim.write_bytes(b'{"precious"')
     journal_path(tmp_path / "out.gguf").symlink_to(victim)
     with pytest.raises(OutputError):
-        Journal(tmp_path / "out.gguf")
+        ConversionJournal(tmp_path / "out.gguf")
     assert victim.read_bytes() == b'{"precious"'
 
 
@@ -244,7 +244,7 @@ def test_a_packed_line_without_end_is_not_unpacked(tmp_path: Path, monkeypatch: 
 
 def test_a_journal_whose_plan_does_not_fit_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    with GgufSource(tiny_gguf) as source, Journal(out) as journal:
+    with GgufSource(tiny_gguf) as source, ConversionJournal(out) as journal:
         plan = [[t.type, "r", False] for t in source.tensors]
         journal.append({"job": {"options": {}, "plan": plan}})
         assert [c.type for c in choices_of(source, journal)] == [t.type for t in source.tensors]

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion import shares
 from ptqtp_gguf.conversion.loop import Job
+from ptqtp_gguf.conversion.records import JobRecord
 from ptqtp_gguf.distributed import ranks
 from ptqtp_gguf.distributed import run as distributed
 from ptqtp_gguf.errors import Interrupted, QuantizeError
@@ -238,7 +239,7 @@ def test_each_rank_has_its_gpu(local: int, device: str, monkeypatch: pytest.Monk
 
 def test_calibration_does_not_divide(source: Path, out: Path) -> None:
     with pytest.raises(QuantizeError, match=r"--calib and --hessians do not divide .* --imatrix"):
-        distributed.convert(source, out, Options(calibration=Calibration(texts=("builtin",))))
+        distributed.convert_on_ranks(source, out, Options(calibration=Calibration(texts=("builtin",))))
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "lost"])
@@ -269,8 +270,8 @@ def leave_shares(source: Path, out: Path, options: Options, monkeypatch: pytest.
     def stop(job: Job) -> None:
         main = job.journal.job
         assert main is not None
-        of = shares.token(main)
-        for i, share in enumerate(shares.shares_of(out, job.source, main, job.parts)):
+        of = JobRecord.read(main).token()
+        for i, share in enumerate(shares.shares_of(out, job.source, main["plan"], job.parts)):
             if i % 3 == 0:
                 continue
             with shares.opened(share, of) as journal:

@@ -23,6 +23,7 @@ from helpers import REPO, safetensors_bytes, write_gguf
 from ptqtp_gguf.calibrate.store import PlaneStore
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion.export import export_q4_0
+from ptqtp_gguf.conversion.records import ConversionJournal
 from ptqtp_gguf.errors import InputError, OutputError
 from ptqtp_gguf.files import journal
 from ptqtp_gguf.files import writing as output
@@ -87,27 +88,27 @@ RECORD = {"type": 0, "nbytes": 4, "hash": 1, "source": 2, "error": 0.0, "power":
 
 def test_a_journal_of_short_counts(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "open_locked", lambda path, _: Stingy(os.open(path, os.O_RDWR | os.O_CREAT), "r+"))
-    with Journal(out) as j:
+    with ConversionJournal(out) as j:
         j.append({"job": {"some": "thing" * 50}})
         for i in range(20):
             j.append(RECORD | {"tensor": i})
-    with Journal(out) as j:
+    with ConversionJournal(out) as j:
         assert j.found == 20
         j.cut(3)
-    with Journal(out) as j:
+    with ConversionJournal(out) as j:
         assert j.found == 3
 
 
 def test_what_the_journal_could_not_take_is_not_counted(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "open_locked", lambda path, _: Stingy(os.open(path, os.O_RDWR | os.O_CREAT), "r+"))
     monkeypatch.setattr(Stingy, "room", 30)
-    with pytest.raises(OSError), Journal(out) as j:
+    with pytest.raises(OSError), ConversionJournal(out) as j:
         j.append({"job": {}})
         assert j.job == {}
         j.append(RECORD | {"tensor": 0, "why": "a line that does not fit"})
     assert j.rows == []
     monkeypatch.setattr(Stingy, "room", 1 << 30)
-    with Journal(out) as j:
+    with ConversionJournal(out) as j:
         assert j.job == {} and j.found == 0
 
 

@@ -30,7 +30,8 @@ from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import CalibrationError, Interrupted, OutputError, QuantizeError, ResumeError
 from ptqtp_gguf.files.gguf import Reader, TensorInfo
 from ptqtp_gguf.inspect.check import verify
-from ptqtp_gguf.plan.options import Calibration, Options, resolved
+from ptqtp_gguf.plan.options import Calibration, Options
+from ptqtp_gguf.plan.request import Request
 from ptqtp_gguf.plan.tuning import TuneSettings
 from ptqtp_gguf.quantize.methods import METHODS, quantize
 from ptqtp_gguf.source import checkpoint
@@ -68,7 +69,7 @@ def in_order_file(folder: Path, how: Options, tiny_checkpoint: Path) -> tuple[Pa
 def converted_before(bf16: Path) -> Iterator[None]:
     """The checkpoint's GGUF is there already, as with --keep-bf16: llama.cpp's converter takes seconds."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ptqtp_gguf.source.opening.open_source", lambda source, *_: GgufSource(bf16, source))
+        m.setattr("ptqtp_gguf.conversion.bf16.open_source", lambda source, *_: GgufSource(bf16, source))
         yield
 
 
@@ -260,7 +261,7 @@ from ptqtp_gguf import conversion
 from ptqtp_gguf.options import Calibration, Options
 from ptqtp_gguf.source import GgufSource
 source, bf16, out, text = sys.argv[1:]
-conversion.open_source = lambda source, *_: GgufSource(Path(bf16), source)
+bf16_module.open_source = lambda source, *_: GgufSource(Path(bf16), source)
 options = Options(calibration=Calibration((text,), 1024, 64), device="cpu", threads=1)
 conversion.convert(Path(source), Path(out), options,
     lambda stage, done, total, what: what == "block 1, mlp.gate_proj" and os.kill(os.getpid(), 9))
@@ -461,7 +462,7 @@ def test_token_weights_are_squared_gradients(tmp_path: Path) -> None:
 )
 def test_options_that_do_not_go_together(options: Options, message: str) -> None:
     with pytest.raises(QuantizeError, match=message) as e:
-        resolved(options)
+        Request.of(options)
     assert "\n" not in str(e.value)
 
 

@@ -19,6 +19,7 @@ from helpers import REPO, write_gguf
 from ptqtp_gguf.conversion import loop as transcode
 from ptqtp_gguf.conversion import output_files
 from ptqtp_gguf.conversion import pipeline as conversion
+from ptqtp_gguf.conversion.records import ConversionJournal
 from ptqtp_gguf.errors import Interrupted, OutputError, ResumeError
 from ptqtp_gguf.files.journal import Journal, journal_path
 from ptqtp_gguf.plan.options import Options
@@ -117,7 +118,7 @@ def test_another_version_is_refused(source: Path, out: Path, monkeypatch: pytest
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         stop_after(2, m)
         conversion.convert(source, out)
-    monkeypatch.setattr("ptqtp_gguf.conversion.records.__version__", "9.9")
+    monkeypatch.setattr("ptqtp_gguf.source.identity.__version__", "9.9")
     with pytest.raises(ResumeError, match=r"begun with ptqtp-gguf 0\.\d\.\d \(now 9\.9\)"):
         conversion.convert(source, out)
 
@@ -238,7 +239,7 @@ def test_split_output_goes_on_too(source: Path, out: Path, monkeypatch: pytest.M
 def test_one_conversion_to_a_target_at_a_time(
     cli: Callable[..., subprocess.CompletedProcess[str]], source: Path, out: Path
 ) -> None:
-    with Journal(out):
+    with ConversionJournal(out):
         done = cli("convert", source, out)
     assert done.returncode == 1
     assert "another conversion to this file is running" in done.stderr and done.stderr.count("\n") == 1

@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from ptqtp_gguf.calibrate import store as planes
+from ptqtp_gguf.conversion.records import ConversionJournal
 from ptqtp_gguf.errors import PtqtpError
 from ptqtp_gguf.files.gguf import OutTensor, build_header, kv_list, kv_string, kv_u32
-from ptqtp_gguf.files.journal import Journal, journal_path
+from ptqtp_gguf.files.journal import journal_path
 from ptqtp_gguf.inspect.check import verify
 from ptqtp_gguf.plan import recipe
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
@@ -134,7 +135,7 @@ def read_imatrix(path: Path) -> None:
 def read_journal(path: Path) -> None:
     out = path.with_name("out.gguf")
     path.rename(journal_path(out))
-    Journal(out).__exit__(None, None, None)
+    ConversionJournal(out).__exit__(None, None, None)
 
 
 def read_planes(path: Path) -> None:

@@ -36,8 +36,6 @@ ENDS = (Role.EMBEDDING, Role.OUTPUT)  # not in a block: no calibration sees them
 
 def run(work: Work) -> None:
     """Calibrate: leave planes of every matrix that was seen in the store. Raises CalibrationError, QuantizeError."""
-    if work.store.marked("calibrated"):
-        return
     if work.how.hessians:
         _from_moments(work, work.how.hessians)
     else:
@@ -49,8 +47,7 @@ def run(work: Work) -> None:
         missing = [n for n in missing if not _begin(work, work.tensors[n])]
     if missing:
         n = f"{len(missing)} tensors, as {missing[0]}" if len(missing) > 1 else missing[0]
-        work.store.say(f"{n}: not seen by the calibration, or not fit for TP2_1; left to search")
-    work.store.mark("calibrated")
+        work.store.say(f"{n}: not seen by the calibration, or not fit for {work.kind.name}; left to search")
 
 
 def _begin(work: Work, t: TensorInfo) -> bool:

@@ -2,7 +2,7 @@
 
 .NAME.planes/             beside the target; removed when the target is complete
   .planes.journal         one JSON line a finished tensor or block (journal.py): a killed run goes on behind it
-  N.bin                   packed rows of a TP2_1 tensor, or float32 values that replace a norm or bias
+  N.bin                   packed rows of a tensor, or float32 values that replace a norm or bias
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import F32, I8, LEVELS, TP2_1, U8, digits_of_levels, native, scale_to_float
+from ..codec import DEFAULT, F32, I8, U8, TensorType, native, scale_to_float
 from ..errors import InputError, OutputError, PtqtpError, ResumeError
 from ..files import Journal, TensorInfo, file_size, is_count, is_text, open_regular, partial_file, read_bytes, row_size
 from ..quantize import FLOOR, Encoded, to_float
 from ..source import changed_option
 
 
-def unpacked(packed: U8) -> tuple[I8, U8]:
-    """Packed rows of TP2_1 -> levels int8 (R, C), codes uint8 (R, C/32)."""
-    digits, codes = native.unpack(TP2_1, packed)
-    return np.array(LEVELS, np.int8)[digits], codes.astype(np.uint8)
+def unpacked(kind: TensorType, packed: U8) -> tuple[I8, U8]:
+    """Packed rows of a type with levels -> levels int8 (R, C), codes uint8 (R, C/group)."""
+    assert kind.to_levels
+    digits, codes = native.unpack(kind, packed)
+    return kind.to_levels(digits), codes.astype(np.uint8)
 
 
-def validate(record: dict[str, Any]) -> None:
-    """Raises ValueError for a line of the journal that is none. A file has the name that it was given here, never one
-    that leads out of the folder."""
+def read_row(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of the journal: planes of a tensor, or a note. Raises ValueError for a damaged one.
+
+    A file has the name that it was given here, never one that leads out of the folder.
+    """
     if "name" in record:
         good = (
             is_text(record["name"]) and record.get("file") == f"{record['tensor']}.bin" and is_count(record.get("hash"))
@@ -39,6 +42,7 @@ def validate(record: dict[str, Any]) -> None:
         good = is_text(record.get("said", "")) and is_text(record.get("mark", "")) and is_count(record.get("block", 0))
     if not good:
         raise ValueError("a damaged record")
+    return record
 
 
 def planes_folder(out: Path) -> Path:
@@ -65,14 +69,16 @@ class PlaneStore:
     Raises ResumeError where it holds planes that were made in another way, OutputError where it cannot be written.
     """
 
-    def __init__(self, out: Path, job: dict[str, Any], restart: bool = False) -> None:
-        """job: all that decides the planes; "options" in it by the names that the command line has for them."""
+    def __init__(self, out: Path, job: dict[str, Any], kind: TensorType = DEFAULT, restart: bool = False) -> None:
+        """job: all that decides the planes; "options" in it by the names that the command line has for them.
+        kind: their type, one with levels."""
+        self.kind = kind
         self.folder = planes_folder(out)
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as e:
             raise OutputError(f"{self.folder}: {e.strerror}") from None
-        self._journal = Journal(self.folder / "planes", restart, validate)
+        self._journal = Journal(self.folder / "planes", read_row, restart)
         then = self._journal.job
         if then is not None and then != job:
             self._journal.__exit__(None, None, None)
@@ -82,7 +88,7 @@ class PlaneStore:
                 "begun, or begin anew with --restart"
             )
         if then is None:
-            self._journal.append({"job": job})
+            self._journal.begin(job)
         named = [r for r in self._journal.rows if "name" in r]
         self._of: dict[str, dict[str, Any]] = {r["name"]: r for r in named}
         self._first: dict[str, dict[str, Any]] = {r["name"]: r for r in reversed(named)}
@@ -138,10 +144,11 @@ class PlaneStore:
 
     def put(self, t: TensorInfo, levels: I8, codes: U8) -> None:
         """Planes of a whole tensor: levels int8 (R, C), codes uint8 (R, C/32)."""
+        assert self.kind.from_levels
         rows = len(levels)
-        weights = levels.reshape(rows, -1, TP2_1.group).astype(np.float32) * scale_to_float(codes)[:, :, None]
+        weights = levels.reshape(rows, -1, self.kind.group).astype(np.float32) * scale_to_float(codes)[:, :, None]
         hash_ = native.float_hash(weights.reshape(-1))
-        self._write(t.name, native.pack(TP2_1, digits_of_levels(levels), codes), hash=hash_)
+        self._write(t.name, native.pack(self.kind, self.kind.from_levels(levels), codes), hash=hash_)
 
     def put_vector(self, t: TensorInfo, values: F32) -> None:
         """New values of a norm or a bias, float32 (C,)."""
@@ -161,7 +168,7 @@ class PlaneStore:
         path, rows = self.folder / record["file"], t.n_weights // t.shape[0]
         try:
             with open_regular(path) as f:
-                width = row_size(TP2_1.id, t.shape[0]) if len(t.shape) > 1 else 4 * t.shape[0]
+                width = row_size(self.kind.id, t.shape[0]) if len(t.shape) > 1 else 4 * t.shape[0]
                 if file_size(f, str(path)) != rows * width:
                     raise InputError(f"{path}: damaged")
                 return read_bytes(f, start * width, n * width, str(path)).reshape(n, width)
@@ -170,7 +177,7 @@ class PlaneStore:
 
     def planes(self, t: TensorInfo) -> tuple[I8, U8]:
         """Levels int8 (R, C) and codes uint8 (R, C/32) of a tensor, as it was put first."""
-        return unpacked(self.raw(t, first=True))
+        return unpacked(self.kind, self.raw(t, first=True))
 
     def encode(self, t: TensorInfo, source: U8, first: int, threads: int = 0) -> Encoded:
         """A piece of a tensor: source uint8 (R, bytes a row) from weight `first` on -> the same rows of the planes, and
@@ -178,9 +185,9 @@ class PlaneStore:
         at = first // t.shape[0]
         data = self._rows(t, self._of[t.name], at, len(source))
         w = to_float(source, t.type, threads)
-        scan = native.scan(w.reshape(-1), TP2_1.group, FLOOR, threads)
+        scan = native.scan(w.reshape(-1), self.kind.group, FLOOR, threads)
         if len(t.shape) == 1:
             return Encoded(data, 0.0, 0.0, *scan)
-        difference = w - native.dequantize(TP2_1, data)
+        difference = w - native.dequantize(self.kind, data)
         error, power = float(np.vdot(difference, difference)), float(np.vdot(w, w))
         return Encoded(data, error, power, *scan, self._of[t.name]["hash"] if first == 0 else 0)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import F32, I8, TP2_1, U8, native
+from ..codec import F32, I8, U8, native
 from ..errors import CalibrationError, OutputError, QuantizeError
 from ..files import TensorInfo, partial_file, read_whole
-from ..plan import TOKENS_CPU, TOKENS_GPU, Below, Calibration, Options, PlanRow
+from ..plan import TOKENS_CPU, TOKENS_GPU, Below, Calibration, PlanRow, Request
 from ..progress import Progress
-from ..quantize import FLOOR, to_float
+from ..quantize import FLOOR, methods, to_float
 from ..source import Checkpoint, Source, checkpoint
 from . import texts
 from .mapping import Link
@@ -27,6 +27,8 @@ HELD_OUT = 16  # one window of so many is never tuned on, but measured
 class Work:
     """The common ground of the stages of one conversion.
 
+    kind     type of the planes
+    direct   the data-free method for what a stage cannot do
     tensors  name -> tensor, of those that become planes by a stage
     types    name -> ggml type id that each tensor becomes
     device   torch's
@@ -35,15 +37,18 @@ class Work:
     """
 
     def __init__(
-        self, source: Source, rows: list[PlanRow], options: Options, store: PlaneStore, progress: Progress
+        self, source: Source, rows: list[PlanRow], request: Request, store: PlaneStore, progress: Progress
     ) -> None:
-        self.source, self.options, self.store, self.progress = source, options, store, progress
-        self.how: Calibration = options.calibration
-        self.tensors = {r.tensor.name: r.tensor for r in rows if r.choice.type == TP2_1.id}
+        self.source, self.options, self.store, self.progress = source, request.options, store, progress
+        self.how: Calibration = request.calibration
+        self.kind, self.direct = request.kind, request.direct
+        self.tensors = {r.tensor.name: r.tensor for r in rows if r.choice.type == self.kind.id}
         self.types = {r.tensor.name: r.choice.type for r in rows}
-        self.device = _device(options.device)
+        self.device = _device(self.options.device)
         self.n_tokens = self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
-        self._found = None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path, options.trust_code)
+        self._found = (
+            None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path, self.options.trust_code)
+        )
         self.texts = self._load(self.how.texts)
         self.tune_texts = self._load(self.how.tune_texts) or self.texts
         arch, layers = source.get("general.architecture"), None
@@ -52,7 +57,7 @@ class Work:
         if not isinstance(arch, str) or not isinstance(layers, int) or not 0 < layers <= len(source.tensors):
             raise CalibrationError(f"{source.path}: the metadata do not tell architecture and number of blocks")
         self.arch, self.layers = arch, layers
-        _use_threads(options.threads)
+        _use_threads(self.options.threads)
 
     def _load(self, specs: tuple[str, ...]) -> list[texts.Text]:
         return [texts.load(t, lambda line: self.progress("calibration text", 0, 0, line)) for t in specs]
@@ -107,13 +112,13 @@ class Work:
 
     def fits(self, w: F32) -> bool:
         """Whether the planes' type can hold these weights; what it cannot, the conversion lets fall back."""
-        below = Below(TP2_1.id)
-        seen = native.scan(w.reshape(-1), TP2_1.group, FLOOR, self.options.threads)
+        below = Below(self.kind.id)
+        seen = native.scan(w.reshape(-1), self.kind.group, FLOOR, self.options.threads)
         return seen.bad < 0 and not (below.why(seen.largest, seen.groups, seen.below) or below.why_at_end())
 
     def searched(self, w: F32) -> tuple[I8, U8]:
         """Planes without calibration: float32 (R, C) -> levels int8 (R, C), codes uint8 (R, C/32)."""
-        return unpacked(native.quantize(TP2_1, "search", w, None, self.options.threads))
+        return unpacked(self.kind, methods.quantize(self.kind, self.direct, w, threads=self.options.threads))
 
 
 def rows_in(link: Link, n: int) -> NDArray[np.int64]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from .. import __version__
 from ..calibrate import texts
 from ..codec import BY_NAME, DEFAULT, native
-from ..conversion import FLOATS, pipeline
+from ..conversion import FLOATS, make_bf16, pipeline
 from ..errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from ..files import Reader, check_space, file_sha256, parse_json, partial_file, read_whole, type_name, write_text
 from ..llamacpp import install
-from ..plan import Options, Role, decisive, recipe_of, resolved, role_of
+from ..plan import Options, Request, Role, role_of
 from ..progress import Progress
 from ..source import checkpoint
 
@@ -171,12 +171,11 @@ class Workshop:
         weighed = None if how.calibration.wanted else self.imatrix
         how = replace(how, imatrix=weighed)
         source = self.source if how.calibration.wanted else self.reference
-        settled = resolved(how)
         key: dict[str, object] = {
             "reference": self.reference_sha,
             "version": __version__,
             "library": file_sha256(native.library_path()),
-            "options": {**decisive(settled, recipe_of(settled)), "--imatrix": self.imatrix_sha if weighed else "none"},
+            "options": {**Request.of(how).decisive(), "--imatrix": self.imatrix_sha if weighed else "none"},
         }
 
         def make(path: Path) -> None:
@@ -249,7 +248,7 @@ def reference_of(source: Path, store: Store, progress: Progress, trust_code: boo
     files = {name: file_sha256(source / name) for name, _, _ in checkpoint.stamp(source)}
     key: dict[str, object] = {"checkpoint": files, "converter": file_sha256(install.converter())}
     key |= {"trusted": True} if trust_code else {}
-    return store.keep(key, f"{source.name}-bf16.gguf", lambda path: pipeline.make_bf16(found, path, progress))
+    return store.keep(key, f"{source.name}-bf16.gguf", lambda path: make_bf16(found, path, progress))
 
 
 def imatrix_of(

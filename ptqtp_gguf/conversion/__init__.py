@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import pipeline, shares
+from .bf16 import make_bf16, ready_source
 from .checking import verify_written
 from .export import export_q4_0
 from .facts import FLOATS, card_facts
@@ -10,35 +11,42 @@ from .loop import Job
 from .metadata import complete, source_hash
 from .model_card import card
 from .output_files import Part, discard, finish, lay_out, share_files
-from .pipeline import convert, convert_opened, dry_run, imatrix_of, metadata_of, plan_of, ready_source
-from .records import choices_of, require_same
+from .pipeline import Conversion, Phase, convert, dry_run, imatrix_of, metadata_of, plan_of
+from .records import ConversionJournal, JobRecord, TensorRecord, choices_json, choices_of, require_same, rows_of
 from .shares import Share
 from .summary import Plan, Summary
 
 __all__ = [
     "FLOATS",
+    "Conversion",
+    "ConversionJournal",
     "Job",
+    "JobRecord",
     "Part",
+    "Phase",
     "Plan",
     "Share",
     "Summary",
+    "TensorRecord",
     "card",
     "card_facts",
+    "choices_json",
     "choices_of",
     "complete",
     "convert",
-    "convert_opened",
     "discard",
     "dry_run",
     "export_q4_0",
     "finish",
     "imatrix_of",
     "lay_out",
+    "make_bf16",
     "metadata_of",
     "pipeline",
     "plan_of",
     "ready_source",
     "require_same",
+    "rows_of",
     "share_files",
     "shares",
     "source_hash",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol
 
 from ..errors import InputError, OutputError
 from ..files import Reader, align
@@ -12,7 +13,17 @@ from ..progress import Progress, no_progress
 from .output_files import Part
 
 
-def intact_tensors(parts: list[Part], records: list[dict[str, Any]]) -> int:
+class _Finished(Protocol):
+    """A tensor that a journal calls finished (records.TensorRecord)."""
+
+    @property
+    def tensor(self) -> int: ...
+
+    @property
+    def hash(self) -> int: ...
+
+
+def intact_tensors(parts: list[Part], records: Sequence[_Finished]) -> int:
     """How many of the tensors that a journal calls finished the unfinished files really hold, from the first on."""
     for part in parts:
         mine = records[part.first : part.first + len(part.tensors)]
@@ -24,9 +35,9 @@ def intact_tensors(parts: list[Part], records: list[dict[str, Any]]) -> int:
         try:
             size = os.fstat(fd).st_size
             for record, t in zip(mine, part.tensors, strict=False):
-                at = part.offset(record["tensor"])
-                if size < at + align(t.nbytes, part.alignment) or not intact(fd, at, t, record["hash"]):
-                    return int(record["tensor"])
+                at = part.offset(record.tensor)
+                if size < at + align(t.nbytes, part.alignment) or not intact(fd, at, t, record.hash):
+                    return record.tensor
         finally:
             os.close(fd)
     return len(records)

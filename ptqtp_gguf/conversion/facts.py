@@ -7,7 +7,7 @@ from pathlib import Path
 from .. import __version__
 from ..codec import FORMAT_VERSION, TYPES, Key
 from ..files import type_name
-from ..plan import Options, method_name, recipe_of, resolved
+from ..plan import Options, Request
 from .model_card import CardFacts, OutFile, TypeLine, origin_of
 from .summary import Summary
 
@@ -16,8 +16,8 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 def card_facts(summary: Summary, source: Path, options: Options) -> CardFacts:
     """What the model card tells of a conversion."""
-    options = resolved(options)
-    recipe = recipe_of(options)
+    request = Request.of(options)
+    recipe = request.recipe
     types: dict[str, list[int]] = {}
     for r in summary.rows:
         line = types.setdefault(type_name(r.choice.type), [0, 0, 0])
@@ -27,7 +27,7 @@ def card_facts(summary: Summary, source: Path, options: Options) -> CardFacts:
     return CardFacts(
         files=[OutFile(p.name, p.stat().st_size, summary.sha256[p.name]) for p in summary.files],
         types=[TypeLine(kind, *line) for kind, line in types.items()],
-        method=method_name(options),
+        method=request.method.name,
         recipe=recipe.name,
         version=__version__,
         source=source.name,

@@ -1,7 +1,8 @@
 """The loop of a conversion: pieces are read ahead, quantized, and written behind; finished tensors go to the journal.
 
 One tensor after the other, in pieces of whole rows, so memory does not grow with the tensor. A tensor whose values do
-not fit its type is begun again with the type that it falls back to.
+not fit its type is begun again with the type that it falls back to. The pieces are read in the order in which the
+tensors are written, so that `_pieces` and the loop agree on every piece's rows without telling each other.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
 from ..calibrate import PlaneStore
-from ..codec import TP2_1, TYPES, U8
+from ..codec import TYPES, U8
 from ..errors import QuantizeError
-from ..files import F32_ID, Journal, ReadAhead, TensorInfo, WriteBehind, write_all
-from ..plan import Below, Choice, PlanRow, fall_back, not_finite, rows_per_piece
+from ..files import F32_ID, ReadAhead, WriteBehind, write_all
+from ..plan import Below, PlanRow, fall_back, not_finite, rows_per_piece
 from ..progress import Progress
-from ..quantize import MASK, Done, Encoded, Encoder, Pending, checksum
+from ..quantize import MASK, Done, Encoded, Encoder, Pending, checksum, methods
 from ..source import Imatrix, Importance, Source
 from .output_files import Part
+from .records import ConversionJournal, TensorRecord
 
 
 class FallBack(Exception):
@@ -31,52 +33,31 @@ class FallBack(Exception):
 
 @dataclass
 class Job:
-    """What the loop works with. parts: the output files; their tensor lists grow true as tensors finish."""
+    """What the loop works with.
+
+    rows    the plan; a tensor that falls back changes its row
+    parts   the output files; their tensor lists are provisional until the tensors are finished
+    method  data-free; for what `planes` does not hold
+    piece   weights that travel together
+    planes  made before by calibration or tuning, or None
+    """
 
     source: Source
     rows: list[PlanRow]
     parts: list[Part]
-    journal: Journal
+    journal: ConversionJournal
     encoder: Encoder
-    method: str
-    piece: int  # weights
+    method: methods.Method
+    piece: int
     threads: int
     progress: Progress
     imatrix: Imatrix | None = None
     planes: PlaneStore | None = None
 
-
-@dataclass
-class Tally:
-    """Sums over the pieces of one tensor."""
-
-    error: float = 0.0
-    power: float = 0.0
-    hash: int = 0
-    source: int = 0
-    nbytes: int = 0
-    below: Below = field(default_factory=lambda: Below(0))
-
-    def record(self, index: int, row: PlanRow) -> dict[str, Any]:
-        """The journal's line."""
-        return {
-            "tensor": index,
-            "type": row.choice.type,
-            "nbytes": self.nbytes,
-            "hash": self.hash,
-            "source": self.source,
-            "error": self.error,
-            "power": self.power,
-            "why": row.choice.reason if row.choice.fallback else None,
-        }
-
-
-def take_record(row: PlanRow, record: dict[str, Any]) -> None:
-    """Put a finished tensor's record into the plan."""
-    if record["type"] != row.choice.type:
-        row.choice = Choice(record["type"], record["why"] or "", fallback=True)
-    if record["type"] in TYPES:
-        row.rel_mse = record["error"] / record["power"] if record["power"] else 0.0
+    @functools.cached_property
+    def total(self) -> int:
+        """Weights of all tensors."""
+        return sum(r.tensor.n_weights for r in self.rows)
 
 
 def transcode(job: Job) -> None:
@@ -84,7 +65,6 @@ def transcode(job: Job) -> None:
 
     Raises InputError for a value that is not finite or a source that cannot be read, OSError for the output.
     """
-    total = sum(r.tensor.n_weights for r in job.rows)
     start = len(job.journal.rows)
     for part in job.parts:
         end = part.first + len(part.tensors)
@@ -95,11 +75,11 @@ def transcode(job: Job) -> None:
             file.truncate(at)
             file.seek(at)
             while start < end:
-                start = _run(job, part, file, start, end, total)
-    job.progress("quantizing", total, total, "")
+                start = _run(job, part, file, start, end)
+    job.progress("quantizing", job.total, job.total, "")
 
 
-def _run(job: Job, part: Part, file: BinaryIO, start: int, end: int, total: int) -> int:
+def _run(job: Job, part: Part, file: BinaryIO, start: int, end: int) -> int:
     """Tensors start .. end-1; returns the next one to do, which is earlier than end where one must begin again."""
     done = sum(r.tensor.n_weights for r in job.rows[:start])
     with ReadAhead(_pieces(job, start, end)) as pieces, WriteBehind() as sink:
@@ -107,15 +87,15 @@ def _run(job: Job, part: Part, file: BinaryIO, start: int, end: int, total: int)
         for index in range(start, end):
             row = job.rows[index]
             try:
-                record = _tensor(job, row, index, stream, sink, file, done, total)
+                record = _tensor(job, row, stream, TensorWriter(job, index, sink, file), done)
             except FallBack as e:
                 row.choice = fall_back(row.tensor, str(e))
                 part.tensors[index - part.first] = row.out
                 sink.put(functools.partial(_rewind, file, part.offset(index)))
                 return index
-            pad = bytes(-record["nbytes"] % part.alignment)
+            pad = bytes(-record.nbytes % part.alignment)
             sink.put(functools.partial(_close_tensor, job.journal, file, record, pad))
-            take_record(row, record)
+            record.put_into(row)
             done += row.tensor.n_weights
     return end
 
@@ -125,9 +105,9 @@ def _rewind(file: BinaryIO, at: int) -> None:
     file.truncate(at)
 
 
-def _close_tensor(journal: Journal, file: BinaryIO, record: dict[str, Any], pad: bytes) -> None:
+def _close_tensor(journal: ConversionJournal, file: BinaryIO, record: TensorRecord, pad: bytes) -> None:
     write_all(file, pad)
-    journal.append(record)
+    journal.add(record)
 
 
 def _pieces(job: Job, start: int, end: int) -> Generator[U8, None, None]:
@@ -136,72 +116,82 @@ def _pieces(job: Job, start: int, end: int) -> Generator[U8, None, None]:
         yield from job.source.pieces(row.tensor, rows_per_piece(row.tensor, row.choice.type, job.method, job.piece))
 
 
-def _tensor(
-    job: Job,
-    row: PlanRow,
-    index: int,
-    pieces: Generator[U8, None, None],
-    sink: WriteBehind,
-    file: BinaryIO,
-    done: int,
-    total: int,
-) -> dict[str, Any]:
-    t, target = row.tensor, row.choice.type
-    tally = Tally(below=Below(target))
-    importance = job.imatrix.of(t, target, job.source.tensors) if job.imatrix else None
+def _tensor(job: Job, row: PlanRow, pieces: Generator[U8, None, None], writer: TensorWriter, done: int) -> TensorRecord:
+    """One tensor, encoded piece by piece; at most `depth` pieces are with the encoder at a time. Raises FallBack."""
+    t = row.tensor
+    importance = job.imatrix.of(t, row.choice.type, job.source.tensors) if job.imatrix else None
     waiting: deque[tuple[U8, int, Pending]] = deque()
     first = 0
-
-    def take() -> None:
-        raw, at, pending = waiting.popleft()
-        _take(job, row, raw, at, _result(t, pending), tally, sink, file)
-        job.progress("quantizing", done + at + len(raw) * t.shape[0], total, t.name)
-
-    job.progress("quantizing", done, total, t.name)
-    while first < t.n_weights:
-        raw = next(pieces)
-        tally.source += checksum(raw, first // t.shape[0] * raw.shape[1], job.threads)
-        waiting.append((raw, first, _submit(job, row, raw, first, importance)))
-        first += len(raw) * t.shape[0]
-        while len(waiting) >= job.encoder.depth:
-            take()
-    while waiting:
-        take()
-    if why := tally.below.why_at_end():
-        raise FallBack(why)
-    tally.hash &= MASK
-    tally.source &= MASK
-    return tally.record(index, row)
+    job.progress("quantizing", done, job.total, t.name)
+    while first < t.n_weights or waiting:
+        if first < t.n_weights:
+            raw = next(pieces)
+            writer.read(raw, first)
+            waiting.append((raw, first, _submit(job, row, raw, first, importance)))
+            first += len(raw) * t.shape[0]
+        while len(waiting) >= (job.encoder.depth if first < t.n_weights else 1):
+            raw, at, pending = waiting.popleft()
+            writer.write(raw, at, _result(row, pending))
+            job.progress("quantizing", done + at + len(raw) * t.shape[0], job.total, t.name)
+    return writer.end()
 
 
 def _submit(job: Job, row: PlanRow, raw: U8, first: int, importance: Importance | None) -> Pending:
+    planes = job.planes
     try:
-        if job.planes and job.planes.has(row.tensor.name) and row.choice.type in (TP2_1.id, F32_ID):
-            return Done(job.planes.encode(row.tensor, raw, first, job.threads))
-        return job.encoder.submit(raw, row.tensor.type, row.choice.type, job.method, first, importance)
+        if planes and planes.has(row.tensor.name) and row.choice.type in (planes.kind.id, F32_ID):
+            return Done(planes.encode(row.tensor, raw, first, job.threads))
+        return job.encoder.submit(raw, row.tensor.type, row.choice.type, job.method.name, first, importance)
     except QuantizeError as e:
         raise QuantizeError(f"tensor {row.tensor.name}: {e}") from None
 
 
-def _result(t: TensorInfo, pending: Pending) -> Encoded:
+def _result(row: PlanRow, pending: Pending) -> Encoded:
     try:
         return pending.result()
     except QuantizeError as e:
-        raise QuantizeError(f"tensor {t.name}: {e}") from None
+        raise QuantizeError(f"tensor {row.tensor.name}: {e}") from None
 
 
-def _take(
-    job: Job, row: PlanRow, raw: U8, first: int, piece: Encoded, tally: Tally, sink: WriteBehind, file: BinaryIO
-) -> None:
-    """Check one encoded piece, add it to the sums, and hand it to the writer."""
-    t = row.tensor
-    if piece.bad >= 0:
-        raise not_finite(job.source, t, raw, first, piece.bad)
-    if why := tally.below.why(piece.largest, piece.groups, piece.below):
-        raise FallBack(why)
-    data = np.ascontiguousarray(piece.data)
-    tally.error += piece.error
-    tally.power += piece.power
-    tally.hash += piece.hash if row.choice.type in TYPES else checksum(data, tally.nbytes, job.threads)
-    tally.nbytes += data.nbytes
-    sink.put(functools.partial(write_all, file, data.data))
+class TensorWriter:
+    """Takes the pieces of one tensor in order: checks them, adds up what the journal notes, hands them to the file."""
+
+    def __init__(self, job: Job, index: int, sink: WriteBehind, file: BinaryIO) -> None:
+        self._job, self._index, self._row, self._sink, self._file = job, index, job.rows[index], sink, file
+        self._below = Below(self._row.choice.type)
+        self._error = self._power = 0.0
+        self._hash = self._source = self._nbytes = 0
+
+    def read(self, raw: U8, first: int) -> None:
+        """A piece of the source, uint8 (R, B), whose first weight has the index first."""
+        self._source += checksum(raw, first // self._row.tensor.shape[0] * raw.shape[1], self._job.threads)
+
+    def write(self, raw: U8, first: int, piece: Encoded) -> None:
+        """The same piece, encoded. Raises InputError for a value that is not finite, FallBack for one out of reach."""
+        if piece.bad >= 0:
+            raise not_finite(self._job.source, self._row.tensor, raw, first, piece.bad)
+        if why := self._below.why(piece.largest, piece.groups, piece.below):
+            raise FallBack(why)
+        data = np.ascontiguousarray(piece.data)
+        ours = self._row.choice.type in TYPES
+        self._error += piece.error
+        self._power += piece.power
+        self._hash += piece.hash if ours else checksum(data, self._nbytes, self._job.threads)
+        self._nbytes += data.nbytes
+        self._sink.put(functools.partial(write_all, self._file, data.data))
+
+    def end(self) -> TensorRecord:
+        """What the journal notes of the tensor. Raises FallBack where most groups lie below the scales' range."""
+        if why := self._below.why_at_end():
+            raise FallBack(why)
+        choice = self._row.choice
+        return TensorRecord(
+            self._index,
+            choice.type,
+            self._nbytes,
+            self._hash & MASK,
+            self._source & MASK,
+            self._error,
+            self._power,
+            choice.reason if choice.fallback else None,
+        )

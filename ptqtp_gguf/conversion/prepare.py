@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 from ..calibrate import PlaneStore, Work
-from ..codec import TP2_1
-from ..plan import Options, PlanRow
+from ..plan import PlanRow, Request
 from ..progress import Progress
 from ..source import Source, fingerprint
 
@@ -19,23 +18,30 @@ PACKAGE = __package__.rpartition(".")[0]
 
 @contextmanager
 def prepared(
-    source: Source, out: Path, rows: list[PlanRow], options: Options, progress: Progress
+    source: Source, out: Path, rows: list[PlanRow], request: Request, progress: Progress
 ) -> Iterator[PlaneStore]:
-    """Calibrate, and tune, as the options say. Resumable. The store's notes tell what did not go as it should.
+    """Run the stages of the request's method that are not done yet. Resumable.
 
-    Raises CalibrationError, QuantizeError, TuneError, OutputError,
-    ResumeError.
+    Yields the store with the planes; its notes tell what did not go as it should.
+    Raises CalibrationError, QuantizeError, TuneError, OutputError, ResumeError.
     """
-    how = options.calibration
-    job = {**fingerprint(source, how.decisive()), "tensors": _named(rows)}
-    with PlaneStore(out, job, options.restart) as store:
-        if not store.marked("tuned" if how.tune else "calibrated"):
-            work = Work(source, rows, options, store, progress)
-            for stage in ("calibrate.run", "tune.run") if how.tune else ("calibrate.run",):
-                import_module(f"{PACKAGE}.{stage}").run(work)
+    job = {**fingerprint(source, request.calibration.decisive()), "tensors": _named(rows, request.kind.id)}
+    with PlaneStore(out, job, request.kind, request.options.restart) as store:
+        todo = [stage for stage in request.method.stages if not store.marked(stage)]
+        if todo:
+            work = Work(source, rows, request, store, progress)
+            for stage in todo:
+                stage_of(stage)(work)
+                store.mark(stage)
         yield store
 
 
-def _named(rows: list[PlanRow]) -> str:
-    names = "\n".join(r.tensor.name for r in rows if r.choice.type == TP2_1.id)
+def stage_of(name: str) -> Callable[[Work], None]:
+    """The function `run` of a stage, a module below the package: "calibrate.run", "tune.run"."""
+    run: Callable[[Work], None] = import_module(f"{PACKAGE}.{name}").run
+    return run
+
+
+def _named(rows: list[PlanRow], kind: int) -> str:
+    names = "\n".join(r.tensor.name for r in rows if r.choice.type == kind)
     return hashlib.sha256(names.encode()).hexdigest()

@@ -11,8 +11,6 @@ several, goes on with what lies there.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,19 +18,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import InputError
-from ..files import MAX_BYTES, Journal, OutTensor, journal_path, parse_json, read_whole, type_block, write_all
-from ..plan import PlanRow
+from ..files import MAX_BYTES, OutTensor, journal_path, parse_json, read_whole, write_all
 from ..progress import Progress
 from ..source import Source
-from .checking import intact_tensors, verify_written
-from .loop import Job, take_record, transcode
+from .checking import verify_written
+from .loop import Job, transcode
 from .output_files import Part, finish, lay_out, share_files
-from .records import require_tensors
+from .records import ConversionJournal, TensorRecord, require_tensors, take_up
 
 SHARES = 128  # of a single file, about: enough to be distributed evenly, few enough to cost nothing
 CHUNK = 1 << 24  # bytes copied at a time
-
-Record = dict[str, Any]
 
 
 @dataclass
@@ -47,18 +42,13 @@ class Share:
         return self.first + len(self.part.tensors)
 
 
-def shares_of(out: Path, source: Source, job: dict[str, Any], parts: list[Part]) -> list[Share]:
-    """The shares of an output, in order. job: of its journal, with the plan; parts: its files."""
+def shares_of(out: Path, source: Source, plan: list[list[Any]], parts: list[Part]) -> list[Share]:
+    """The shares of an output, in order. plan: of the job in its journal; parts: its files."""
     if len(parts) == 1:
-        tensors = [OutTensor(t.name, t.shape, c[0]) for t, c in zip(source.tensors, job["plan"], strict=True)]
+        tensors = [OutTensor(t.name, t.shape, c[0]) for t, c in zip(source.tensors, plan, strict=True)]
         size = max(1, sum(t.nbytes for t in tensors) // SHARES)
         parts = lay_out(out, tensors, [], source.alignment, size)
     return [Share(p.first, replace(p, first=0, tensors=list(p.tensors))) for p in parts]
-
-
-def token(job: dict[str, Any]) -> str:
-    """What ties a share to its output: SHA-256 of the job in the output's journal."""
-    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 
 def left(out: Path) -> bool:
@@ -81,30 +71,30 @@ def _mark(share: Share, of: str) -> dict[str, Any]:
     return {"of": of, "first": share.first}
 
 
-def seed(share: Share, of: str, records: list[Record]) -> None:
+def seed(share: Share, of: str, records: list[TensorRecord]) -> None:
     """Note in a share what a process that worked alone has finished of it, unless the share knows more."""
     if peek(share, of) >= len(records):
         return
-    with Journal(share.part.path) as journal:
+    with ConversionJournal(share.part.path) as journal:
         journal.clear()
-        journal.append({"job": _mark(share, of)})
+        journal.begin(_mark(share, of))
         for i, record in enumerate(records):
-            journal.append({**record, "tensor": i})
+            journal.add(record.numbered(i))
         journal.sync()
 
 
 @contextlib.contextmanager
-def opened(share: Share, of: str) -> Iterator[Journal]:
+def opened(share: Share, of: str) -> Iterator[ConversionJournal]:
     """The journal of a share, begun anew where it is another output's. Raises OutputError if another process has it."""
-    with Journal(share.part.path) as journal:
+    with ConversionJournal(share.part.path) as journal:
         if journal.job != _mark(share, of):
             journal.clear()
             share.part.work.unlink(missing_ok=True)
-            journal.append({"job": _mark(share, of)})
+            journal.begin(_mark(share, of))
         yield journal
 
 
-def work(job: Job, out: Path, suspect: bool, check: bool = False) -> tuple[list[Record], str]:
+def work(job: Job, out: Path, suspect: bool, check: bool = False) -> tuple[list[TensorRecord], str]:
     """Finish one share: take up what is there, convert the rest, push it to the disk.
 
     job      of this share alone: its rows, its part, its journal
@@ -117,35 +107,16 @@ def work(job: Job, out: Path, suspect: bool, check: bool = False) -> tuple[list[
     part, journal = job.parts[0], job.journal
     if suspect:
         require_tensors(out, job.source, [r.tensor for r in job.rows], journal.rows)
-    _take_up(part, job.rows, journal)
+    take_up([part], job.rows, journal, named=False)
     if journal.verified is None:
         transcode(job)
         if check:
             finish([part])
-            journal.append({"verified": verify_written([part], [r["hash"] for r in journal.rows])})
+            journal.verify(verify_written([part], [r.hash for r in journal.rows]))
         else:
             _sync(part.work)
         journal.sync()
     return list(journal.rows), journal.verified[0] if journal.verified else ""
-
-
-def _take_up(part: Part, rows: list[PlanRow], journal: Journal) -> None:
-    """Put what a share's journal holds into plan and layout; forget what the disk has lost. Raises OutputError."""
-    kinds = zip(rows, journal.rows, strict=False)
-    if len(journal.rows) > len(rows) or any(r.tensor.shape[0] % type_block(k["type"]) for r, k in kinds):
-        raise journal.damaged()
-    if journal.verified is not None and (len(journal.verified), len(journal.rows)) != (1, len(rows)):
-        raise journal.damaged()
-    for row, record in zip(rows, journal.rows, strict=False):
-        take_record(row, record)
-    part.tensors = [r.out for r in rows]
-    if journal.verified is not None:
-        if part.work.exists() and part.work.stat().st_size == part.size:
-            return
-        journal.cut(len(journal.rows))
-    intact = intact_tensors([part], journal.rows)
-    if intact < len(journal.rows):
-        journal.cut(intact)
 
 
 def _sync(path: Path) -> None:
@@ -159,20 +130,19 @@ def join(job: Job, shares: list[Share], of: str, out: Path, suspect: bool) -> No
     job: of the whole output, its journal open. Raises as `work` does.
     """
     in_place = len(job.parts) > 1
-    total = sum(r.tensor.n_weights for r in job.rows)
     for share in shares:
         start = len(job.journal.rows)
         if start < share.end:
             if in_place and start > share.first:
                 seed(share, of, job.journal.rows[share.first : start])
-            progress = shifted(job.progress, sum(r.tensor.n_weights for r in job.rows[: share.first]), total)
+            progress = shifted(job.progress, sum(r.tensor.n_weights for r in job.rows[: share.first]), job.total)
             with opened(share, of) as journal:
                 rows = job.rows[share.first : share.end]
                 mine = replace(job, rows=rows, parts=[share.part], journal=journal, progress=progress)
-                records = [{**r, "tensor": share.first + r["tensor"]} for r in work(mine, out, suspect)[0]]
+                records = [r.numbered(share.first + r.tensor) for r in work(mine, out, suspect)[0]]
             if in_place:
                 for record in records[start - share.first :]:
-                    job.journal.append(record)
+                    job.journal.add(record)
             else:
                 _copy(job, share, records[start - share.first :])
             job.journal.sync()
@@ -186,7 +156,7 @@ def shifted(progress: Progress, base: int, total: int) -> Progress:
     return lambda stage, done, _, detail: progress(stage, base + done, total, detail)
 
 
-def _copy(job: Job, share: Share, records: list[Record]) -> None:
+def _copy(job: Job, share: Share, records: list[TensorRecord]) -> None:
     """Tensors of a finished share, behind what the single file holds already."""
     whole = job.parts[0]
     with (
@@ -194,13 +164,13 @@ def _copy(job: Job, share: Share, records: list[Record]) -> None:
         open(share.part.work, "rb", buffering=0) as data,
     ):
         for record in records:
-            i = record["tensor"]
+            i = record.tensor
             whole.tensors[i] = job.rows[i].out
             file.seek(whole.offset(i))
             data.seek(share.part.offset(i - share.first))
-            _pass_on(data, file, record["nbytes"])
-            write_all(file, bytes(-record["nbytes"] % whole.alignment))
-            job.journal.append(record)
+            _pass_on(data, file, record.nbytes)
+            write_all(file, bytes(-record.nbytes % whole.alignment))
+            job.journal.add(record)
         file.truncate()
         os.fsync(file.fileno())
 

@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion import (
+    Conversion,
+    ConversionJournal,
     Job,
+    JobRecord,
     Part,
     Share,
     Summary,
+    TensorRecord,
+    choices_json,
     choices_of,
     complete,
-    convert_opened,
     discard,
     finish,
     imatrix_of,
@@ -32,25 +36,22 @@ from ..conversion import (
     plan_of,
     ready_source,
     require_same,
+    rows_of,
     share_files,
     shares,
     source_hash,
     verify_written,
 )
 from ..errors import InputError, Interrupted, OutputError, PtqtpError, QuantizeError, RankError
-from ..files import Journal, check_space, check_target
+from ..files import check_space, check_target
 from ..plan import (
     Choice,
     Options,
     PlanRow,
-    Recipe,
+    Request,
     check_values,
-    decisive,
     piece_for,
-    recipe_of,
     require_planes,
-    resolved,
-    role_of,
 )
 from ..progress import Progress, no_progress
 from ..quantize import make_encoder
@@ -65,18 +66,18 @@ def convert_on_ranks(
     out: Path,
     options: Options | None = None,
     progress: Progress = no_progress,
-    last: Callable[[Summary], None] = lambda _: None,
+    on_published: Callable[[Summary], None] = lambda _: None,
 ) -> Summary | None:
     """conversion.convert on all ranks that torchrun has started; each calls this with the same arguments.
 
     source     seen by every rank under its path, which may differ; with keep_bf16 by rank 0 only
     out        in a folder that all ranks see
-    progress   of all ranks together, called on rank 0 only; last: on rank 0 only
+    progress   of all ranks together, called on rank 0 only, and so is on_published
     Returns the summary on rank 0, None on the others. Raises as conversion.convert does, each message with the rank's
     name, and RankError where another rank has failed.
     """
-    options = resolved(options or Options())
-    if options.calibration.wanted:
+    request = Request.of(options)
+    if request.method.learns:
         raise QuantizeError(
             "--calib and --hessians do not divide by tensors: calibration goes through the model in order; run the "
             "command without torchrun, or weigh errors by --imatrix, which divides"
@@ -84,7 +85,7 @@ def convert_on_ranks(
     ranks = Ranks(progress)
     try:
         with ranks:
-            return _Conversion(ranks, out, options).run(source, progress, last)
+            return _Conversion(ranks, out, request).run(source, progress, on_published)
     except RankError as e:
         raise RankError(f"{ranks.name(ranks.rank)}: ended, because {ranks.lost or e}; {KEPT}") from None
     except PtqtpError as e:
@@ -114,23 +115,24 @@ class _Layout:
 class _Conversion:
     """One conversion, on one of the ranks."""
 
-    def __init__(self, ranks: Ranks, out: Path, options: Options) -> None:
+    def __init__(self, ranks: Ranks, out: Path, request: Request) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = options.threads or max(1, cores // number("LOCAL_WORLD_SIZE", 1))
-        self.ranks, self.out, self.options = ranks, out, replace(options, threads=threads)
+        threads = request.options.threads or max(1, cores // number("LOCAL_WORLD_SIZE", 1))
+        self.ranks, self.out = ranks, out
+        self.options = replace(request.options, threads=threads)
+        self.request = replace(request, options=self.options)
         self.first = ranks.rank == 0
-        self.recipe: Recipe = recipe_of(options)
         self.imatrix: Imatrix | None = None
-        self.journal: Journal | None = None
+        self.journal: ConversionJournal | None = None
 
-    def run(self, source: Path, progress: Progress, last: Callable[[Summary], None]) -> Summary | None:
+    def run(self, source: Path, progress: Progress, on_published: Callable[[Summary], None]) -> Summary | None:
         started = time.monotonic()
         own_gpu()
         with ExitStack() as stack:
             check_target(self.out, source, True)
             self.imatrix = imatrix_of(self.options, self.out, stack)
             if self.first:
-                self.journal = stack.enter_context(Journal(self.out, self.options.restart))
+                self.journal = stack.enter_context(ConversionJournal(self.out, self.options.restart))
                 stack.callback(_tidy, self.out, self.journal)
                 if self.journal.job is None:
                     discard(self.out)
@@ -143,11 +145,11 @@ class _Conversion:
             if self.journal is None:
                 self.ranks.exchange(None)
                 return None
-            summary = convert_opened(opened, self.out, self.options, self.recipe, self.imatrix, self.journal, progress)
+            summary = Conversion(opened, self.out, self.request, self.imatrix, self.journal, progress).run()
             if found:
                 summary.resumed, summary.device = made
             summary.seconds = time.monotonic() - started
-            last(summary)
+            on_published(summary)
             self.journal.remove()
             self.ranks.exchange(None)
             return summary
@@ -197,54 +199,54 @@ class _Conversion:
 
     def _layout(self, source: Source, progress: Progress) -> _Layout | None:
         """What all ranks agree upon; None where only names are missing. Rank 0 notes it in the journal."""
-        job = fingerprint(source, decisive(self.options, self.recipe, self.imatrix))
+        job = JobRecord.of(fingerprint(source, self.request.decisive(self.imatrix)))
         self._same(source, job)
         journal, options = self.journal, self.options
 
         def begun() -> dict[str, Any]:
             assert journal is not None
             if journal.job is None:
-                rows = plan_of(source, options, self.recipe, self.imatrix, progress)
-                return {"plan": _choices(rows)}
-            require_same(self.out, source, journal, job)
+                return {"plan": choices_json(plan_of(source, self.request, self.imatrix, progress))}
+            then = require_same(self.out, source, journal, job)
             choices_of(source, journal)
-            return {"job": journal.job, "verified": journal.verified is not None}
+            return {"job": then.json(), "verified": journal.verified is not None}
 
         found = self.ranks.from_first(begun)
         if found.get("verified"):
             return None
-        whole = found.get("job") or {**job, "plan": found["plan"]}
-        rows = _rows(source, whole["plan"])
-        if "job" not in found and options.split_max_size:
+        fresh = "job" not in found
+        whole = replace(job, plan=found["plan"]) if fresh else JobRecord.read(found["job"])
+        rows = rows_of(source, whole.plan)
+        if fresh and options.split_max_size:
             self._check_values(source, rows)
-        whole["plan"] = _choices(rows)
-        if "job" not in found:  # rank 0's: another's source may have other times
-            whole = self.ranks.from_first(lambda: whole)
-        kvs = metadata_of(source, rows, options, self.recipe, self.imatrix)
+        whole = whole.planned(rows)
+        if fresh:  # rank 0's: another's source may have other times
+            whole = JobRecord.read(self.ranks.from_first(whole.json))
+        kvs = metadata_of(source, rows, self.request, self.imatrix)
         parts = lay_out(self.out, [r.out for r in rows], kvs, source.alignment, options.split_max_size)
-        planned = shares.shares_of(self.out, source, whole, parts)
-        of = shares.token(whole)
+        planned = shares.shares_of(self.out, source, whole.plan, parts)
+        of = whole.token()
         if journal is not None:
             for part in parts if len(parts) > 1 else []:
                 check_target(part.path, source.path, options.force)
             begun_size = sum(p.stat().st_size for p in share_files(self.out))
             check_space(self.out.parent, sum(p.size for p in parts) - begun_size)
             if journal.job is None:
-                journal.append({"job": whole})
+                journal.begin(whole.json())
                 journal.sync()
             if len(parts) > 1:  # what one process has done alone
                 for share in planned:
                     shares.seed(share, of, journal.rows[share.first : share.end])
                 journal.cut(0)
-        suspect = self.ranks.from_first(lambda: bool(whole["stamp"] != job["stamp"]))
-        return _Layout(rows, parts, planned, whole["header"], of, suspect)
+        suspect = self.ranks.from_first(lambda: bool(whole.stamp != job.stamp))
+        return _Layout(rows, parts, planned, whole.header, of, suspect)
 
-    def _same(self, source: Source, job: dict[str, Any]) -> None:
+    def _same(self, source: Source, job: JobRecord) -> None:
         """Raises OutputError where ranks do not do the same. A copy of the source may have other times."""
         o = self.options
-        mine = {**job, "source": [] if o.keep_bf16 else [s[:2] for s in job["stamp"]]}
+        mine = {**job.json(), "source": [] if o.keep_bf16 else [s[:2] for s in job.stamp]}
         mine |= {"restart": o.restart, "force": o.force, "name": self.out.name}
-        del mine["stamp"]
+        del mine["stamp"], mine["plan"]
         all_ = self.ranks.exchange(mine)
         for rank, other in enumerate(all_[1:], 1):
             if (option := changed_option(all_[0]["options"], other["options"])) is not None:
@@ -261,11 +263,11 @@ class _Conversion:
         mine = shares.assign([r.tensor.n_weights for r in rows], self.ranks.size)[self.ranks.rank]
         progress = self.ranks.begin("checking", sum(r.tensor.n_weights for r in rows))
         check_values(source, [rows[i] for i in mine], self.options.threads, progress)
-        found = self.ranks.exchange([[i, *_choices([rows[i]])[0]] for i in mine])
+        found = self.ranks.exchange([[i, *choices_json([rows[i]])[0]] for i in mine])
         self.ranks.end()
         for i, *choice in [c for said in found for c in said]:
             rows[i].choice = Choice(*choice)
-        require_planes(source, rows, self.options.type)
+        require_planes(source, rows, self.request.kind.name)
 
     def _make(self, source: Source, found: _Layout) -> tuple[int, str]:
         """All shares, each by one rank. Returns the tensors that were there already, and the device."""
@@ -278,7 +280,7 @@ class _Conversion:
         mine = [todo[k] for k in shares.assign([lacking[i] for i in todo], ranks.size)[ranks.rank]]
         total = sum(sum(weights[i]) for i in mine)
         progress = ranks.begin("quantizing", sum(sum(weights[i]) for i in todo))
-        piece = piece_for(found.rows, options.method, options.max_memory, source)
+        piece = piece_for(found.rows, self.request.direct, options.max_memory, source)
         made: dict[str, Any] = {}
         with closing(make_encoder(options.device, options.threads, options.use_reference)) as encoder:
             base = 0
@@ -291,13 +293,14 @@ class _Conversion:
                         [share.part],
                         journal,
                         encoder,
-                        options.method,
+                        self.request.direct,
                         piece,
                         options.threads,
                         shares.shifted(progress, base, total),
                         self.imatrix,
                     )
-                    made[str(i)] = shares.work(job, self.out, found.suspect, split and i > 0)
+                    records, digest = shares.work(job, self.out, found.suspect, split and i > 0)
+                    made[str(i)] = [[r.json() for r in records], digest]
                 base += sum(weights[i])
             device = encoder.name
         said = ranks.exchange(made if split else None)
@@ -316,31 +319,23 @@ class _Conversion:
 
     def _close(self, found: _Layout, made: dict[int, Any], mine: bool) -> None:
         """The first part, which holds the checksums of all; the journal gets what was made. mine: I write that part."""
-        records = [r for i in sorted(made) for r in made[i][0]]
-        whole = source_hash(found.header, [r["source"] for r in records])
+        records = [TensorRecord.read(r) for i in sorted(made) for r in made[i][0]]
+        whole = source_hash(found.header, [r.source for r in records])
         digest = ""
         if mine:
             part = found.shares[0].part
-            part.kvs = complete(part.kvs, whole, [r["hash"] for r in records])
+            part.kvs = complete(part.kvs, whole, [r.hash for r in records])
             finish([part])
             digest = verify_written([part], [r["hash"] for r in made[0][0]])[0]
         digests = [next(filter(None, self.ranks.exchange(digest))), *(made[i][1] for i in sorted(made) if i)]
         if self.journal is not None:
             for n, record in enumerate(records):
-                self.journal.append({**record, "tensor": n})
-            self.journal.append({"verified": digests})
+                self.journal.add(record.numbered(n))
+            self.journal.verify(digests)
             self.journal.sync()
 
 
-def _choices(rows: list[PlanRow]) -> list[list[Any]]:
-    return [[r.choice.type, r.choice.reason, r.choice.fallback] for r in rows]
-
-
-def _rows(source: Source, plan: list[Any]) -> list[PlanRow]:
-    return [PlanRow(t, Choice(*c), role_of(t.name)) for t, c in zip(source.tensors, plan, strict=True)]
-
-
-def _tidy(out: Path, journal: Journal) -> None:
+def _tidy(out: Path, journal: ConversionJournal) -> None:
     """Nothing is left of a conversion of which nothing was made."""
     if journal.job is not None and not journal.rows and not shares.left(out):
         journal.clear()

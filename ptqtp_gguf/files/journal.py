@@ -1,30 +1,29 @@
-"""What a conversion has finished, so that a killed one goes on where it was: one JSON line a finished tensor.
+"""What a long job has finished, so that a killed one resumes where it stopped: one JSON line a finished row.
 
-The journal lies beside the target as `.NAME.journal`, the unfinished file as `.NAME.partial`. The lines are
+The journal stands next to the target as `.NAME.journal`. Its lines are
 
-    {"job": {...}}                         everything that decides the bytes, and the plan
-    {"tensor": 0, "type": 251, ...}        tensor 0 is in the partial file
-    {"verified": [...]}                    the file is whole and read back; only its name is missing
+    {"job": {...}}             what decides the result; another job cannot resume this one
+    {"tensor": 0, ...}         row 0 is finished; the rest of the line is the row's own
+    {"verified": [...]}        all is finished and read back
 
-A torn last line (the process died while it was written) is cut off; any other line is checked before it is used, by the
-one `validate` that writing passes too. The open journal is locked, so that two
-conversions to one target cannot meet; the lock goes with the process, however that dies.
+What a row holds, its owner says with the function that reads it (`Journal(..., read)`): conversion/records.py,
+calibrate/store.py. A torn last line (the process died while it was written) is cut off. Any other line passes `read`
+before it is used, and so does each line that is written. The open journal is locked, so that two jobs with one target
+cannot meet; the lock goes with the process, however that dies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..errors import OutputError
-from .gguf import GGML_TYPES
 from .reading import parse_json
 from .writing import open_locked, write_all
 
@@ -50,45 +49,41 @@ def is_text(value: object, most: int = MAX_TEXT) -> bool:
     return isinstance(value, str) and len(value) <= most
 
 
-def validate_tensor(record: dict[str, Any]) -> None:
-    """Raises ValueError unless a conversion can be taken up behind this tensor."""
-    sums = all(isinstance(record.get(k), float | int) and math.isfinite(record[k]) for k in ("error", "power"))
-    good = sums and all(is_count(record.get(k)) for k in ("nbytes", "hash", "source"))
-    why = record.get("why")
-    if not good or record.get("type") not in GGML_TYPES or not (why is None or is_text(why)):
-        raise ValueError("a damaged tensor record")
+Row = TypeVar("Row")
+J = TypeVar("J", bound="Journal[Any]")
 
 
-def validate_job(job: object) -> None:
-    """Raises ValueError for what is no job of a conversion, or of an intermediate file."""
-    if not isinstance(job, dict) or not all(isinstance(key, str) for key in job):
-        raise ValueError("a damaged job")
-    stamps = job.get("stamp", job.get("bf16", []))
-    files = isinstance(stamps, list) and all(
-        isinstance(s, list) and len(s) == 3 and is_text(s[0]) and is_count(s[1]) and is_count(abs(s[2])) for s in stamps
-    )
-    plan = job.get("plan", [])
-    choices = isinstance(plan, list) and all(
-        isinstance(c, list) and len(c) == 3 and c[0] in GGML_TYPES and is_text(c[1]) and isinstance(c[2], bool)
-        for c in plan
-    )
-    if not files or not choices or not isinstance(job.get("options", {}), dict):
-        raise ValueError("a damaged job")
+def any_job(job: dict[str, Any]) -> None:
+    """Accept any job."""
 
 
-class Journal:
+class Journal(Generic[Row]):
     """The journal of one target, locked while it is open. Use as a context manager.
 
+    job       what decides the result, as JSON; None before `begin`
+    rows      the finished rows, as `read` makes them
+    verified  SHA-256 of each file of the result, once it was read back
+    found     rows that were there when it was opened
     Raises OutputError if another process holds it, it is damaged, or the folder cannot be written.
     """
 
     def __init__(
-        self, out: Path, restart: bool = False, validate: Callable[[dict[str, Any]], None] = validate_tensor
+        self,
+        out: Path,
+        read: Callable[[dict[str, Any]], Row],
+        restart: bool = False,
+        check_job: Callable[[dict[str, Any]], None] = any_job,
     ) -> None:
-        """restart: forget what an earlier run has left, whatever it is. validate: of one row; raises ValueError."""
-        self.out, self.path, self._validate = out, journal_path(out), validate
+        """Open, or begin, the journal of a target.
+
+        read       a row's JSON -> the row; raises ValueError for a damaged one
+        restart    forget what an earlier run has left, whatever it is
+        check_job  raises ValueError for a damaged job
+        """
+        self.out, self.path, self._read, self._check_job = out, journal_path(out), read, check_job
         self.job: dict[str, Any] | None = None
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
+        self._lines: list[dict[str, Any]] = []  # the rows as JSON
         self.verified: list[str] | None = None  # SHA-256 of each file
         self._removed = False
         busy = f"{out}: another conversion to this file is running; wait for it, or write to another name"
@@ -106,7 +101,7 @@ class Journal:
         except BaseException:
             self._file.close()
             raise
-        self.found = len(self.rows)  # tensors that were finished when it was opened
+        self.found = len(self.rows)
 
     def _load(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -139,7 +134,10 @@ class Journal:
         if not isinstance(record, dict):
             raise ValueError("no record")
         if "job" in record:
-            validate_job(record["job"])
+            job = record["job"]
+            if not isinstance(job, dict) or not all(isinstance(key, str) for key in job):
+                raise ValueError("a damaged job")
+            self._check_job(job)
         elif "verified" in record:
             sums = record["verified"]
             if not isinstance(sums, list) or not all(is_text(s, 64) and _SHA256.fullmatch(s) for s in sums):
@@ -147,7 +145,7 @@ class Journal:
         else:
             if not is_count(record.get("tensor")) or record["tensor"] != len(self.rows) or self.job is None:
                 raise ValueError("a tensor out of turn")
-            self._validate(record)
+            self._read(record)
         return record
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -156,10 +154,19 @@ class Journal:
         elif "verified" in record:
             self.verified = record["verified"]
         else:
-            self.rows.append(record)
+            self.rows.append(self._read(record))
+            self._lines.append(record)
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Note what is to be done."""
+        self.append({"job": job})
+
+    def verify(self, sums: list[str]) -> None:
+        """Note that the result was read back. sums: SHA-256 of each file."""
+        self.append({"verified": sums})
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one record: a job, a tensor, or the verdict."""
+        """Add one line: {"job": ...}, {"tensor": number of the row, ...} or {"verified": ...}. Raises ValueError."""
         write_all(self._file, json.dumps(self._checked(record), separators=(",", ":")).encode() + b"\n")
         self._take(record)  # what could not be written is not counted
 
@@ -167,10 +174,10 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def cut(self, n_rows: int) -> None:
-        """Forget all tensors but the first n_rows, and the verdict."""
-        del self.rows[n_rows:]
+        """Forget all rows but the first n_rows, and the verdict."""
+        del self.rows[n_rows:], self._lines[n_rows:]
         self.verified = None
-        keep = [{"job": self.job}, *self.rows] if self.job is not None else []
+        keep = [{"job": self.job}, *self._lines] if self.job is not None else []
         data = b"".join(json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in keep)
         self._file.seek(0)
         self._file.truncate(0)
@@ -188,7 +195,7 @@ class Journal:
             with contextlib.suppress(FileNotFoundError):
                 self.path.unlink()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self: J) -> J:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:

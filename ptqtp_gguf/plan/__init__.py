@@ -9,13 +9,9 @@ from .options import (
     TOKENS_GPU,
     Calibration,
     Options,
-    decisive,
-    described,
-    method_name,
-    recipe_of,
-    resolved,
 )
 from .recipe import SHIPPED, Choice, Recipe, fall_back
+from .request import Request
 from .roles import Role, layer_of, role_of
 from .rows import Below, PlanRow, check_values, make_plan, not_finite, require_planes, rows_per_piece
 from .tuning import TuneSettings
@@ -31,21 +27,17 @@ __all__ = [
     "Options",
     "PlanRow",
     "Recipe",
+    "Request",
     "Role",
     "TuneSettings",
     "check_values",
-    "decisive",
-    "described",
     "fall_back",
     "layer_of",
     "make_plan",
     "memory_need",
-    "method_name",
     "not_finite",
     "piece_for",
-    "recipe_of",
     "require_planes",
-    "resolved",
     "role_of",
     "rows_per_piece",
 ]

@@ -47,7 +47,7 @@ def fit_budget(
     header_bytes: int,
     sample: Sample,
     *,
-    method: str = "search",
+    method: methods.Method = methods.DEFAULT_METHOD,
     threads: int = 0,
     alignment: int = DEFAULT_ALIGNMENT,
     takes: Callable[[TensorInfo, int], bool] = lambda t, type_id: True,
@@ -74,7 +74,7 @@ def fit_budget(
         raise RecipeError(f"target of {target} bits per weight; give a number above 0")
     recipe.check_overrides(tensors)
     ours = next((BY_NAME[r.target] for r in recipe.rules if r.target in BY_NAME), DEFAULT)
-    methods.require(methods.find(method), ours)
+    methods.require(method, ours)
     model, weights = Model(tensors), sum(t.n_weights for t in tensors)
     chosen: dict[str, Choice] = {}
     free: list[tuple[TensorInfo, list[Option]]] = []
@@ -82,7 +82,7 @@ def fit_budget(
         progress("measuring", i, len(tensors), t.name)
         if _is_free(rule_for(t, recipe.rules, model)):
             fitting = [k for k in _ladder(t, ours) if takes(t, k)]
-            options = _measure(t, fitting, sample, methods.find(method), threads, alignment, importance(t, ours.id))
+            options = _measure(t, fitting, sample, method, threads, alignment, importance(t, ours.id))
             free.append((t, options or [Option(t.type, align(t.nbytes, alignment), 0.0)]))
         else:
             chosen[t.name] = choose(t, recipe.rules, model)

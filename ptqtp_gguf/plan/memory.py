@@ -6,6 +6,7 @@ Measured figures: docs/results/convert.md.
 from __future__ import annotations
 
 from ..errors import OutputError
+from ..quantize import Method
 from ..source import PIECE, Source, StreamSource
 from .rows import PlanRow, rows_per_piece
 
@@ -16,7 +17,7 @@ PER_WEIGHT = 28  # of a piece: read ahead, in work, as float32, encoded, written
 SMALLEST = 1 << 16  # weights a piece
 
 
-def memory_need(rows: list[PlanRow], method: str, piece: int, source: Source) -> int:
+def memory_need(rows: list[PlanRow], method: Method, piece: int, source: Source) -> int:
     """Bytes at the peak, all processes together, roughly and rather too many."""
     largest = max((_weights(r, method, piece) for r in rows), default=0)
     need = BASE + PER_WEIGHT * largest
@@ -25,12 +26,12 @@ def memory_need(rows: list[PlanRow], method: str, piece: int, source: Source) ->
     return need
 
 
-def _weights(row: PlanRow, method: str, piece: int) -> int:
+def _weights(row: PlanRow, method: Method, piece: int) -> int:
     t = row.tensor
     return min(t.n_weights, t.shape[0] * rows_per_piece(t, row.choice.type, method, piece))
 
 
-def piece_for(rows: list[PlanRow], method: str, limit: int, source: Source) -> int:
+def piece_for(rows: list[PlanRow], method: Method, limit: int, source: Source) -> int:
     """Weights a piece. limit in bytes, 0 = none. Raises OutputError where nothing fits into the limit."""
     piece = PIECE
     while limit and piece > SMALLEST and memory_need(rows, method, piece, source) > limit:
@@ -38,7 +39,7 @@ def piece_for(rows: list[PlanRow], method: str, limit: int, source: Source) -> i
     need = memory_need(rows, method, piece, source)
     if limit and need > limit:
         why = "reading a checkpoint takes llama.cpp's converter; " if isinstance(source, StreamSource) else ""
-        why += "method paper takes whole matrices; " if method == "paper" else ""
+        why += f"method {method.name} takes whole matrices; " if method.whole_matrix else ""
         raise OutputError(
             f"--max-memory {limit / 1e6:.0f} MB: at least {need / 1e6:.0f} MB are needed; {why}raise the limit"
         )

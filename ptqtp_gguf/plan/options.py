@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..codec import DEFAULT, TYPES
-from ..errors import QuantizeError
+from ..codec import DEFAULT
 from ..files import open_regular, sha256_of
 from ..quantize import Settings, methods
-from ..source import Imatrix
-from .recipe import Recipe, block_type, load
 from .tuning import TuneSettings
 
-AUTO, CALIBRATED, TUNED = "auto", "calibrated", "tuned"
+AUTO = "auto"  # the method that the other options ask for
 TOKENS_GPU, TOKENS_CPU = 1 << 18, 1 << 15
-METHOD_NAMES = (AUTO, *methods.METHODS, CALIBRATED, TUNED)
+METHOD_NAMES = (AUTO, *methods.METHODS)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def _identity(text: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert. What decides the bytes is in `decisive`; the rest may change when a job is taken up again.
+    """How to convert, in the words of the command line. `Request` (request.py) checks them.
 
     method          auto, or a name of METHOD_NAMES
     type            type that recipes call {type}: TP2_1 or TP2_0
@@ -132,69 +129,3 @@ class Options:
     restart: bool = False
     trust_code: bool = False
     use_reference: bool = False
-
-
-def decisive(options: Options, recipe: Recipe, imatrix: Imatrix | None = None) -> dict[str, object]:
-    """What of the options decides the bytes, by the name that the command line has for it; a file by its checksum."""
-    return {
-        "--method": options.method,
-        "--type": options.type.upper(),
-        "--recipe": recipe.canonical(),
-        "--imatrix": f"{imatrix.name} (SHA-256 {imatrix.sha256})" if imatrix else "none",
-        "--target-bpw": options.target_bpw,
-        "--override-kv": list(options.overrides),
-        "--split-max-size": options.split_max_size,
-        **options.calibration.decisive(),
-        **({"--trust-remote-code": True} if options.trust_code else {}),
-    }
-
-
-def resolved(options: Options) -> Options:
-    """The options with one of METHODS as the method, for what calibration leaves, and tuning in its place.
-
-    Raises QuantizeError where method, text and type do not go together.
-    """
-    how, method = options.calibration, options.method
-    if method in (AUTO, CALIBRATED, TUNED):
-        if method != AUTO and not how.wanted:
-            raise QuantizeError(f"--method {method} learns from text; give --calib FILE, builtin or self")
-        options = replace(options, method="search")
-        if method == TUNED:
-            how = replace(how, tune=True)
-    else:
-        methods.find(method)
-        if how.wanted:
-            raise QuantizeError(f"--method {method} takes no calibration; leave out --calib, or --method")
-    if how.tune_texts and not how.tune:
-        raise QuantizeError("--tune-text says what to tune on; give --tune too")
-    if how.tune and not how.texts:
-        raise QuantizeError("--tune learns from text; give --calib FILE, builtin or self")
-    if how.wanted and not block_type(options.type).calibratable:
-        made = ", ".join(t.name for t in TYPES.values() if t.calibratable)
-        raise QuantizeError(f"--calib makes {made}, not {options.type.upper()}; leave out --type")
-    return replace(options, calibration=how)
-
-
-def method_name(options: Options) -> str:
-    """The method by the name that users have for it."""
-    how = options.calibration
-    return TUNED if how.tune else CALIBRATED if how.wanted else options.method
-
-
-def recipe_of(options: Options) -> Recipe:
-    """The recipe with the user's types in it. Raises RecipeError or QuantizeError where they do not go together."""
-    kind = block_type(options.type)
-    method = methods.find(options.method)
-    methods.require(method, kind)
-    if options.imatrix and not method.takes_importance:
-        takes = ", ".join(m.name for m in methods.METHODS.values() if m.takes_importance)
-        raise QuantizeError(
-            f"--imatrix: method {method.name} takes no importance; leave it out, or use --method {takes}"
-        )
-    return load(options.recipe).bind(kind.name).with_overrides(options.tensor_types)
-
-
-def described(options: Options, recipe: Recipe) -> str:
-    """The recipe in a line: its name, and what the user has put on top."""
-    budget = [] if options.target_bpw is None else [f"--target-bpw {options.target_bpw:g}"]
-    return ", ".join([recipe.name, *budget, *(f"--tensor-type {t}" for t in options.tensor_types)])

@@ -11,10 +11,11 @@ from ..codec import F32, TYPES, U8, scan
 from ..errors import InputError, RecipeError
 from ..files import FLOAT_IDS, OutTensor, TensorInfo
 from ..progress import Progress
-from ..quantize import FLOOR, to_float
+from ..quantize import FLOOR, Method, to_float
 from ..source import Imatrix, Source, rows_together
 from .budget import fit_budget, spread
-from .recipe import Choice, Recipe, fall_back, require_importance
+from .recipe import Choice, fall_back, require_importance
+from .request import Request
 from .roles import Role, role_of
 
 MOSTLY_BELOW = 0.5  # share of groups below the scales' range from which a tensor falls back
@@ -35,21 +36,14 @@ class PlanRow:
 
 
 def make_plan(
-    source: Source,
-    recipe: Recipe,
-    type_name: str,
-    target_bpw: float | None,
-    header: int,
-    method: str,
-    threads: int,
-    progress: Progress,
-    imatrix: Imatrix | None = None,
+    source: Source, request: Request, header: int, progress: Progress, imatrix: Imatrix | None = None
 ) -> list[PlanRow]:
-    """Decide on every tensor by its name and shape; with target_bpw also by its error on a sample of its weights.
+    """Decide on every tensor by its name and shape; with --target-bpw also by its error on a sample of its weights.
 
     header: bytes of the output's metadata, for the budget. Raises RecipeError if nothing would become trit planes, the
     budget cannot be met, or a type wants importance that is not there; InputError for an imatrix of another model.
     """
+    recipe, target_bpw, threads = request.recipe, request.options.target_bpw, request.options.threads
     if imatrix:
         imatrix.check(source.tensors)
     of = functools.partial(imatrix.of, model=source.tensors) if imatrix else lambda t, target: None
@@ -62,7 +56,7 @@ def make_plan(
             target_bpw,
             header,
             lambda t, n: sample(source, t, n),
-            method=method,
+            method=request.direct,
             threads=threads,
             alignment=source.alignment,
             progress=progress,
@@ -76,10 +70,10 @@ def make_plan(
             row.choice = replace(row.choice, reason=f"{row.choice.reason}; {lack}")
     if target_bpw is not None and not any(r.choice.type in TYPES for r in rows):
         raise RecipeError(
-            f"--target-bpw {target_bpw:g}: so many bits leave nothing in {type_name.upper()}; lower the target, or use "
+            f"--target-bpw {target_bpw:g}: so many bits leave nothing in {request.kind.name}; lower the target, or use "
             "llama-quantize for a file of stock types"
         )
-    require_planes(source, rows, type_name)
+    require_planes(source, rows, request.kind.name)
     return rows
 
 
@@ -89,7 +83,7 @@ def require_planes(source: Source, rows: list[PlanRow], type_name: str) -> None:
         return
     first = next((r for r in rows if r.role is Role.BLOCK and r.choice.fallback), None)
     why = f"; {first.tensor.name}: {first.choice.reason}" if first else ""
-    raise RecipeError(f"{source.path}: no tensor takes {type_name.upper()}{why}")
+    raise RecipeError(f"{source.path}: no tensor takes {type_name}{why}")
 
 
 def sample(source: Source, t: TensorInfo, n: int) -> F32:
@@ -103,9 +97,9 @@ def sample(source: Source, t: TensorInfo, n: int) -> F32:
     return to_float(np.concatenate(parts), t.type)
 
 
-def rows_per_piece(t: TensorInfo, target: int, method: str, piece: int) -> int:
-    """Rows that travel together. `paper` stops when the whole matrix has settled, so it takes whole matrices."""
-    if method == "paper" and target in TYPES:
+def rows_per_piece(t: TensorInfo, target: int, method: Method, piece: int) -> int:
+    """Rows that travel together: all of a matrix, where the method must see it whole."""
+    if method.whole_matrix and target in TYPES:
         return t.shape[1]
     return rows_together(t.shape[0], piece)
 

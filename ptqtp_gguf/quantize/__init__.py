@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import gptq, methods
 from .encode import make_encoder
 from .gptq import Settings
+from .methods import Method
 from .pieces import FLOOR, MASK, Done, Encoded, Encoder, Pending, checksum, to_float
 from .torch_codec import GROUP, Tensor, change_unit, code_scales, latent_start, nearest_levels, scale_codes
 
@@ -15,6 +16,7 @@ __all__ = [
     "Done",
     "Encoded",
     "Encoder",
+    "Method",
     "Pending",
     "Settings",
     "Tensor",

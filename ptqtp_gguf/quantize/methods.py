@@ -1,10 +1,15 @@
-"""Methods that turn weights into planes and scales, one module a method, behind one function.
+"""The methods that turn weights into planes and scales: one row each, and what the rest of the program asks of them.
 
-    paper   PTQTP as published (arXiv 2509.16989, Algorithm 1); TP2_0
-    search  the best planes without calibration; TP2_1 and TP2_0
+    search      the best planes without calibration; TP2_1 and TP2_0
+    paper       PTQTP as published (arXiv 2509.16989, Algorithm 1); TP2_0
+    calibrated  second order: errors weighed by the inputs that text gives each matrix; TP2_1
+    tuned       calibrated, then trained end to end against the original model; TP2_1
 
-Each module holds `reference`, clear numpy. The native core (native/ptqtp-quantize.c) does the same arithmetic in the
-same order and is what `quantize` uses; the suite holds both together byte for byte.
+A data-free method is a module here with `reference`, clear numpy, and a twin in the native core (native/quantize/) that
+does the same arithmetic in the same order: the suite holds both together byte for byte.
+
+A method that looks at the model has stages instead: modules with a function `run(work)` that leaves better planes in
+the store than it found (calibrate/work.py). A new stage is one file and a row here.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codec import F32, TP2_0, TP2_1, U8, TensorType, native
+from ..codec import F32, TP2_0, TP2_1, TYPES, U8, TensorType, native
 from ..errors import QuantizeError
 from . import paper, search
 
@@ -23,22 +28,70 @@ Reference = Callable[[TensorType, F32, "F32 | None"], U8]
 
 @dataclass(frozen=True)
 class Method:
-    """What a method makes and takes, and its numpy reference."""
+    """What a method makes, what it takes, and where it is.
+
+    types             what it makes
+    takes_importance  whether squared errors can be weighed by an importance (--imatrix)
+    whole_matrix      whether it looks at a whole matrix at once, so that pieces are whole tensors
+    reference         its numpy reference; None for a method with stages
+    stages            modules below ptqtp_gguf with `run(work)`, in order, e.g. "calibrate.run"
+    rest              the data-free method of the tensors that the stages leave; "" for a data-free method
+    """
 
     name: str
+    summary: str
     types: tuple[TensorType, ...]
     takes_importance: bool
-    reference: Reference
-    summary: str
+    whole_matrix: bool = False
+    reference: Reference | None = None
+    stages: tuple[str, ...] = ()
+    rest: str = ""
 
+    @property
+    def learns(self) -> bool:
+        """Whether it learns from text."""
+        return bool(self.stages)
+
+
+_CALIBRATABLE = tuple(t for t in TYPES.values() if t.calibratable)
 
 METHODS = {
     m.name: m
     for m in (
-        Method("search", (TP2_1, TP2_0), True, search.reference, "best planes without calibration"),
-        Method("paper", (TP2_0,), False, paper.reference, "PTQTP exactly as published"),
+        Method(
+            "search",
+            "best planes without calibration",
+            (TP2_1, TP2_0),
+            takes_importance=True,
+            reference=search.reference,
+        ),
+        Method(
+            "paper",
+            "PTQTP exactly as published",
+            (TP2_0,),
+            takes_importance=False,
+            whole_matrix=True,
+            reference=paper.reference,
+        ),
+        Method(
+            "calibrated",
+            "second order, from text",
+            _CALIBRATABLE,
+            takes_importance=True,
+            stages=("calibrate.run",),
+            rest="search",
+        ),
+        Method(
+            "tuned",
+            "calibrated, then trained end to end",
+            _CALIBRATABLE,
+            takes_importance=True,
+            stages=("calibrate.run", "tune.run"),
+            rest="search",
+        ),
     )
 }
+DEFAULT_METHOD = METHODS["search"]  # data-free
 
 
 def find(name: str) -> Method:
@@ -56,6 +109,11 @@ def require(method: Method, t: TensorType) -> None:
         raise QuantizeError(f"method {method.name} makes {made}, not {t.name}")
 
 
+def direct(method: Method) -> Method:
+    """The data-free method behind a method: itself, or that of the tensors which its stages leave."""
+    return METHODS[method.rest] if method.rest else method
+
+
 def quantize(
     t: TensorType,
     method: Method,
@@ -65,7 +123,7 @@ def quantize(
     threads: int = 0,
     use_reference: bool = False,
 ) -> U8:
-    """Quantize one matrix.
+    """Quantize one matrix by a data-free method.
 
     weights     float32 (R, C), finite, C a multiple of t.block
     importance  float32 (C,) >= 0, weight of each input's squared error, or None: `search` for TP2_1 then lets large
@@ -75,6 +133,8 @@ def quantize(
     Raises QuantizeError where the method does not make the type, or a value is NaN, Inf or out of the type's reach.
     """
     require(method, t)
+    if method.reference is None:
+        raise QuantizeError(f"method {method.name} looks at the model; a matrix alone is quantized by {method.rest}")
     if importance is not None and not method.takes_importance:
         raise QuantizeError(f"method {method.name} takes no importance vector")
     weights = np.ascontiguousarray(weights, dtype=np.float32)

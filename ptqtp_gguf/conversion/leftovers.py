@@ -1,0 +1,57 @@
+"""What a conversion that failed leaves behind: a state that can be resumed where that makes sense, else nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..calibrate import planes_folder
+from ..errors import Interrupted, OutputError, PtqtpError, ResumeError
+from . import shares
+from .output_files import discard
+from .records import ConversionJournal
+
+
+@contextmanager
+def kept_on_failure(out: Path, journal: ConversionJournal) -> Iterator[None]:
+    """Leaves a state that can be taken up again where that makes sense, and nothing at all where it does not."""
+    try:
+        yield
+    except ResumeError:
+        raise
+    except (KeyboardInterrupt, OutputError, OSError, MemoryError) as e:
+        kept = _kept(out, journal)
+        if isinstance(e, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {kept}") from None
+        if isinstance(e, OSError):
+            where = e.filename or f"{out}: writing failed"
+            raise OutputError(f"{where}: {e.strerror or e}; {kept}") from None
+        raise
+    except PtqtpError:
+        # what this run has begun is of no use; what it found, or has finished, is not for it to throw away
+        if journal.found == 0 and journal.verified is None and not shares.left(out):
+            with suppress(OSError):  # the first error is the one to tell
+                _forget(out, journal)
+        raise
+
+
+def _kept(out: Path, journal: ConversionJournal) -> str:
+    """Removes what is not worth keeping; what is left, in words."""
+    try:
+        n = len(journal.rows)
+        divided = shares.left(out)
+        if n == 0 and not planes_folder(out).exists() and not divided:
+            _forget(out, journal)
+            return "nothing was left behind"
+        what = f"{n} finished tensors are" if n else "what calibration has finished is"
+        what = "what several processes have finished is" if divided else what
+        return f"{what} kept; run the same command again to go on"
+    except OSError:  # a disk that takes nothing any more
+        return "run the same command again"
+
+
+def _forget(out: Path, journal: ConversionJournal) -> None:
+    discard(out)
+    journal.clear()
+    journal.remove()

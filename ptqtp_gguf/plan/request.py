@@ -1,0 +1,94 @@
+"""The user's options, checked once: which of them go together, and the method, type and recipe that they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..codec import TYPES, TensorType
+from ..errors import QuantizeError
+from ..quantize import methods
+from ..source import Imatrix
+from .options import AUTO, Calibration, Options
+from .recipe import Recipe, block_type, load
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a conversion is asked to do.
+
+    options      as they were given, but for the calibration's `tune`, which a method may set
+    method       makes the planes; its name is what users read
+    direct       the data-free method: `method` itself, or what quantizes the tensors that its stages leave
+    kind         type of the block matrices
+    recipe       with the user's types in it
+    """
+
+    options: Options
+    method: methods.Method
+    direct: methods.Method
+    kind: TensorType
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, options: Options | None = None) -> Request:
+        """Raises QuantizeError or RecipeError where method, text, type and recipe do not go together."""
+        options = options or Options()
+        method, how = _method(options)
+        kind, direct = block_type(options.type), methods.direct(method)
+        methods.require(direct, kind)
+        if options.imatrix and not direct.takes_importance:
+            takes = ", ".join(m.name for m in methods.METHODS.values() if m.takes_importance and not m.learns)
+            raise QuantizeError(
+                f"--imatrix: method {direct.name} takes no importance; leave it out, or use --method {takes}"
+            )
+        recipe = load(options.recipe).bind(kind.name).with_overrides(options.tensor_types)
+        return cls(replace(options, calibration=how), method, direct, kind, recipe)
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.options.calibration
+
+    def decisive(self, imatrix: Imatrix | None = None) -> dict[str, object]:
+        """What of the options decides the bytes, by the command line's name for it; a file by its checksum."""
+        o = self.options
+        return {
+            "--method": self.direct.name,
+            "--type": self.kind.name,
+            "--recipe": self.recipe.canonical(),
+            "--imatrix": f"{imatrix.name} (SHA-256 {imatrix.sha256})" if imatrix else "none",
+            "--target-bpw": o.target_bpw,
+            "--override-kv": list(o.overrides),
+            "--split-max-size": o.split_max_size,
+            **o.calibration.decisive(),
+            **({"--trust-remote-code": True} if o.trust_code else {}),
+        }
+
+    def described(self) -> str:
+        """The recipe in a line: its name, and what the user has put on top."""
+        o = self.options
+        budget = [] if o.target_bpw is None else [f"--target-bpw {o.target_bpw:g}"]
+        return ", ".join([self.recipe.name, *budget, *(f"--tensor-type {t}" for t in o.tensor_types)])
+
+
+def _method(options: Options) -> tuple[methods.Method, Calibration]:
+    """The method that the options mean, and the calibration with its `tune` set. Raises QuantizeError."""
+    how = options.calibration
+    if options.method == AUTO:
+        method = methods.METHODS["calibrated"] if how.wanted else methods.DEFAULT_METHOD
+    else:
+        method = methods.find(options.method)
+        if method.learns and not how.wanted:
+            raise QuantizeError(f"--method {method.name} learns from text; give --calib FILE, builtin or self")
+        if how.wanted and not method.learns:
+            raise QuantizeError(f"--method {method.name} takes no calibration; leave out --calib, or --method")
+    if method.learns and (how.tune or method is methods.METHODS["tuned"]):
+        method, how = methods.METHODS["tuned"], replace(how, tune=True)
+    if how.tune_texts and not how.tune:
+        raise QuantizeError("--tune-text says what to tune on; give --tune too")
+    if how.tune and not how.texts:
+        raise QuantizeError("--tune learns from text; give --calib FILE, builtin or self")
+    kind = block_type(options.type)
+    if method.learns and kind not in method.types:
+        made = ", ".join(t.name for t in TYPES.values() if t.calibratable)
+        raise QuantizeError(f"--calib makes {made}, not {options.type.upper()}; leave out --type")
+    return method, how
