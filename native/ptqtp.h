@@ -106,7 +106,7 @@ typedef struct {
 } ptqtp_block_q8_0;
 PTQTP_STATIC_ASSERT(sizeof(ptqtp_block_q8_0) == 34, "wrong Q8_0 block size");
 
-/* ---- codec (ptqtp-codec.c) ------------------------------------------------------------------------------- */
+/* ---- codec (codec/codec.c) ------------------------------------------------------------------------------- */
 
 PTQTP_API const char * ptqtp_status_text(int status);
 PTQTP_API size_t ptqtp_type_size(int type);   /* bytes a block; 0 for an unknown type */
@@ -132,7 +132,7 @@ PTQTP_API void ptqtp_dequantize_tp2_0(const void * src, float * dst, int64_t n);
  * index of the first bad block (bad_block may be NULL). */
 PTQTP_API int ptqtp_validate(int type, const void * data, size_t nbytes, int64_t * bad_block);
 
-/* ---- quantizers without calibration (ptqtp-quantize.c, ptqtp-parallel.cpp) -------------------------------- */
+/* ---- quantizers without calibration (quantize/quantize.c, host/parallel.cpp) -------------------------------- */
 
 /* x: nrows x n_per_row floats, row-major. importance: n_per_row floats >= 0 (an imatrix column weight) or NULL,
  * which lets `search` for TP2_1 weight each squared error by 2 mean|w| + |w| of its group, and all else weight none.
@@ -154,7 +154,7 @@ PTQTP_API int ptqtp_quantize_stats(int type, int method, const float * x, const 
                                    int64_t nrows, int64_t n_per_row, uint64_t first, int nthreads,
                                    struct ptqtp_stats * stats);
 
-/* ---- TP2_1 with calibration: the inner loops (ptqtp-calibrate.cpp, ptqtp-bulk-calibrate.inc) ----------------------
+/* ---- TP2_1 with calibration: the inner loops (host/calibrate.cpp, bulk/calibrate.inc) ----------------------
  *
  * A block of ncols columns (a multiple of 32, at most PTQTP_CALIB_COLS) of nrows rows; the products between blocks are
  * the caller's. ld*: elements from row to row. levels: -5 .. 5; codes: one a group of 32; w = scale of code * level.
@@ -178,7 +178,7 @@ PTQTP_API int ptqtp_cd_block(int64_t nrows, int64_t ncols, const float * r, int6
                              int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * delta, int64_t ldd,
                              int window, int nthreads);
 
-/* ---- for a converter (ptqtp-convert.cpp, ptqtp-check.c); nthreads <= 0: all cores, and no result depends on it ----
+/* ---- for a converter (host/convert.cpp, codec/check.c); nthreads <= 0: all cores, and no result depends on it ----
  */
 
 /* A checksum of floats, their bits and their places: the sum mod 2^64 over i of a mix of x[i] and first + i, so that of
@@ -209,13 +209,13 @@ PTQTP_API int ptqtp_scan(const float * x, int64_t n, int64_t group, float floor,
  * of the words 6 = side + 256*r are. five, last: 65536 entries. Digits and scale codes follow from the counts. */
 PTQTP_API int ptqtp_count_words(const void * units, int64_t nunits, int nthreads, uint64_t * five, uint64_t * last);
 
-/* ---- the machine (ptqtp-read.c) --------------------------------------------------------------------------- */
+/* ---- the machine (host/read.c) --------------------------------------------------------------------------- */
 
 /* The sum mod 2^64 of the whole 64-bit words of data, in the machine's byte order, any alignment; up to 7 bytes at the
  * end are left out. One thread; bound by memory, if data does not fit into the caches: size / time is its bandwidth. */
 PTQTP_API uint64_t ptqtp_read_sum(const void * data, size_t size);
 
-/* ---- dot products with Q8_0 activations (ptqtp-dot.c and one file an instruction set) --------------------- */
+/* ---- dot products with Q8_0 activations (kernels/dot.c and one file an instruction set) --------------------- */
 
 typedef float (*ptqtp_dot_fn)(int64_t n, const void * weights, const void * q8_0);
 
@@ -232,7 +232,7 @@ PTQTP_API const struct ptqtp_kernel * ptqtp_kernels(int * count);
  * names; NULL if that name is unknown or not supported here. Chosen once. */
 PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
 
-/* ---- panels: 16 rows of TP2_1 interleaved, in memory only (ptqtp-panel.c and one file an instruction set) --- */
+/* ---- panels: 16 rows of TP2_1 interleaved, in memory only (kernels/panel.c and one file an instruction set) --- */
 
 /* The bytes of 16 units, transposed so that a SIMD lane is a row. A tile is 16 rows x 32 weights, 224 bytes:
  *     byte  64*p + 4*row .. +3   (p = 0, 1, 2)   words 2p and 2p+1 of the row's unit
@@ -242,14 +242,14 @@ PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
 #define PTQTP_TILE_SIZE 224
 
 /* Wide panels, on request, for machines that compute slower than they read: the levels as 4-bit codes (level + 5), no
- * digits to decode, 4.25 bits a weight. A tile is 272 bytes, the quads being those of ptqtp-panel.h:
+ * digits to decode, 4.25 bits a weight. A tile is 272 bytes, the quads being those of kernels/panel.h:
  *     byte  64*i + 4*row .. +3   (i = 0 .. 3)    quad i of the row in the low four bits, quad i+4 in the high ones
  *     byte 256 + row                             scale code */
 #define PTQTP_WIDE_TILE_SIZE 272
 
 enum ptqtp_form { PTQTP_PACKED = 0, PTQTP_WIDE = 1 };
 
-/* A block of 32 activations: a = d * q. q is in the order in which kernels decode weights (see ptqtp-panel.h);
+/* A block of 32 activations: a = d * q. q is in the order in which kernels decode weights (see kernels/panel.h);
  * bias = -5 * sum of q, because decoded levels are stored with 5 added. */
 typedef struct {
     float d;
@@ -258,7 +258,7 @@ typedef struct {
 } ptqtp_act;
 PTQTP_STATIC_ASSERT(sizeof(ptqtp_act) == 4 + 4 + 32, "wrong activation block size");
 
-struct ptqtp_panel_kernel; /* one instruction set: ptqtp-panel.h */
+struct ptqtp_panel_kernel; /* one instruction set: kernels/panel.h */
 
 /* form: enum ptqtp_form, the same in all calls for a matrix */
 PTQTP_API size_t ptqtp_panels_size(int form, int64_t nrows, int64_t n); /* bytes */

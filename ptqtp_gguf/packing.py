@@ -1,4 +1,4 @@
-"""Digits and scales <-> bytes, in numpy: the readable reference of native/ptqtp-codec.c.
+"""Digits and scales <-> bytes, in numpy: the readable reference of native/codec/codec.c.
 
 A unit holds 32 weights in 14 bytes:
 

@@ -1,9 +1,9 @@
-/* Every kernel of ptqtp-kernels.inc on the same bytes, valid or not. What is promised for any bytes: all decode them to
- * the same digits, so the integer sums are equal and only the order of the float sum differs.
- * Input: byte 0 type, byte 1 rows and form, then blocks of weights, then activations. */
-#include "fuzz.h"
-#include "ptqtp-kernels.h"
-#include "ptqtp-unit.h"
+/* Every kernel of kernels/kernels.inc on the same bytes, valid or not. What is promised for any bytes: all decode them
+ * to the same digits, so the integer sums are equal and only the order of the float sum differs. Input: byte 0 type,
+ * byte 1 rows and form, then blocks of weights, then activations. */
+#include "codec/unit.h"
+#include "fuzz/fuzz.h"
+#include "kernels/kernels.h"
 
 #include <math.h>
 

@@ -1,7 +1,7 @@
 /* Any floats through the quantizers, the scan, the conversions and the loops of calibration. What they take they make
  * valid, alike in one thread and in three, and report truly; what they refuse they refuse alike.
  * Input: four bytes of choices, then floats. */
-#include "fuzz.h"
+#include "fuzz/fuzz.h"
 
 #include <math.h>
 

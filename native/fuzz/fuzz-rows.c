@@ -1,6 +1,6 @@
 /* Any bytes as rows of TP2_0 or TP2_1: every decoder reads them, and they agree.
  * Input: byte 0 the type, byte 1 rows, the rest blocks. */
-#include "fuzz.h"
+#include "fuzz/fuzz.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (size < 2) {

@@ -3,7 +3,7 @@
     paper   PTQTP as published (arXiv 2509.16989, Algorithm 1); TP2_0
     search  the best planes without calibration; TP2_1 and TP2_0
 
-Each module holds `reference`, clear numpy. The native core (native/ptqtp-quantize.c) does the same arithmetic in the
+Each module holds `reference`, clear numpy. The native core (native/quantize/quantize.c) does the same arithmetic in the
 same order and is what `quantize` uses; the suite holds both together byte for byte.
 """
 
