@@ -58,7 +58,8 @@ extern "C" {
 #define PTQTP_QK_TP2_1 32  /* weights a TP2_1 block (= group) */
 #define PTQTP_QK_TP2_0 128 /* weights a TP2_0 block (= group) */
 
-enum ptqtp_type { PTQTP_TP2_0 = 250, PTQTP_TP2_1 = 251 }; /* = ggml type ids, part of the file format */
+enum ptqtp_type { PTQTP_TP2_0 = 250, PTQTP_TP2_1 = 251, PTQTP_TYPE_END }; /* = ggml type ids, part of the format */
+#define PTQTP_TYPE_COUNT (PTQTP_TYPE_END - PTQTP_TP2_0)
 
 enum ptqtp_method { PTQTP_PAPER = 0, PTQTP_SEARCH = 1 };
 
@@ -106,23 +107,49 @@ typedef struct {
 } ptqtp_block_q8_0;
 PTQTP_STATIC_ASSERT(sizeof(ptqtp_block_q8_0) == 34, "wrong Q8_0 block size");
 
+/* ---- types (codec/types.c) -------------------------------------------------------------------------------- */
+
+/* What there is to know of a tensor type. A new type is an id above, a row in codec/types.c and its functions, a
+ * decoder in codec/check.c, and kernels in kernels/kernels.inc, the scalar one at least. */
+struct ptqtp_type_traits {
+    int type;          /* enum ptqtp_type */
+    int planes;        /* trit-planes stored */
+    const char * name; /* "TP2_1" */
+    int64_t block;     /* weights a block; a row is whole blocks */
+    int64_t group;     /* weights that share scales */
+    size_t size;       /* bytes a block */
+    size_t scale_size; /* bytes of scale a group, as pack takes and unpack gives them */
+    float reach;       /* the largest |weight| that the quantizers take */
+    bool panels;       /* whether the panels below hold it */
+    /* As the functions named after the type, below. */
+    int (*pack)(const uint8_t * digits, const void * scales, void * dst, int64_t n);
+    int (*unpack)(const void * src, uint8_t * digits, void * scales, int64_t n);
+    void (*dequantize)(const void * src, float * dst, int64_t n);
+    int (*validate)(const void * block); /* of one block: PTQTP_OK, _BAD_WORD or _BAD_SCALE */
+};
+
+/* The types in the order of their ids. */
+PTQTP_API const struct ptqtp_type_traits * ptqtp_type_table(int * count);
+PTQTP_API const struct ptqtp_type_traits * ptqtp_traits(int type); /* NULL for an unknown type */
+PTQTP_API size_t ptqtp_type_size(int type);                        /* bytes a block; 0 for an unknown type */
+PTQTP_API int64_t ptqtp_block_size(int type);                      /* weights a block; 0 for an unknown type */
+
 /* ---- codec (codec/codec.c) ------------------------------------------------------------------------------- */
 
 PTQTP_API const char * ptqtp_status_text(int status);
-PTQTP_API size_t ptqtp_type_size(int type);   /* bytes a block; 0 for an unknown type */
-PTQTP_API int64_t ptqtp_block_size(int type); /* weights a block; 0 for an unknown type */
 
 PTQTP_API float ptqtp_scale_to_float(uint8_t code);
 PTQTP_API uint8_t ptqtp_scale_from_float(float s); /* nearest code, ties to the even code, clamped to 0..255 */
 PTQTP_API float ptqtp_half_to_float(uint16_t h);
 PTQTP_API uint16_t ptqtp_half_from_float(float f); /* round to nearest even */
 
-/* digits: n bytes 0..8, in weight order. scales: TP2_1: n/32 codes; TP2_0: n/128 pairs (a1, a2) of fp16 bits.
+/* digits: n bytes 0..8, in weight order. scales: TP2_1: n/32 codes (uint8_t); TP2_0: n/128 pairs (a1, a2) of fp16 bits
+ * (uint16_t).
  * n a multiple of the block. */
-PTQTP_API int ptqtp_pack_tp2_1(const uint8_t * digits, const uint8_t * codes, void * dst, int64_t n);
-PTQTP_API int ptqtp_pack_tp2_0(const uint8_t * digits, const uint16_t * alphas, void * dst, int64_t n);
-PTQTP_API int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, uint8_t * codes, int64_t n);
-PTQTP_API int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, uint16_t * alphas, int64_t n);
+PTQTP_API int ptqtp_pack_tp2_1(const uint8_t * digits, const void * scales, void * dst, int64_t n);
+PTQTP_API int ptqtp_pack_tp2_0(const uint8_t * digits, const void * scales, void * dst, int64_t n);
+PTQTP_API int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, void * scales, int64_t n);
+PTQTP_API int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, void * scales, int64_t n);
 
 /* dst: n floats. Any bytes decode; no read outside src. */
 PTQTP_API void ptqtp_dequantize_tp2_1(const void * src, float * dst, int64_t n);

@@ -90,17 +90,35 @@ static bool tp2_0(const uint8_t * block, float * out) {
     return good;
 }
 
+/* By type: the decoder of a block, which says whether a packer writes it. A list of its own, as this file shares
+ * nothing with the codec. */
+static const struct decoder {
+    int type, weights, size;
+    bool (*decode)(const uint8_t * block, float * out);
+} decoders[] = { { PTQTP_TP2_0, 128, 56, tp2_0 }, { PTQTP_TP2_1, 32, 14, tp2_1 } };
+
+static const struct decoder * decoder_of(int type) {
+    for (size_t i = 0; i < sizeof decoders / sizeof decoders[0]; i++) {
+        if (decoders[i].type == type) {
+            return &decoders[i];
+        }
+    }
+    return NULL;
+}
+
 int64_t ptqtp_check_piece(int type, const uint8_t * data, int64_t nblocks, uint64_t first, ptqtp_hash_fn hash,
                           uint64_t * sum) {
     enum { BUFFER = 2048 };
     float buffer[BUFFER];
-    const int64_t qk = type == PTQTP_TP2_1 ? PTQTP_QK_TP2_1 : PTQTP_QK_TP2_0;
-    const size_t size = type == PTQTP_TP2_1 ? sizeof(block_tp2_1) : sizeof(block_tp2_0);
+    const struct decoder * d = decoder_of(type);
+    if (!d) { /* what cannot be checked is not good */
+        return 0;
+    }
     int64_t bad = -1;
     for (int64_t i = 0; i < nblocks;) {
         int64_t n = 0;
-        for (; i < nblocks && n < BUFFER; i++, n += qk, data += size) {
-            const bool good = type == PTQTP_TP2_1 ? tp2_1(data, buffer + n) : tp2_0(data, buffer + n);
+        for (; i < nblocks && n < BUFFER; i++, n += d->weights, data += d->size) {
+            const bool good = d->decode(data, buffer + n);
             bad = bad < 0 && !good ? i : bad;
         }
         *sum += hash(buffer, n, first);

@@ -1,4 +1,5 @@
-/* Codec of TP2_0 and TP2_1: pack, unpack, dequantize, validate. Scalar, portable, without allocation. */
+/* The codec of all types: pack, unpack, dequantize, validate. Scalar, portable, without allocation. */
+#include "codec/types.h"
 #include "codec/unit.h"
 
 const char * ptqtp_status_text(int status) {
@@ -17,14 +18,6 @@ const char * ptqtp_status_text(int status) {
         case PTQTP_NO_MEMORY: return "out of memory";
         default: return "unknown status";
     }
-}
-
-size_t ptqtp_type_size(int type) {
-    return type == PTQTP_TP2_1 ? sizeof(block_tp2_1) : type == PTQTP_TP2_0 ? sizeof(block_tp2_0) : 0;
-}
-
-int64_t ptqtp_block_size(int type) {
-    return type == PTQTP_TP2_1 ? PTQTP_QK_TP2_1 : type == PTQTP_TP2_0 ? PTQTP_QK_TP2_0 : 0;
 }
 
 /* ---- scales ---- */
@@ -101,13 +94,14 @@ static bool digits_ok(const uint8_t * digits, int64_t n) {
     return !high;
 }
 
-int ptqtp_pack_tp2_1(const uint8_t * digits, const uint8_t * codes, void * dst, int64_t n) {
+int ptqtp_pack_tp2_1(const uint8_t * digits, const void * scales, void * dst, int64_t n) {
     if (n < 0 || n % PTQTP_QK_TP2_1) {
         return PTQTP_BAD_SIZE;
     }
     if (!digits_ok(digits, n)) {
         return PTQTP_BAD_DIGIT;
     }
+    const uint8_t * codes = scales;
     block_tp2_1 * b = dst;
     for (int64_t i = 0; i < n / PTQTP_QK_TP2_1; i++) {
         ptqtp_unit_pack(digits + i * PTQTP_QK_TP2_1, codes[i], &b[i].u);
@@ -115,13 +109,14 @@ int ptqtp_pack_tp2_1(const uint8_t * digits, const uint8_t * codes, void * dst, 
     return PTQTP_OK;
 }
 
-int ptqtp_pack_tp2_0(const uint8_t * digits, const uint16_t * alphas, void * dst, int64_t n) {
+int ptqtp_pack_tp2_0(const uint8_t * digits, const void * scales, void * dst, int64_t n) {
     if (n < 0 || n % PTQTP_QK_TP2_0) {
         return PTQTP_BAD_SIZE;
     }
     if (!digits_ok(digits, n)) {
         return PTQTP_BAD_DIGIT;
     }
+    const uint16_t * alphas = scales;
     block_tp2_0 * b = dst;
     for (int64_t i = 0; i < n / PTQTP_QK_TP2_0; i++) {
         for (int j = 0; j < 4; j++) {
@@ -132,10 +127,11 @@ int ptqtp_pack_tp2_0(const uint8_t * digits, const uint16_t * alphas, void * dst
     return PTQTP_OK;
 }
 
-int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, uint8_t * codes, int64_t n) {
+int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, void * scales, int64_t n) {
     if (n < 0 || n % PTQTP_QK_TP2_1) {
         return PTQTP_BAD_SIZE;
     }
+    uint8_t * codes = scales;
     const block_tp2_1 * b = src;
     for (int64_t i = 0; i < n / PTQTP_QK_TP2_1; i++) {
         ptqtp_unit_unpack(&b[i].u, digits + i * PTQTP_QK_TP2_1);
@@ -144,10 +140,11 @@ int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, uint8_t * codes, int6
     return PTQTP_OK;
 }
 
-int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, uint16_t * alphas, int64_t n) {
+int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, void * scales, int64_t n) {
     if (n < 0 || n % PTQTP_QK_TP2_0) {
         return PTQTP_BAD_SIZE;
     }
+    uint16_t * alphas = scales;
     const block_tp2_0 * b = src;
     for (int64_t i = 0; i < n / PTQTP_QK_TP2_0; i++) {
         for (int j = 0; j < 4; j++) {
@@ -200,31 +197,37 @@ static bool unit_ok(const ptqtp_unit * u) {
     return ptqtp_encode_rest(u->r * (uint32_t) PTQTP_POW2 >> 8) == u->r;
 }
 
+int ptqtp_validate_block_tp2_1(const void * block) {
+    const block_tp2_1 * b = block;
+    return unit_ok(&b->u) ? PTQTP_OK : PTQTP_BAD_WORD;
+}
+
+int ptqtp_validate_block_tp2_0(const void * block) {
+    const block_tp2_0 * b = block;
+    for (int plane = 0; plane < 2; plane++) {
+        if ((ptqtp_alpha_bits(b, plane) & 0x7c00) == 0x7c00) {
+            return PTQTP_BAD_SCALE;
+        }
+    }
+    for (int j = 0; j < 4; j++) {
+        if (!unit_ok(&b->u[j])) {
+            return PTQTP_BAD_WORD;
+        }
+    }
+    return PTQTP_OK;
+}
+
 int ptqtp_validate(int type, const void * data, size_t nbytes, int64_t * bad_block) {
-    const size_t size = ptqtp_type_size(type);
-    if (size == 0) {
+    const struct ptqtp_type_traits * t = ptqtp_traits(type);
+    if (!t) {
         return PTQTP_BAD_TYPE;
     }
-    if (nbytes % size) {
+    if (nbytes % t->size) {
         return PTQTP_BAD_SIZE;
     }
-    const ptqtp_unit * u = data; /* both types are nothing but units */
-    const int64_t per_block = (int64_t) (size / sizeof *u), nblocks = (int64_t) (nbytes / size);
-    for (int64_t i = 0; i < nblocks; i++, u += per_block) {
-        int status = PTQTP_OK;
-        for (int64_t j = 0; j < per_block; j++) {
-            if (!unit_ok(&u[j])) {
-                status = PTQTP_BAD_WORD;
-            }
-        }
-        if (type == PTQTP_TP2_0) {
-            const block_tp2_0 * b = (const block_tp2_0 *) u;
-            for (int plane = 0; plane < 2; plane++) {
-                if ((ptqtp_alpha_bits(b, plane) & 0x7c00) == 0x7c00) {
-                    status = PTQTP_BAD_SCALE;
-                }
-            }
-        }
+    const uint8_t * block = data;
+    for (int64_t i = 0; i < (int64_t) (nbytes / t->size); i++, block += t->size) {
+        const int status = t->validate(block);
         if (status != PTQTP_OK) {
             if (bad_block) {
                 *bad_block = i;

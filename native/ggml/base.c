@@ -1,35 +1,16 @@
-/* TP2_0 and TP2_1 in ggml-base: dequantize and quantize in ggml's calling conventions. */
+/* Our types in ggml-base: dequantize and quantize in ggml's calling conventions. */
 #include "ggml.h"
 #include "ggml/ggml-ptqtp.h"
 
 #include <stdio.h>
 #include <string.h>
 
-PTQTP_STATIC_ASSERT((int) GGML_TYPE_TP2_0 == PTQTP_TP2_0, "type ids differ");
-PTQTP_STATIC_ASSERT((int) GGML_TYPE_TP2_1 == PTQTP_TP2_1, "type ids differ");
-
-void dequantize_row_tp2_0(const void * x, float * y, int64_t k) {
-    ptqtp_dequantize_tp2_0(x, y, k);
-}
-
-void dequantize_row_tp2_1(const void * x, float * y, int64_t k) {
-    ptqtp_dequantize_tp2_1(x, y, k);
-}
-
-/* These two return nothing, and no block means "broken": stop rather than go on with other weights. */
+/* A row function returns nothing, and no block means "broken": stop rather than go on with other weights. */
 static void quantize_row(enum ptqtp_type type, const float * x, void * y, int64_t k) {
     const int status = ptqtp_quantize_rows(type, PTQTP_SEARCH, x, NULL, y, 1, k);
     if (status != PTQTP_OK) {
         GGML_ABORT("cannot quantize to %s: %s", ggml_type_name((enum ggml_type) type), ptqtp_status_text(status));
     }
-}
-
-void quantize_row_tp2_0_ref(const float * x, void * y, int64_t k) {
-    quantize_row(PTQTP_TP2_0, x, y, k);
-}
-
-void quantize_row_tp2_1_ref(const float * x, void * y, int64_t k) {
-    quantize_row(PTQTP_TP2_1, x, y, k);
 }
 
 /* ggml_quantize_chunk asserts on a short count, which would end the process without a reason. So say the reason and
@@ -46,10 +27,15 @@ static size_t quantize(enum ptqtp_type type, const float * src, void * dst, int6
     return size;
 }
 
-size_t quantize_tp2_0(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
-    return quantize(PTQTP_TP2_0, src, dst, nrows, n_per_row, imatrix);
-}
-
-size_t quantize_tp2_1(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
-    return quantize(PTQTP_TP2_1, src, dst, nrows, n_per_row, imatrix);
-}
+#define DEFINE(name, NAME)                                                                                             \
+    PTQTP_STATIC_ASSERT((int) GGML_TYPE_##NAME == PTQTP_##NAME, "type ids differ");                                    \
+    void dequantize_row_##name(const void * x, float * y, int64_t k) {                                                 \
+        ptqtp_dequantize_##name(x, y, k);                                                                              \
+    }                                                                                                                  \
+    void quantize_row_##name##_ref(const float * x, void * y, int64_t k) {                                             \
+        quantize_row(PTQTP_##NAME, x, y, k);                                                                           \
+    }                                                                                                                  \
+    size_t quantize_##name(const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {   \
+        return quantize(PTQTP_##NAME, src, dst, nrows, n_per_row, imatrix);                                            \
+    }
+PTQTP_GGML_TYPES(DEFINE)

@@ -1,4 +1,4 @@
-/* TP2_0 and TP2_1 in ggml-cpu: the dot products with Q8_0, through the kernel chosen at run time. */
+/* Our types in ggml-cpu: the dot products with Q8_0, through the kernel chosen at run time. */
 #include "ggml.h"
 #include "ggml/ggml-ptqtp.h"
 
@@ -21,17 +21,17 @@ static ptqtp_dot_fn choose(enum ptqtp_type type) {
 }
 
 /* Threads that race here choose the same kernel. */
-#define VEC_DOT(name, type)                                                                                            \
-    void name(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {          \
+#define VEC_DOT(name, NAME)                                                                                            \
+    void ggml_vec_dot_##name##_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,          \
+                                    size_t by, int nrc) {                                                              \
         static SHARED ptqtp_dot_fn cached;                                                                             \
         ptqtp_dot_fn dot = cached;                                                                                     \
         if (!dot) {                                                                                                    \
-            cached = dot = choose(type);                                                                               \
+            cached = dot = choose(PTQTP_##NAME);                                                                       \
         }                                                                                                              \
         assert(nrc == 1);                                                                                              \
         (void) bs, (void) bx, (void) by, (void) nrc;                                                                   \
         *s = dot(n, vx, vy);                                                                                           \
     }
 
-VEC_DOT(ggml_vec_dot_tp2_0_q8_0, PTQTP_TP2_0)
-VEC_DOT(ggml_vec_dot_tp2_1_q8_0, PTQTP_TP2_1)
+PTQTP_GGML_TYPES(VEC_DOT)

@@ -13,13 +13,17 @@
 #define PTQTP_KEY_TYPE_IDS "ptqtp.type_ids"
 
 // Throws where the tensors' layout is not this build's: they would load and print garbage. Reads the file's own key,
-// so that --override-kv cannot get past it.
-inline void ptqtp_check_format(const gguf_context * file, bool has_tp2_tensors) {
+// so that --override-kv cannot get past it. by_type: a map from ggml_type, as the loader counts tensors.
+template <typename Map> void ptqtp_check_format(const gguf_context * file, const Map & by_type) {
     const int64_t key = gguf_find_key(file, PTQTP_KEY_FORMAT_VERSION);
     if (key < 0) {
-        if (has_tp2_tensors) {
-            throw std::runtime_error("the file has TP2 tensors but no " PTQTP_KEY_FORMAT_VERSION
-                                     ", so their layout is unknown; convert the model again");
+        int count;
+        const ptqtp_type_traits * types = ptqtp_type_table(&count);
+        for (int i = 0; i < count; i++) {
+            if (by_type.count((ggml_type) types[i].type)) {
+                throw std::runtime_error("the file has TP2 tensors but no " PTQTP_KEY_FORMAT_VERSION
+                                         ", so their layout is unknown; convert the model again");
+            }
         }
         return;
     }
@@ -37,10 +41,12 @@ inline void ptqtp_check_format(const gguf_context * file, bool has_tp2_tensors) 
 // Sets or removes the keys, by the tensors' target_type.
 template <typename Tensors> void ptqtp_set_format(gguf_context * file, const Tensors & tensors) {
     std::vector<uint32_t> ids;
-    for (const uint32_t id : { PTQTP_TP2_0, PTQTP_TP2_1 }) {
+    int count;
+    const ptqtp_type_traits * types = ptqtp_type_table(&count);
+    for (int i = 0; i < count; i++) {
         for (const auto & tensor : tensors) {
-            if ((uint32_t) tensor.target_type == id) {
-                ids.push_back(id);
+            if ((int) tensor.target_type == types[i].type) {
+                ids.push_back((uint32_t) types[i].type);
                 break;
             }
         }

@@ -264,8 +264,14 @@ panel_traits traits;
 
 // ---- the buffer type ----
 
+// Whether this buffer type holds a tensor as panels; one of another type lies in it as it is.
+bool in_panels(const ggml_tensor * t) {
+    const ptqtp_type_traits * type = ptqtp_traits(t->type);
+    return type && type->panels;
+}
+
 ggml_status init_tensor(ggml_backend_buffer_t, ggml_tensor * tensor) {
-    tensor->extra = tensor->type == GGML_TYPE_TP2_1 ? &traits : nullptr;
+    tensor->extra = in_panels(tensor) ? &traits : nullptr;
     return GGML_STATUS_SUCCESS;
 }
 
@@ -278,14 +284,14 @@ template <typename Fn> void for_each_matrix(const ggml_tensor * t, Fn fn) {
 }
 
 void set_tensor(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
-    GGML_ASSERT(t->type == GGML_TYPE_TP2_1 && offset == 0 && size == ggml_nbytes(t));
+    GGML_ASSERT(in_panels(t) && offset == 0 && size == ggml_nbytes(t));
     for_each_matrix(t, [&](char * panels, size_t at) {
         ptqtp_panels_from_rows(form(), (const char *) data + at, panels, 0, t->ne[1], t->ne[0]);
     });
 }
 
 void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
-    GGML_ASSERT(t->type == GGML_TYPE_TP2_1 && offset == 0 && size == ggml_nbytes(t));
+    GGML_ASSERT(in_panels(t) && offset == 0 && size == ggml_nbytes(t));
     for_each_matrix(t, [&](const char * panels, size_t at) {
         ptqtp_rows_from_panels(form(), panels, (char *) data + at, 0, t->ne[1], t->ne[0]);
     });
@@ -326,20 +332,20 @@ size_t get_alignment(ggml_backend_buffer_type_t) {
 }
 
 size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * t) {
-    if (t->type != GGML_TYPE_TP2_1) {
+    if (!in_panels(t)) {
         return ggml_nbytes(t);
     }
     return ptqtp_panels_size(form(), t->ne[1], t->ne[0]) * (size_t) (t->ne[2] * t->ne[3]);
 }
 
 class panel_buffer_type : public ggml::cpu::extra_buffer_type {
-    static bool is_panels(const ggml_tensor * t) {
+    static bool is_ours(const ggml_tensor * t) {
         return t && t->buffer && t->buffer->buft == ggml_backend_cpu_ptqtp_buffer_type();
     }
 
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
         const ggml_tensor *src0 = op->src[0], *src1 = op->src[1];
-        if (!is_panels(src0) || src0->type != GGML_TYPE_TP2_1 || !ggml_is_contiguous(src0) || src0->view_src) {
+        if (!is_ours(src0) || !in_panels(src0) || !ggml_is_contiguous(src0) || src0->view_src) {
             return false;
         }
         if (!src1 || src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) ||
@@ -353,7 +359,7 @@ class panel_buffer_type : public ggml::cpu::extra_buffer_type {
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        if ((op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID) && is_panels(op->src[0])) {
+        if ((op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID) && is_ours(op->src[0])) {
             return (ggml::cpu::tensor_traits *) op->src[0]->extra;
         }
         return nullptr;

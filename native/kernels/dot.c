@@ -1,4 +1,4 @@
-/* Dot products of a TP2 row with a Q8_0 row: the scalar reference, and the choice of a kernel at run time.
+/* Dot products of a row with a Q8_0 row: the scalar reference, and the choice of a kernel at run time.
  * The integer sum of each 32 weights is exact in every kernel; only the float sum over them differs in order. */
 #include "codec/unit.h"
 #include "kernels/kernels.h"
@@ -68,12 +68,26 @@ static const struct ptqtp_kernel * choose(int type) {
 
 const struct ptqtp_kernel * ptqtp_kernel_for(int type) {
     /* Racing threads compute the same answer and store the same pointer. */
-    static const struct ptqtp_kernel * chosen[2];
-    const int slot = type == PTQTP_TP2_1;
+    static const struct ptqtp_kernel * chosen[PTQTP_TYPE_COUNT];
+    const struct ptqtp_type_traits * t = ptqtp_traits(type);
+    if (!t) {
+        return NULL;
+    }
+    int count;
+    const ptrdiff_t slot = t - ptqtp_type_table(&count);
     const struct ptqtp_kernel * k = __atomic_load_n(&chosen[slot], __ATOMIC_RELAXED);
     if (!k) {
         k = choose(type);
         __atomic_store_n(&chosen[slot], k, __ATOMIC_RELAXED);
     }
     return k;
+}
+
+ptqtp_dot_fn ptqtp_dot_scalar(int type) {
+    for (size_t i = 0; i < sizeof kernels / sizeof kernels[0]; i++) {
+        if (kernels[i].type == type && strcmp(kernels[i].name, "scalar") == 0) {
+            return kernels[i].dot;
+        }
+    }
+    return NULL;
 }

@@ -16,4 +16,6 @@
 #undef PTQTP_KERNEL
 #undef PTQTP_PANEL_KERNEL
 
+ptqtp_dot_fn ptqtp_dot_scalar(int type); /* the reference; NULL for an unknown type */
+
 #endif

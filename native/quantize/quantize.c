@@ -428,15 +428,10 @@ static int search_tp2_0(const float * x, const float * h, const struct ptqtp_sor
 
 /* ---- rows ---- */
 
-/* 5 * 1.9375, TP2_1's outermost level; and well inside fp16 for TP2_0's scales */
-static float reach(int type) {
-    return type == PTQTP_TP2_1 ? 9.6875f : 32768.0f;
-}
-
 int ptqtp_quantize_check(int type, int method, const float * x, const float * importance, int64_t nrows,
                          int64_t n_per_row) {
-    const int64_t qk = ptqtp_block_size(type);
-    if (qk == 0) {
+    const struct ptqtp_type_traits * t = ptqtp_traits(type);
+    if (!t) {
         return PTQTP_BAD_TYPE;
     }
     if ((method != PTQTP_PAPER && method != PTQTP_SEARCH) ||
@@ -444,10 +439,10 @@ int ptqtp_quantize_check(int type, int method, const float * x, const float * im
         return PTQTP_BAD_METHOD;
     }
     int64_t n;
-    if (nrows < 0 || n_per_row < 0 || n_per_row % qk || __builtin_mul_overflow(nrows, n_per_row, &n)) {
+    if (nrows < 0 || n_per_row < 0 || n_per_row % t->block || __builtin_mul_overflow(nrows, n_per_row, &n)) {
         return PTQTP_BAD_SIZE;
     }
-    const float limit = reach(type);
+    const float limit = t->reach;
     bool finite = true, in_reach = true;
     for (int64_t i = 0; i < n; i++) {
         finite &= fabsf(x[i]) <= FLT_MAX;

@@ -98,6 +98,62 @@ static void test_scales(void) {
     CHECK(ptqtp_half_from_float(65519.996f) == 0x7bff && ptqtp_half_from_float(65520) == 0x7c00, "half overflow");
 }
 
+/* The table says of each type what its bytes say; and what is packed unpacks, validates and reads back alike. */
+static void test_types(void) {
+    enum { BLOCKS = 9 };
+    int count;
+    const struct ptqtp_type_traits * types = ptqtp_type_table(&count);
+    CHECK(count == PTQTP_TYPE_COUNT, "%d types", count);
+    for (int i = 0; i < count; i++) {
+        const struct ptqtp_type_traits * t = &types[i];
+        CHECK(t->type == PTQTP_TP2_0 + i && ptqtp_traits(t->type) == t, "row %d is type %d", i, t->type);
+        CHECK(t->name && t->planes > 0 && t->reach > 0, "row %d", i);
+        CHECK(t->pack && t->unpack && t->dequantize && t->validate, "functions of %s", t->name);
+        CHECK(t->block > 0 && t->group > 0 && t->block % t->group == 0 && t->block % 32 == 0, "block of %s", t->name);
+        CHECK(ptqtp_type_size(t->type) == t->size && ptqtp_block_size(t->type) == t->block, "sizes of %s", t->name);
+        const int64_t n = BLOCKS * t->block;
+        const size_t nscales = (size_t) (n / t->group) * t->scale_size, nbytes = BLOCKS * t->size;
+        uint8_t *digits = guarded((size_t) n), *back = guarded((size_t) n), *packed = guarded(nbytes);
+        uint8_t *scales = guarded(nscales), *scales_back = guarded(nscales);
+        float * values = (float *) guarded((size_t) n * sizeof(float));
+        for (int64_t k = 0; k < n; k++) {
+            digits[k] = rnd() % 9;
+        }
+        for (size_t k = 0; k < nscales; k++) {
+            scales[k] = (uint8_t) (rnd() & 0x3f); /* finite, if two bytes are an fp16 */
+        }
+        CHECK(t->pack(digits, scales, packed, n) == PTQTP_OK, "%s packs", t->name);
+        CHECK(t->unpack(packed, back, scales_back, n) == PTQTP_OK, "%s unpacks", t->name);
+        CHECK(!memcmp(digits, back, (size_t) n) && !memcmp(scales, scales_back, nscales), "%s round trip", t->name);
+        CHECK(ptqtp_validate(t->type, packed, nbytes, NULL) == PTQTP_OK, "%s validates", t->name);
+        t->dequantize(packed, values, n);
+        uint64_t sum = 0;
+        int64_t bad = -2;
+        CHECK(ptqtp_check(t->type, packed, BLOCKS, 5, 1, &sum, &bad) == PTQTP_OK && bad == -1,
+              "%s has no second decoder", t->name);
+        CHECK(sum == ptqtp_hash(values, n, 5, 1), "the two decoders of %s differ", t->name);
+        memset(packed + 3 * t->size, 0xff, t->size);
+        CHECK(ptqtp_validate(t->type, packed, nbytes, &bad) != PTQTP_OK && bad == 3, "%s: 0xff is no block", t->name);
+        CHECK(t->validate(packed + 3 * t->size) != PTQTP_OK && t->validate(packed) == PTQTP_OK, "one block");
+        digits[n - 1] = 9;
+        CHECK(t->pack(digits, scales, packed, n) == PTQTP_BAD_DIGIT, "%s: digit 9", t->name);
+        CHECK(t->pack(digits, scales, packed, t->block + 1) == PTQTP_BAD_SIZE, "%s: not whole", t->name);
+        CHECK(t->unpack(packed, back, scales_back, t->block - 1) == PTQTP_BAD_SIZE, "%s: not whole", t->name);
+        CHECK(ptqtp_panels_size(PTQTP_PACKED, 16, t->block) > 0 || !t->panels, "panels of %s", t->name);
+        release(digits, (size_t) n);
+        release(back, (size_t) n);
+        release(packed, nbytes);
+        release(scales, nscales);
+        release(scales_back, nscales);
+        release((uint8_t *) values, (size_t) n * sizeof(float));
+    }
+    const int others[] = { PTQTP_TP2_0 - 1, PTQTP_TYPE_END, 0, -1 };
+    for (int i = 0; i < 4; i++) {
+        CHECK(!ptqtp_traits(others[i]) && !ptqtp_type_size(others[i]) && !ptqtp_block_size(others[i]), "type %d",
+              others[i]);
+    }
+}
+
 static void test_round_trip(void) {
     enum { N = 128 * 9 };
     static uint8_t digits[N], back[N], packed[N / 32 * 14];
@@ -142,7 +198,7 @@ static void test_round_trip(void) {
 static double rel_mse(int type, const float * x, const uint8_t * q, int64_t n) {
     float * y = malloc((size_t) n * sizeof *y);
     CHECK(y, "malloc");
-    (type == PTQTP_TP2_1 ? ptqtp_dequantize_tp2_1 : ptqtp_dequantize_tp2_0)(q, y, n);
+    ptqtp_traits(type)->dequantize(q, y, n);
     double num = 0, den = 0;
     for (int64_t i = 0; i < n; i++) {
         num += (double) (x[i] - y[i]) * (x[i] - y[i]);
@@ -233,34 +289,36 @@ static void test_quantizers(void) {
 
 /* ---- kernels ---- */
 
-static ptqtp_dot_fn scalar_of(int type) {
-    return type == PTQTP_TP2_1 ? ptqtp_dot_tp2_1_scalar : ptqtp_dot_tp2_0_scalar;
-}
-
 static const struct ptqtp_kernel * kernel;
+
+/* The scales of n weights with which a digit's value is ptqtp_level of it. A new type needs a case. */
+static uint8_t * unit_scales(const struct ptqtp_type_traits * t, int64_t n) {
+    const uint16_t three_two[2] = { 0x4200, 0x4000 };
+    const uint8_t one = 0xf0;
+    const void * of_group = t->type == PTQTP_TP2_0 ? (const void *) three_two : t->type == PTQTP_TP2_1 ? &one : NULL;
+    CHECK(of_group, "no unit scale for %s", t->name);
+    uint8_t * scales = malloc((size_t) (n / t->group) * t->scale_size);
+    CHECK(scales, "malloc");
+    for (int64_t i = 0; i < n / t->group; i++) {
+        memcpy(scales + (size_t) i * t->scale_size, of_group, t->scale_size);
+    }
+    return scales;
+}
 
 /* Unit scales, so that the float result is the integer sum itself: it must be equal, not close. */
 static void check_integer_sums(int64_t n, int fill) {
-    const int64_t qk = ptqtp_block_size(kernel->type), ny = n / 32;
-    const size_t wbytes = (size_t) (n / qk) * ptqtp_type_size(kernel->type), ybytes = (size_t) ny * 34;
+    const struct ptqtp_type_traits * t = ptqtp_traits(kernel->type);
+    const int64_t ny = n / 32;
+    const size_t wbytes = (size_t) (n / t->block) * t->size, ybytes = (size_t) ny * 34;
     uint8_t * digits = malloc((size_t) n);
-    uint16_t * alphas = malloc((size_t) n / 64 * 2 + 2);
-    uint8_t * codes = malloc((size_t) ny);
-    CHECK(digits && alphas && codes, "malloc");
+    uint8_t * scales = unit_scales(t, n);
+    CHECK(digits, "malloc");
     uint8_t * w = guarded(wbytes);
     ptqtp_block_q8_0 * y = (ptqtp_block_q8_0 *) guarded(ybytes);
     for (int64_t i = 0; i < n; i++) {
         digits[i] = (uint8_t) (fill == 0 ? rnd() % 9 : fill == 1 ? 8 : 0); /* levels: random, all 5, all -5 */
     }
-    memset(codes, 0xf0, (size_t) ny); /* 1.0 */
-    for (int64_t i = 0; i < n / 64; i++) {
-        alphas[i] = i % 2 ? 0x4000 : 0x4200; /* 3.0, 2.0: TP2_0 then has TP2_1's levels */
-    }
-    if (kernel->type == PTQTP_TP2_1) {
-        ptqtp_pack_tp2_1(digits, codes, w, n);
-    } else {
-        ptqtp_pack_tp2_0(digits, alphas, w, n);
-    }
+    CHECK(t->pack(digits, scales, w, n) == PTQTP_OK, "pack");
     /* all groups at once, then one group alone: a lane that leaks into its neighbour's group shows */
     for (int64_t only = -1; only < ny; only += 1 + ny / 7) {
         int64_t expect = 0;
@@ -275,19 +333,19 @@ static void check_integer_sums(int64_t n, int fill) {
         const float got = kernel->dot(n, w, y);
         CHECK(got == (float) expect, "%s, type %d, n %d, fill %d, only %d: %.1f, expected %d", kernel->name,
               kernel->type, (int) n, fill, (int) only, got, (int) expect);
-        CHECK(scalar_of(kernel->type)(n, w, y) == (float) expect, "scalar reference, n %d", (int) n);
+        CHECK(ptqtp_dot_scalar(kernel->type)(n, w, y) == (float) expect, "scalar reference, n %d", (int) n);
     }
     release(w, wbytes);
     release((uint8_t *) y, ybytes);
     free(digits);
-    free(alphas);
-    free(codes);
+    free(scales);
 }
 
 /* Any bytes as weights: same digits as the reference, so only the order of the float sum may differ. */
 static void check_any_bytes(int64_t n) {
-    const int64_t qk = ptqtp_block_size(kernel->type), ny = n / 32;
-    const size_t wbytes = (size_t) (n / qk) * ptqtp_type_size(kernel->type), ybytes = (size_t) ny * 34;
+    const struct ptqtp_type_traits * t = ptqtp_traits(kernel->type);
+    const int64_t ny = n / 32;
+    const size_t wbytes = (size_t) (n / t->block) * t->size, ybytes = (size_t) ny * 34;
     uint8_t * w = guarded(wbytes);
     ptqtp_block_q8_0 * y = (ptqtp_block_q8_0 *) guarded(ybytes);
     for (size_t i = 0; i < wbytes; i++) {
@@ -308,7 +366,7 @@ static void check_any_bytes(int64_t n) {
         bound += 5 * 2.0 * 32 * 128 * (double) ptqtp_half_to_float(y[i].d);
     }
     bound *= (double) (ny + 8) * 6e-8;
-    const float got = kernel->dot(n, w, y), want = scalar_of(kernel->type)(n, w, y);
+    const float got = kernel->dot(n, w, y), want = ptqtp_dot_scalar(kernel->type)(n, w, y);
     CHECK(fabs((double) got - want) <= bound, "%s, type %d, n %d: %g, reference %g", kernel->name, kernel->type,
           (int) n, got, want);
     release(w, wbytes);
@@ -343,7 +401,12 @@ static void test_kernels(void) {
         printf("kernel ok: %s, type %d\n", kernel->name, kernel->type);
         ran++;
     }
-    CHECK(ran >= 2, "at least the scalar kernels run");
+    const struct ptqtp_type_traits * types = ptqtp_type_table(&count);
+    CHECK(ran >= count, "at least the scalar kernels run");
+    for (int i = 0; i < count; i++) {
+        CHECK(ptqtp_dot_scalar(types[i].type), "%s has no scalar kernel", types[i].name);
+    }
+    CHECK(!ptqtp_dot_scalar(2) && !ptqtp_kernel_for(2), "another's type has no kernel");
 }
 
 /* ---- panels ---- */
@@ -554,15 +617,17 @@ static void test_panels(void) {
 
 int main(int argc, char ** argv) {
     if (argc == 2 && !strcmp(argv[1], "--kernel")) {
-        const int types[] = { PTQTP_TP2_0, PTQTP_TP2_1 };
-        for (int i = 0; i < 2; i++) {
-            const struct ptqtp_kernel * k = ptqtp_kernel_for(types[i]);
-            printf("%d %s\n", types[i], k ? k->name : "none");
+        int count;
+        const struct ptqtp_type_traits * types = ptqtp_type_table(&count);
+        for (int i = 0; i < count; i++) {
+            const struct ptqtp_kernel * k = ptqtp_kernel_for(types[i].type);
+            printf("%d %s\n", types[i].type, k ? k->name : "none");
         }
         const struct ptqtp_panel_kernel * panel = ptqtp_panel_kernel_chosen();
         printf("panels %s\n", panel ? ptqtp_panel_kernel_name(panel) : "none");
         return 0;
     }
+    test_types();
     test_words();
     test_any_bytes_decode();
     test_scales();
