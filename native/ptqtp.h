@@ -66,7 +66,7 @@ enum ptqtp_method { PTQTP_PAPER = 0, PTQTP_SEARCH = 1 };
 enum ptqtp_status {
     PTQTP_OK = 0,
     PTQTP_BAD_TYPE,   /* not a type of this library */
-    PTQTP_BAD_METHOD, /* the method does not make this type (paper makes TP2_0 only) */
+    PTQTP_BAD_METHOD, /* the method does not make this type, or takes no importance */
     PTQTP_BAD_SIZE,   /* a row or buffer length is no multiple of the block, or is negative */
     PTQTP_BAD_DIGIT,  /* a digit above 8 */
     PTQTP_BAD_WORD,   /* a word or remainder byte that no packer writes */
@@ -110,7 +110,7 @@ PTQTP_STATIC_ASSERT(sizeof(ptqtp_block_q8_0) == 34, "wrong Q8_0 block size");
 /* ---- types (codec/types.c) -------------------------------------------------------------------------------- */
 
 /* What there is to know of a tensor type. A new type is an id above, a row in codec/types.c and its functions, a
- * decoder in codec/check.c, and kernels in kernels/kernels.inc, the scalar one at least. */
+ * decoder in codec/check.c, the scalar kernel at least in kernels/kernels.inc, `search` in quantize/methods.c. */
 struct ptqtp_type_traits {
     int type;          /* enum ptqtp_type */
     int planes;        /* trit-planes stored */
@@ -159,11 +159,25 @@ PTQTP_API void ptqtp_dequantize_tp2_0(const void * src, float * dst, int64_t n);
  * index of the first bad block (bad_block may be NULL). */
 PTQTP_API int ptqtp_validate(int type, const void * data, size_t nbytes, int64_t * bad_block);
 
-/* ---- quantizers without calibration (quantize/quantize.c, host/parallel.cpp) -------------------------------- */
+/* ---- quantizers without calibration (quantize/methods.c, host/parallel.cpp) --------------------------------- */
+
+/* What there is to know of a method. A new method, or a type that a method did not make, is a row in
+ * quantize/methods.c and its functions. */
+struct ptqtp_method_traits {
+    int method;        /* enum ptqtp_method */
+    const char * name; /* "paper" */
+    bool whole_matrix; /* the bytes of a row depend on all rows: a matrix may not be quantized in pieces */
+    bool importance;   /* takes an importance */
+};
+
+/* The methods in the order of their ids. */
+PTQTP_API const struct ptqtp_method_traits * ptqtp_method_table(int * count);
+PTQTP_API bool ptqtp_method_makes(int method, int type); /* false for an unknown method or type */
 
 /* x: nrows x n_per_row floats, row-major. importance: n_per_row floats >= 0 (an imatrix column weight) or NULL,
  * which lets `search` for TP2_1 weight each squared error by 2 mean|w| + |w| of its group, and all else weight none.
- * dst: nrows * n_per_row / block * size bytes. Single thread. `paper` takes no importance (PTQTP_BAD_METHOD). */
+ * dst: nrows * n_per_row / block * size bytes. Single thread. Where the method takes no importance: PTQTP_BAD_METHOD.
+ */
 PTQTP_API int ptqtp_quantize_rows(int type, int method, const float * x, const float * importance, void * dst,
                                   int64_t nrows, int64_t n_per_row);
 /* The same over nthreads threads (<= 0: all cores); the bytes do not depend on nthreads. */

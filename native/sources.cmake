@@ -1,5 +1,6 @@
 # The one list of native sources: included by the top-level build and, inside a patched ggml, by ggml/ggml-ptqtp.cmake.
-set(PTQTP_CODEC_SOURCES codec/codec.c codec/types.c quantize/planes.c quantize/quantize.c)
+set(PTQTP_CODEC_SOURCES codec/codec.c codec/types.c quantize/methods.c quantize/planes.c
+    quantize/quantize.c)
 set(PTQTP_DOT_SOURCES kernels/cpu.c kernels/dot.c kernels/panel.c)
 
 # A file that holds one instruction set, and its flags; kernels/cpu.c asks the CPU before anything calls in. On another

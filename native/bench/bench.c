@@ -180,21 +180,23 @@ int main(int argc, char ** argv) {
         }
     }
     puts("what,name,type,millions_per_s");
-    const struct {
-        const char * name;
-        int type, method;
-    } quantizers[] = { { "search", PTQTP_TP2_1, PTQTP_SEARCH },
-                       { "search", PTQTP_TP2_0, PTQTP_SEARCH },
-                       { "paper", PTQTP_TP2_0, PTQTP_PAPER } };
-    for (int q = 0; q < 3; q++) {
+    int nmethods, ntypes;
+    const struct ptqtp_method_traits * methods = ptqtp_method_table(&nmethods);
+    const struct ptqtp_type_traits * types = ptqtp_type_table(&ntypes);
+    for (int q = 0; q < nmethods * ntypes; q++) {
+        const struct ptqtp_method_traits * m = &methods[q / ntypes];
+        const int type = types[q % ntypes].type;
+        if (!ptqtp_method_makes(m->method, type)) {
+            continue;
+        }
         double best = 1e30;
         const double end = now() + budget;
         do {
             const double t = now();
-            ptqtp_quantize_rows(quantizers[q].type, quantizers[q].method, x, NULL, w, 512, 1024);
+            ptqtp_quantize_rows(type, m->method, x, NULL, w, 512, 1024);
             best = fmin(best, now() - t);
         } while (now() < end);
-        printf("quantize,%s,%d,%.1f\n", quantizers[q].name, quantizers[q].type, 512 * 1024 / best * 1e-6);
+        printf("quantize,%s,%d,%.1f\n", m->name, type, 512 * 1024 / best * 1e-6);
     }
     int count;
     const struct ptqtp_kernel * k = ptqtp_kernels(&count);

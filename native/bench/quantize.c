@@ -35,11 +35,11 @@ static double now(void) { /* CPU time: other processes do not count */
 }
 
 static void search_2_1(void) {
-    bulk->search_tp2_1(x, NULL, COLS / 32, (block_tp2_1 *) out, NULL, N / 32);
+    bulk->search_tp2_1(x, NULL, COLS / 32, out, NULL, N / 32);
 }
 
 static void search_2_1_importance(void) {
-    bulk->search_tp2_1(x, importance, COLS / 32, (block_tp2_1 *) out, NULL, N / 32);
+    bulk->search_tp2_1(x, importance, COLS / 32, out, NULL, N / 32);
 }
 
 static void hash(void) {

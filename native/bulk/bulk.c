@@ -24,3 +24,7 @@ const struct ptqtp_bulk * ptqtp_bulk_best(void) {
     int count;
     return ptqtp_bulk_all(&count)[0];
 }
+
+ptqtp_bulk_maker_fn ptqtp_bulk_maker(const struct ptqtp_bulk * bulk, int method, int type) {
+    return method == PTQTP_SEARCH && type == PTQTP_TP2_1 ? bulk->search_tp2_1 : NULL;
+}

@@ -14,6 +14,11 @@ extern "C" {
 
 enum { PTQTP_ERROR_LANES = 8 };
 
+/* A method on ngroups checked groups of a type: the importance of group g begins at importance + block * (g % period),
+ * values may be NULL. */
+typedef void (*ptqtp_bulk_maker_fn)(const float * x, const float * importance, int64_t period, void * dst,
+                                    float * values, int64_t ngroups);
+
 struct ptqtp_bulk {
     const char * name;
     /* sum of ptqtp_mix over x[0 .. n-1], x[0] having the index first */
@@ -29,10 +34,7 @@ struct ptqtp_bulk {
     void (*to_q8_0)(const float * src, ptqtp_block_q8_0 * dst, int64_t n);
     /* ptqtp_scan's fields for one piece */
     void (*scan)(const float * x, int64_t n, int64_t group, float floor, struct ptqtp_scan_result * out);
-    /* `search` on ngroups checked groups; the importance of group g begins at importance + 32 * (g % period), values
-     * may be NULL */
-    void (*search_tp2_1)(const float * x, const float * importance, int64_t period, block_tp2_1 * dst, float * values,
-                         int64_t ngroups);
+    ptqtp_bulk_maker_fn search_tp2_1;
     /* ptqtp_gptq_block and ptqtp_cd_block on checked arguments */
     void (*gptq)(const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows, int window);
     void (*cd)(const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows, int window);
@@ -41,6 +43,8 @@ struct ptqtp_bulk {
 /* All that are built for this architecture and run on this CPU, best first; the portable one last. */
 const struct ptqtp_bulk * const * ptqtp_bulk_all(int * count);
 const struct ptqtp_bulk * ptqtp_bulk_best(void);
+/* The fast way of a method to a type, or NULL where only quantize/methods.h has one. */
+ptqtp_bulk_maker_fn ptqtp_bulk_maker(const struct ptqtp_bulk * bulk, int method, int type);
 /* Without SIMD of ours, as on an architecture that we do not know: tests only. */
 extern const struct ptqtp_bulk ptqtp_bulk_plain;
 

@@ -1,7 +1,7 @@
 // The quantizers over several threads. Rows are handed out in fixed chunks, so the bytes do not depend on the threads.
 #include "bulk/bulk.h"
 #include "host/chunks.h"
-#include "quantize/quantize.h"
+#include "quantize/methods.h"
 
 #include <memory>
 #include <mutex>
@@ -45,22 +45,24 @@ extern "C" int ptqtp_quantize_stats(int type, int method, const float * x, const
     if (status != PTQTP_OK) {
         return status;
     }
-    int iters = 0;
-    if (method == PTQTP_PAPER) {
-        double largest[PTQTP_PAPER_MAX_ITERS] = {};
+    const ptqtp_maker * maker = ptqtp_maker_of(method, type);
+    int settled = 0;
+    if (maker->probe) {
+        double seen[PTQTP_SEEN] = {};
         std::mutex guard;
         over_rows([&](int64_t row, int64_t n) {
-            double mine[PTQTP_PAPER_MAX_ITERS] = {};
-            ptqtp_paper_probe(x + row * n_per_row, n, n_per_row, mine);
+            double mine[PTQTP_SEEN] = {};
+            maker->probe(x + row * n_per_row, n, n_per_row, mine);
             const std::lock_guard<std::mutex> lock(guard);
-            for (int t = 0; t < PTQTP_PAPER_MAX_ITERS; t++) {
-                largest[t] = std::max(largest[t], mine[t]);
+            for (int i = 0; i < PTQTP_SEEN; i++) {
+                seen[i] = std::max(seen[i], mine[i]);
             }
             return PTQTP_OK;
         });
-        iters = ptqtp_paper_iters(largest);
+        settled = maker->settle(seen);
     }
     const ptqtp_bulk * bulk = ptqtp_bulk_best();
+    const ptqtp_bulk_maker_fn fast = ptqtp_bulk_maker(bulk, method, type);
     const int64_t row_size = n_per_row / qk * static_cast<int64_t>(ptqtp_type_size(type));
     std::vector<ptqtp_stats> parts(stats ? static_cast<size_t>((nrows + chunk - 1) / chunk) : 0);
     status = over_rows([&](int64_t row, int64_t n) {
@@ -74,13 +76,11 @@ extern "C" int ptqtp_quantize_stats(int type, int method, const float * x, const
             return static_cast<int>(PTQTP_NO_MEMORY);
         }
         int done = PTQTP_OK;
-        if (method == PTQTP_PAPER) {
-            done = ptqtp_paper_rows(w, out, values, n, n_per_row, iters);
-        } else if (type == PTQTP_TP2_1) {
+        if (fast) {
             const int64_t groups = n_per_row / qk;
-            bulk->search_tp2_1(w, importance, groups, static_cast<block_tp2_1 *>(out), values, n * groups);
+            fast(w, importance, groups, out, values, n * groups);
         } else {
-            done = ptqtp_search_rows(type, w, importance, out, values, n, n_per_row);
+            done = maker->rows(w, importance, out, values, n, n_per_row, settled);
         }
         if (stats && done == PTQTP_OK) {
             const uint64_t at = first + static_cast<uint64_t>(row * n_per_row);

@@ -219,7 +219,7 @@ static void paper_group(const float * x, const struct ptqtp_sorted * sorted, int
     }
 }
 
-void ptqtp_paper_probe(const float * x, int64_t nrows, int64_t n_per_row, double largest[PTQTP_PAPER_MAX_ITERS]) {
+void ptqtp_paper_probe(const float * x, int64_t nrows, int64_t n_per_row, double largest[PTQTP_SEEN]) {
     const int64_t ngroups = nrows * n_per_row / QK0;
     struct ptqtp_sorted sorted[PTQTP_SORT_LANES];
     for (int64_t i = 0; i < ngroups; i++, x += QK0) {
@@ -232,7 +232,7 @@ void ptqtp_paper_probe(const float * x, int64_t nrows, int64_t n_per_row, double
     }
 }
 
-int ptqtp_paper_iters(const double largest[PTQTP_PAPER_MAX_ITERS]) {
+int ptqtp_paper_iters(const double largest[PTQTP_SEEN]) {
     for (int t = 0; t < PTQTP_PAPER_MAX_ITERS; t++) {
         if (largest[t] < 1e-4) { /* absolute, as published */
             return t + 1;
@@ -253,8 +253,10 @@ static int put_tp2_0(const uint8_t * digits, uint16_t h1, uint16_t h2, block_tp2
     return ptqtp_pack_tp2_0(digits, alphas, dst, QK0);
 }
 
-int ptqtp_paper_rows(const float * x, void * dst, float * values, int64_t nrows, int64_t n_per_row, int iters) {
+int ptqtp_paper_rows(const float * x, const float * importance, void * dst, float * values, int64_t nrows,
+                     int64_t n_per_row, int iters) {
     block_tp2_0 * b = dst;
+    (void) importance;
     const int64_t ngroups = nrows * n_per_row / QK0;
     struct ptqtp_sorted sorted[PTQTP_SORT_LANES];
     for (int64_t i = 0; i < ngroups; i++, x += QK0, b++) {
@@ -428,32 +430,6 @@ static int search_tp2_0(const float * x, const float * h, const struct ptqtp_sor
 
 /* ---- rows ---- */
 
-int ptqtp_quantize_check(int type, int method, const float * x, const float * importance, int64_t nrows,
-                         int64_t n_per_row) {
-    const struct ptqtp_type_traits * t = ptqtp_traits(type);
-    if (!t) {
-        return PTQTP_BAD_TYPE;
-    }
-    if ((method != PTQTP_PAPER && method != PTQTP_SEARCH) ||
-        (method == PTQTP_PAPER && (type != PTQTP_TP2_0 || importance))) {
-        return PTQTP_BAD_METHOD;
-    }
-    int64_t n;
-    if (nrows < 0 || n_per_row < 0 || n_per_row % t->block || __builtin_mul_overflow(nrows, n_per_row, &n)) {
-        return PTQTP_BAD_SIZE;
-    }
-    const float limit = t->reach;
-    bool finite = true, in_reach = true;
-    for (int64_t i = 0; i < n; i++) {
-        finite &= fabsf(x[i]) <= FLT_MAX;
-        in_reach &= !(fabsf(x[i]) > limit);
-    }
-    for (int64_t i = 0; importance && i < n_per_row; i++) {
-        finite &= importance[i] >= 0 && importance[i] <= FLT_MAX;
-    }
-    return !finite ? PTQTP_NOT_FINITE : !in_reach ? PTQTP_TOO_LARGE : PTQTP_OK;
-}
-
 /* A group whose inputs never fire has no preference: quantize it unweighted. */
 static const float * weights_of(const float * h, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -464,46 +440,42 @@ static const float * weights_of(const float * h, int64_t n) {
     return NULL;
 }
 
-int ptqtp_search_rows(int type, const float * x, const float * importance, void * dst, float * values, int64_t nrows,
-                      int64_t n_per_row) {
-    const int64_t qk = ptqtp_block_size(type), groups = n_per_row / qk, ngroups = nrows * groups;
-    struct ptqtp_sorted sorted[PTQTP_SORT_LANES];
-    for (int64_t i = 0; i < ngroups; i++, x += qk) {
-        const float * h = importance ? weights_of(importance + i % groups * qk, qk) : NULL;
-        float * r = values ? values + i * qk : NULL;
-        if (type == PTQTP_TP2_1) {
-            float own[PTQTP_QK_TP2_1];
-            for (int k = 0; k < PTQTP_QK_TP2_1; k++) {
-                own[k] = 1;
-            }
-            if (!importance) {
-                own_weights(x, own);
-            }
-            search_tp2_1(x, h ? h : own, (block_tp2_1 *) dst + i, r);
-            continue;
+int ptqtp_search_rows_tp2_1(const float * x, const float * importance, void * dst, float * values, int64_t nrows,
+                            int64_t n_per_row, int settled) {
+    enum { QK = PTQTP_QK_TP2_1 };
+    const int64_t groups = n_per_row / QK;
+    block_tp2_1 * b = dst;
+    (void) settled;
+    for (int64_t i = 0; i < nrows * groups; i++, x += QK) {
+        const float * h = importance ? weights_of(importance + i % groups * QK, QK) : NULL;
+        float own[QK];
+        for (int k = 0; k < QK; k++) {
+            own[k] = 1;
         }
+        if (!importance) {
+            own_weights(x, own);
+        }
+        search_tp2_1(x, h ? h : own, &b[i], values ? values + i * QK : NULL);
+    }
+    return PTQTP_OK;
+}
+
+int ptqtp_search_rows_tp2_0(const float * x, const float * importance, void * dst, float * values, int64_t nrows,
+                            int64_t n_per_row, int settled) {
+    const int64_t groups = n_per_row / QK0, ngroups = nrows * groups;
+    struct ptqtp_sorted sorted[PTQTP_SORT_LANES];
+    block_tp2_0 * b = dst;
+    (void) settled;
+    for (int64_t i = 0; i < ngroups; i++, x += QK0) {
+        const float * h = importance ? weights_of(importance + i % groups * QK0, QK0) : NULL;
         const int k = (int) (i % PTQTP_SORT_LANES);
         if (k == 0) {
             ptqtp_sort_groups(x, (int) (ngroups - i < PTQTP_SORT_LANES ? ngroups - i : PTQTP_SORT_LANES), sorted);
         }
-        const int status = search_tp2_0(x, h, &sorted[k], (block_tp2_0 *) dst + i, r);
+        const int status = search_tp2_0(x, h, &sorted[k], &b[i], values ? values + i * QK0 : NULL);
         if (status != PTQTP_OK) {
             return status;
         }
     }
     return PTQTP_OK;
-}
-
-int ptqtp_quantize_rows(int type, int method, const float * x, const float * importance, void * dst, int64_t nrows,
-                        int64_t n_per_row) {
-    const int status = ptqtp_quantize_check(type, method, x, importance, nrows, n_per_row);
-    if (status != PTQTP_OK) {
-        return status;
-    }
-    if (method == PTQTP_SEARCH) {
-        return ptqtp_search_rows(type, x, importance, dst, NULL, nrows, n_per_row);
-    }
-    double largest[PTQTP_PAPER_MAX_ITERS] = { 0 };
-    ptqtp_paper_probe(x, nrows, n_per_row, largest);
-    return ptqtp_paper_rows(x, dst, NULL, nrows, n_per_row, ptqtp_paper_iters(largest));
 }

@@ -52,6 +52,58 @@ static void fill(float * x, int kind) {
     }
 }
 
+/* ---- the table of methods ---- */
+
+/* Each type has a method, each method a type; what the table says of a method is so. */
+static void test_methods(void) {
+    enum { N = 128 };
+    static float x[2 * N], h[N];
+    static uint8_t whole[2 * N / 32 * 14], apart[sizeof whole];
+    int nmethods, ntypes;
+    const struct ptqtp_method_traits * methods = ptqtp_method_table(&nmethods);
+    const struct ptqtp_type_traits * types = ptqtp_type_table(&ntypes);
+    CHECK(nmethods == 2 && methods[PTQTP_PAPER].whole_matrix && !methods[PTQTP_SEARCH].whole_matrix, "methods");
+    CHECK(!strcmp(methods[PTQTP_PAPER].name, "paper") && !strcmp(methods[PTQTP_SEARCH].name, "search"), "names");
+    for (int i = 0; i < 2 * N; i++) { /* the rows converge in different iterations */
+        x[i] = (i < N ? 0.3f : 2e-5f) * gaussian();
+        h[i % N] = uniform();
+    }
+    for (int m = 0; m < nmethods; m++) {
+        int made = 0;
+        CHECK(methods[m].method == m, "row %d is method %d", m, methods[m].method);
+        for (int t = 0; t < ntypes; t++) {
+            const int type = types[t].type;
+            const struct ptqtp_maker * maker = ptqtp_maker_of(m, type);
+            const size_t row = (size_t) (N / types[t].block) * types[t].size;
+            CHECK((maker != NULL) == ptqtp_method_makes(m, type), "%s, %s", methods[m].name, types[t].name);
+            const int status = ptqtp_quantize_rows(type, m, x, NULL, whole, 2, N);
+            if (!maker) {
+                CHECK(status == PTQTP_BAD_METHOD, "%s does not make %s", methods[m].name, types[t].name);
+                continue;
+            }
+            made++;
+            CHECK(status == PTQTP_OK && maker->rows && maker->method == m && maker->type == type, "%s makes %s",
+                  methods[m].name, types[t].name);
+            CHECK(!maker->probe == !maker->settle && !maker->probe == !methods[m].whole_matrix, "%s: passes",
+                  methods[m].name);
+            for (size_t r = 0; r < 2; r++) {
+                CHECK(!ptqtp_quantize_rows(type, m, x + r * N, NULL, apart + r * row, 1, N), "a row alone");
+            }
+            CHECK(!memcmp(whole, apart, 2 * row) == !methods[m].whole_matrix, "%s of %s: rows together and apart",
+                  types[t].name, methods[m].name);
+            CHECK(ptqtp_quantize_rows(type, m, x, h, whole, 2, N) ==
+                      (methods[m].importance ? PTQTP_OK : PTQTP_BAD_METHOD),
+                  "%s: importance", methods[m].name);
+        }
+        CHECK(made > 0, "%s makes nothing", methods[m].name);
+    }
+    for (int t = 0; t < ntypes; t++) {
+        CHECK(ptqtp_method_makes(PTQTP_SEARCH, types[t].type), "search makes %s: ggml calls it", types[t].name);
+    }
+    CHECK(!ptqtp_method_makes(nmethods, PTQTP_TP2_0) && !ptqtp_method_makes(PTQTP_SEARCH, 8), "unknown ones");
+    CHECK(ptqtp_quantize_rows(PTQTP_TP2_0, nmethods, x, NULL, whole, 1, N) == PTQTP_BAD_METHOD, "unknown method");
+}
+
 /* ---- every instruction set against the plain C ---- */
 
 static void test_search(const struct ptqtp_bulk * bulk) {
@@ -67,7 +119,7 @@ static void test_search(const struct ptqtp_bulk * bulk) {
     const int counts[] = { BLOCKS, BLOCKS - 1, BLOCKS - 5, 1, 3, 17 };
     for (int weighted = 0; weighted < 2; weighted++) {
         const float * importance = weighted ? h : NULL;
-        CHECK(ptqtp_search_rows(PTQTP_TP2_1, x, importance, want, want_values, 1, N) == PTQTP_OK, "plain C");
+        CHECK(ptqtp_search_rows_tp2_1(x, importance, want, want_values, 1, N, 0) == PTQTP_OK, "plain C");
         for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++) {
             const int n = counts[c];
             memset(got, 0, sizeof got);
@@ -82,7 +134,7 @@ static void test_search(const struct ptqtp_bulk * bulk) {
         }
     }
     /* rows: the importance begins anew */
-    CHECK(ptqtp_search_rows(PTQTP_TP2_1, x, h, want, NULL, 9, 96) == PTQTP_OK, "plain C");
+    CHECK(ptqtp_search_rows_tp2_1(x, h, want, NULL, 9, 96, 0) == PTQTP_OK, "plain C");
     bulk->search_tp2_1(x, h, 3, got, NULL, 27);
     CHECK(!memcmp(got, want, 27 * sizeof got[0]), "%s: importance by row", bulk->name);
 }
@@ -265,6 +317,7 @@ int main(void) {
     int count;
     const struct ptqtp_bulk * const * all = ptqtp_bulk_all(&count);
     ptqtp_check_init();
+    test_methods();
     test_search(&ptqtp_bulk_plain);
     test_floats(&ptqtp_bulk_plain, all[count - 1]);
     for (int i = 0; i < count; i++) {

@@ -257,7 +257,7 @@ static void test_quantizers(void) {
     for (int i = 0; i < 32; i++) {
         CHECK(digits[i] == 4 && code == 0, "zeros are digit 4, code 0");
     }
-    for (int method = 0; method < 2; method++) {
+    for (int method = PTQTP_PAPER; method <= PTQTP_SEARCH; method++) {
         CHECK(ptqtp_quantize_rows(PTQTP_TP2_0, method, x, NULL, one, 1, 128) == PTQTP_OK, "zeros");
         CHECK(ptqtp_validate(PTQTP_TP2_0, one, 56, NULL) == PTQTP_OK, "zeros");
     }
