@@ -24,7 +24,7 @@ set(PTQTP_ARM64_FILES
 
 # What a converter needs besides; the package's own library only.
 set(PTQTP_CONVERT_SOURCES host/parallel.cpp host/calibrate.cpp host/convert.cpp codec/check.c bulk/bulk.c
-    bulk/base.c host/read.c)
+    bulk/base.c bulk/plain.c host/read.c)
 set(PTQTP_CONVERT_X86_FILES
     "bulk/avx2.c:-mavx2 -mfma -mf16c"
     "bulk/avx512.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512")

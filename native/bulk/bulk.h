@@ -40,12 +40,17 @@ struct ptqtp_bulk {
     void (*cd)(const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows, int window);
 };
 
-/* All that are built for this architecture and run on this CPU, best first; the portable one last. */
+/* All that are built for this architecture and run on this CPU, best first; the plain one last. */
 const struct ptqtp_bulk * const * ptqtp_bulk_all(int * count);
-const struct ptqtp_bulk * ptqtp_bulk_best(void);
+/* The best that a kernel's instruction set contains, a name of kernels/kernels.inc; NULL for an unknown name, or one
+ * that this CPU does not run. */
+const struct ptqtp_bulk * ptqtp_bulk_of(const char * kernel);
+/* The one in use, chosen once: what the environment variable PTQTP_KERNEL names, or else the best. These loops cannot
+ * refuse, as kernels do, and need not, as all give the same bits: a name without a build forces nothing. */
+const struct ptqtp_bulk * ptqtp_bulk_chosen(void);
 /* The fast way of a method to a type, or NULL where only quantize/methods.h has one. */
 ptqtp_bulk_maker_fn ptqtp_bulk_maker(const struct ptqtp_bulk * bulk, int method, int type);
-/* Without SIMD of ours, as on an architecture that we do not know: tests only. */
+/* Without SIMD of ours, as on an architecture that we do not know; PTQTP_KERNEL=scalar. */
 extern const struct ptqtp_bulk ptqtp_bulk_plain;
 
 #ifdef __cplusplus

@@ -63,13 +63,13 @@ int run(Loop loop, int64_t nrows, int64_t ncols, const float * m, int64_t ldm, c
 extern "C" int ptqtp_gptq_block(int64_t nrows, int64_t ncols, const float * w, int64_t ldw, const float * u,
                                 int64_t ldu, int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * err,
                                 int64_t lde, int window, int nthreads) {
-    return run(ptqtp_bulk_best()->gptq, nrows, ncols, u, ldu, { w, ldw, levels, ldl, codes, ldc, err, lde }, window,
+    return run(ptqtp_bulk_chosen()->gptq, nrows, ncols, u, ldu, { w, ldw, levels, ldl, codes, ldc, err, lde }, window,
                nthreads);
 }
 
 extern "C" int ptqtp_cd_block(int64_t nrows, int64_t ncols, const float * r, int64_t ldr, const float * h, int64_t ldh,
                               int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * delta, int64_t ldd,
                               int window, int nthreads) {
-    return run(ptqtp_bulk_best()->cd, nrows, ncols, h, ldh, { r, ldr, levels, ldl, codes, ldc, delta, ldd }, window,
+    return run(ptqtp_bulk_chosen()->cd, nrows, ncols, h, ldh, { r, ldr, levels, ldl, codes, ldc, delta, ldd }, window,
                nthreads);
 }

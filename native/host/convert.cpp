@@ -12,7 +12,7 @@ using ptqtp::kChunk;
 using ptqtp::over_chunks;
 
 extern "C" uint64_t ptqtp_hash(const float * x, int64_t n, uint64_t first, int nthreads) {
-    const ptqtp_bulk * bulk = ptqtp_bulk_best();
+    const ptqtp_bulk * bulk = ptqtp_bulk_chosen();
     std::atomic<uint64_t> sum{ 0 };
     over_chunks(n, kChunk, nthreads, [&](int64_t i, int64_t m) {
         sum += bulk->hash(x + i, m, first + static_cast<uint64_t>(i));
@@ -32,7 +32,7 @@ extern "C" int ptqtp_check(int type, const void * data, int64_t nblocks, uint64_
     }
     static std::once_flag once;
     std::call_once(once, ptqtp_check_init);
-    const ptqtp_bulk * bulk = ptqtp_bulk_best();
+    const ptqtp_bulk * bulk = ptqtp_bulk_chosen();
     std::atomic<uint64_t> sum{ 0 };
     std::atomic<int64_t> bad{ nblocks };
     over_chunks(nblocks, kChunk / qk, nthreads, [&](int64_t block, int64_t n) {
@@ -67,7 +67,7 @@ extern "C" int ptqtp_to_float(int ggml_type, const void * src, float * dst, int6
     if (const int status = convertible(ggml_type, n)) {
         return status;
     }
-    const ptqtp_bulk * bulk = ptqtp_bulk_best();
+    const ptqtp_bulk * bulk = ptqtp_bulk_chosen();
     return over_chunks(n, kChunk, nthreads, [&](int64_t i, int64_t m) {
         switch (ggml_type) {
             case F32: std::copy_n(static_cast<const float *>(src) + i, m, dst + i); break;
@@ -83,7 +83,7 @@ extern "C" int ptqtp_from_float(int ggml_type, const float * src, void * dst, in
     if (const int status = ggml_type == F32 ? PTQTP_BAD_TYPE : convertible(ggml_type, n)) {
         return status;
     }
-    const ptqtp_bulk * bulk = ptqtp_bulk_best();
+    const ptqtp_bulk * bulk = ptqtp_bulk_chosen();
     return over_chunks(n, kChunk, nthreads, [&](int64_t i, int64_t m) {
         switch (ggml_type) {
             case F16: bulk->to_f16(src + i, static_cast<uint16_t *>(dst) + i, m); break;
@@ -99,7 +99,7 @@ extern "C" int ptqtp_scan(const float * x, int64_t n, int64_t group, float floor
     if (n < 0 || group < 1) {
         return PTQTP_BAD_SIZE;
     }
-    const ptqtp_bulk * bulk = ptqtp_bulk_best();
+    const ptqtp_bulk * bulk = ptqtp_bulk_chosen();
     ptqtp_scan_result all = { -1, 0, 0, 0 };
     std::mutex guard;
     over_chunks(n, std::max<int64_t>(1, kChunk / group) * group, nthreads, [&](int64_t i, int64_t m) {

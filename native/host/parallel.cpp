@@ -61,7 +61,7 @@ extern "C" int ptqtp_quantize_stats(int type, int method, const float * x, const
         });
         settled = maker->settle(seen);
     }
-    const ptqtp_bulk * bulk = ptqtp_bulk_best();
+    const ptqtp_bulk * bulk = ptqtp_bulk_chosen();
     const ptqtp_bulk_maker_fn fast = ptqtp_bulk_maker(bulk, method, type);
     const int64_t row_size = n_per_row / qk * static_cast<int64_t>(ptqtp_type_size(type));
     std::vector<ptqtp_stats> parts(stats ? static_cast<size_t>((nrows + chunk - 1) / chunk) : 0);

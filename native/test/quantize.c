@@ -1,12 +1,14 @@
 /* Native tests of the quantizers' fast ways: every instruction set against the plain C, and the sums from sorted
  * magnitudes against loops over all weights.
  *
- *     ptqtp-test-quantize     run all; exit 1 at the first failure, named */
+ *     ptqtp-test-quantize              run all; exit 1 at the first failure, named
+ *     ptqtp-test-quantize --kernel     print "bulk NAME", the build of the bulk loops that is chosen */
 #include "quantize/quantize.h"
 #include "bulk/bulk.h"
 #include "codec/check.h"
 #include "codec/hash.h"
 #include "codec/unit.h"
+#include "kernels/kernels.h"
 #include "quantize/planes.h"
 #include "test/test.h"
 
@@ -313,16 +315,46 @@ static void test_count_words(void) {
     CHECK(ptqtp_count_words(units, -1, 0, five, last) == PTQTP_BAD_SIZE, "a negative count");
 }
 
-int main(void) {
+/* Each kernel that runs here means one of the builds that do: a better instruction set no worse one. */
+static void test_forcing(void) {
+    int nbuilds, nkernels;
+    const struct ptqtp_bulk * const * builds = ptqtp_bulk_all(&nbuilds);
+    const struct ptqtp_panel_kernel * const * kernels = ptqtp_panel_kernels(&nkernels);
+    int last = 0;
+    for (int k = 0; k < nkernels; k++) {
+        const char * name = ptqtp_panel_kernel_name(kernels[k]);
+        const struct ptqtp_bulk * bulk = ptqtp_bulk_of(name);
+        CHECK((bulk != NULL) == ptqtp_panel_kernel_supported(kernels[k]), "%s", name);
+        if (!bulk) {
+            continue;
+        }
+        int at = 0;
+        while (at < nbuilds && builds[at] != bulk) {
+            at++;
+        }
+        CHECK(at < nbuilds && at >= last, "%s means %s", name, bulk->name);
+        last = at;
+    }
+    CHECK(builds[nbuilds - 1] == &ptqtp_bulk_plain && ptqtp_bulk_of("scalar") == &ptqtp_bulk_plain, "scalar is plain");
+    CHECK(!ptqtp_bulk_of("doesnotexist") && !ptqtp_bulk_of(""), "unknown names");
+    const char * forced = getenv("PTQTP_KERNEL");
+    const struct ptqtp_bulk * wanted = forced ? ptqtp_bulk_of(forced) : NULL;
+    CHECK(ptqtp_bulk_chosen() == (wanted ? wanted : builds[0]), "%s is chosen", ptqtp_bulk_chosen()->name);
+}
+
+int main(int argc, char ** argv) {
+    if (argc == 2 && !strcmp(argv[1], "--kernel")) {
+        printf("bulk %s\n", ptqtp_bulk_chosen()->name);
+        return 0;
+    }
     int count;
     const struct ptqtp_bulk * const * all = ptqtp_bulk_all(&count);
     ptqtp_check_init();
+    test_forcing();
     test_methods();
-    test_search(&ptqtp_bulk_plain);
-    test_floats(&ptqtp_bulk_plain, all[count - 1]);
     for (int i = 0; i < count; i++) {
         test_search(all[i]);
-        test_floats(all[i], all[count - 1]);
+        test_floats(all[i], &ptqtp_bulk_plain);
         printf("ok: %s\n", all[i]->name);
     }
     test_sums();
