@@ -19,9 +19,8 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 DEPS := build/.deps
 RUNTIME := build/.runtime
 PACKAGE := build/.package
-NATIVE := $(wildcard native/*.c native/*.h native/*.cpp native/*.inc native/*.cmake)
-CFILES = $(wildcard native/*.[ch] native/*.cpp native/*.inc native/bakeoff/*.[ch] \
-  native/fuzz/*.[ch] native/fuzz/*.cpp tools/*.c)
+NATIVE := $(shell find native -type f)
+CFILES = $(filter %.c %.h %.cpp %.inc,$(NATIVE)) $(shell find tools -name '*.c')
 CMAKE_FLAGS := -G Ninja -DPTQTP_WERROR=ON
 
 .PHONY: demo test test-native test-arm test-all portable portable-arm lock audit fuzz lint format golden bench setup clean

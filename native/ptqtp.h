@@ -58,14 +58,15 @@ extern "C" {
 #define PTQTP_QK_TP2_1 32  /* weights a TP2_1 block (= group) */
 #define PTQTP_QK_TP2_0 128 /* weights a TP2_0 block (= group) */
 
-enum ptqtp_type { PTQTP_TP2_0 = 250, PTQTP_TP2_1 = 251 }; /* = ggml type ids, part of the file format */
+enum ptqtp_type { PTQTP_TP2_0 = 250, PTQTP_TP2_1 = 251, PTQTP_TYPE_END }; /* = ggml type ids, part of the format */
+#define PTQTP_TYPE_COUNT (PTQTP_TYPE_END - PTQTP_TP2_0)
 
 enum ptqtp_method { PTQTP_PAPER = 0, PTQTP_SEARCH = 1 };
 
 enum ptqtp_status {
     PTQTP_OK = 0,
     PTQTP_BAD_TYPE,   /* not a type of this library */
-    PTQTP_BAD_METHOD, /* the method does not make this type (paper makes TP2_0 only) */
+    PTQTP_BAD_METHOD, /* the method does not make this type, or takes no importance */
     PTQTP_BAD_SIZE,   /* a row or buffer length is no multiple of the block, or is negative */
     PTQTP_BAD_DIGIT,  /* a digit above 8 */
     PTQTP_BAD_WORD,   /* a word or remainder byte that no packer writes */
@@ -106,23 +107,49 @@ typedef struct {
 } ptqtp_block_q8_0;
 PTQTP_STATIC_ASSERT(sizeof(ptqtp_block_q8_0) == 34, "wrong Q8_0 block size");
 
-/* ---- codec (ptqtp-codec.c) ------------------------------------------------------------------------------- */
+/* ---- types (codec/types.c) -------------------------------------------------------------------------------- */
+
+/* What there is to know of a tensor type. A new type is an id above, a row in codec/types.c and its functions, a
+ * decoder in codec/check.c, the scalar kernel at least in kernels/kernels.inc, `search` in quantize/methods.c. */
+struct ptqtp_type_traits {
+    int type;          /* enum ptqtp_type */
+    int planes;        /* trit-planes stored */
+    const char * name; /* "TP2_1" */
+    int64_t block;     /* weights a block; a row is whole blocks */
+    int64_t group;     /* weights that share scales */
+    size_t size;       /* bytes a block */
+    size_t scale_size; /* bytes of scale a group, as pack takes and unpack gives them */
+    float reach;       /* the largest |weight| that the quantizers take */
+    bool panels;       /* whether the panels below hold it */
+    /* As the functions named after the type, below. */
+    int (*pack)(const uint8_t * digits, const void * scales, void * dst, int64_t n);
+    int (*unpack)(const void * src, uint8_t * digits, void * scales, int64_t n);
+    void (*dequantize)(const void * src, float * dst, int64_t n);
+    int (*validate)(const void * block); /* of one block: PTQTP_OK, _BAD_WORD or _BAD_SCALE */
+};
+
+/* The types in the order of their ids. */
+PTQTP_API const struct ptqtp_type_traits * ptqtp_type_table(int * count);
+PTQTP_API const struct ptqtp_type_traits * ptqtp_traits(int type); /* NULL for an unknown type */
+PTQTP_API size_t ptqtp_type_size(int type);                        /* bytes a block; 0 for an unknown type */
+PTQTP_API int64_t ptqtp_block_size(int type);                      /* weights a block; 0 for an unknown type */
+
+/* ---- codec (codec/codec.c) ------------------------------------------------------------------------------- */
 
 PTQTP_API const char * ptqtp_status_text(int status);
-PTQTP_API size_t ptqtp_type_size(int type);   /* bytes a block; 0 for an unknown type */
-PTQTP_API int64_t ptqtp_block_size(int type); /* weights a block; 0 for an unknown type */
 
 PTQTP_API float ptqtp_scale_to_float(uint8_t code);
 PTQTP_API uint8_t ptqtp_scale_from_float(float s); /* nearest code, ties to the even code, clamped to 0..255 */
 PTQTP_API float ptqtp_half_to_float(uint16_t h);
 PTQTP_API uint16_t ptqtp_half_from_float(float f); /* round to nearest even */
 
-/* digits: n bytes 0..8, in weight order. scales: TP2_1: n/32 codes; TP2_0: n/128 pairs (a1, a2) of fp16 bits.
+/* digits: n bytes 0..8, in weight order. scales: TP2_1: n/32 codes (uint8_t); TP2_0: n/128 pairs (a1, a2) of fp16 bits
+ * (uint16_t).
  * n a multiple of the block. */
-PTQTP_API int ptqtp_pack_tp2_1(const uint8_t * digits, const uint8_t * codes, void * dst, int64_t n);
-PTQTP_API int ptqtp_pack_tp2_0(const uint8_t * digits, const uint16_t * alphas, void * dst, int64_t n);
-PTQTP_API int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, uint8_t * codes, int64_t n);
-PTQTP_API int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, uint16_t * alphas, int64_t n);
+PTQTP_API int ptqtp_pack_tp2_1(const uint8_t * digits, const void * scales, void * dst, int64_t n);
+PTQTP_API int ptqtp_pack_tp2_0(const uint8_t * digits, const void * scales, void * dst, int64_t n);
+PTQTP_API int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, void * scales, int64_t n);
+PTQTP_API int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, void * scales, int64_t n);
 
 /* dst: n floats. Any bytes decode; no read outside src. */
 PTQTP_API void ptqtp_dequantize_tp2_1(const void * src, float * dst, int64_t n);
@@ -132,11 +159,25 @@ PTQTP_API void ptqtp_dequantize_tp2_0(const void * src, float * dst, int64_t n);
  * index of the first bad block (bad_block may be NULL). */
 PTQTP_API int ptqtp_validate(int type, const void * data, size_t nbytes, int64_t * bad_block);
 
-/* ---- quantizers without calibration (ptqtp-quantize.c, ptqtp-parallel.cpp) -------------------------------- */
+/* ---- quantizers without calibration (quantize/methods.c, host/parallel.cpp) --------------------------------- */
+
+/* What there is to know of a method. A new method, or a type that a method did not make, is a row in
+ * quantize/methods.c and its functions. */
+struct ptqtp_method_traits {
+    int method;        /* enum ptqtp_method */
+    const char * name; /* "paper" */
+    bool whole_matrix; /* the bytes of a row depend on all rows: a matrix may not be quantized in pieces */
+    bool importance;   /* takes an importance */
+};
+
+/* The methods in the order of their ids. */
+PTQTP_API const struct ptqtp_method_traits * ptqtp_method_table(int * count);
+PTQTP_API bool ptqtp_method_makes(int method, int type); /* false for an unknown method or type */
 
 /* x: nrows x n_per_row floats, row-major. importance: n_per_row floats >= 0 (an imatrix column weight) or NULL,
  * which lets `search` for TP2_1 weight each squared error by 2 mean|w| + |w| of its group, and all else weight none.
- * dst: nrows * n_per_row / block * size bytes. Single thread. `paper` takes no importance (PTQTP_BAD_METHOD). */
+ * dst: nrows * n_per_row / block * size bytes. Single thread. Where the method takes no importance: PTQTP_BAD_METHOD.
+ */
 PTQTP_API int ptqtp_quantize_rows(int type, int method, const float * x, const float * importance, void * dst,
                                   int64_t nrows, int64_t n_per_row);
 /* The same over nthreads threads (<= 0: all cores); the bytes do not depend on nthreads. */
@@ -154,7 +195,7 @@ PTQTP_API int ptqtp_quantize_stats(int type, int method, const float * x, const 
                                    int64_t nrows, int64_t n_per_row, uint64_t first, int nthreads,
                                    struct ptqtp_stats * stats);
 
-/* ---- TP2_1 with calibration: the inner loops (ptqtp-calibrate.cpp, ptqtp-bulk-calibrate.inc) ----------------------
+/* ---- TP2_1 with calibration: the inner loops (host/calibrate.cpp, bulk/calibrate.inc) ----------------------
  *
  * A block of ncols columns (a multiple of 32, at most PTQTP_CALIB_COLS) of nrows rows; the products between blocks are
  * the caller's. ld*: elements from row to row. levels: -5 .. 5; codes: one a group of 32; w = scale of code * level.
@@ -178,7 +219,7 @@ PTQTP_API int ptqtp_cd_block(int64_t nrows, int64_t ncols, const float * r, int6
                              int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * delta, int64_t ldd,
                              int window, int nthreads);
 
-/* ---- for a converter (ptqtp-convert.cpp, ptqtp-check.c); nthreads <= 0: all cores, and no result depends on it ----
+/* ---- for a converter (host/convert.cpp, codec/check.c); nthreads <= 0: all cores, and no result depends on it ----
  */
 
 /* A checksum of floats, their bits and their places: the sum mod 2^64 over i of a mix of x[i] and first + i, so that of
@@ -209,13 +250,13 @@ PTQTP_API int ptqtp_scan(const float * x, int64_t n, int64_t group, float floor,
  * of the words 6 = side + 256*r are. five, last: 65536 entries. Digits and scale codes follow from the counts. */
 PTQTP_API int ptqtp_count_words(const void * units, int64_t nunits, int nthreads, uint64_t * five, uint64_t * last);
 
-/* ---- the machine (ptqtp-read.c) --------------------------------------------------------------------------- */
+/* ---- the machine (host/read.c) --------------------------------------------------------------------------- */
 
 /* The sum mod 2^64 of the whole 64-bit words of data, in the machine's byte order, any alignment; up to 7 bytes at the
  * end are left out. One thread; bound by memory, if data does not fit into the caches: size / time is its bandwidth. */
 PTQTP_API uint64_t ptqtp_read_sum(const void * data, size_t size);
 
-/* ---- dot products with Q8_0 activations (ptqtp-dot.c and one file an instruction set) --------------------- */
+/* ---- dot products with Q8_0 activations (kernels/dot.c and one file an instruction set) --------------------- */
 
 typedef float (*ptqtp_dot_fn)(int64_t n, const void * weights, const void * q8_0);
 
@@ -232,7 +273,7 @@ PTQTP_API const struct ptqtp_kernel * ptqtp_kernels(int * count);
  * names; NULL if that name is unknown or not supported here. Chosen once. */
 PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
 
-/* ---- panels: 16 rows of TP2_1 interleaved, in memory only (ptqtp-panel.c and one file an instruction set) --- */
+/* ---- panels: 16 rows of TP2_1 interleaved, in memory only (kernels/panel.c and one file an instruction set) --- */
 
 /* The bytes of 16 units, transposed so that a SIMD lane is a row. A tile is 16 rows x 32 weights, 224 bytes:
  *     byte  64*p + 4*row .. +3   (p = 0, 1, 2)   words 2p and 2p+1 of the row's unit
@@ -242,14 +283,14 @@ PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
 #define PTQTP_TILE_SIZE 224
 
 /* Wide panels, on request, for machines that compute slower than they read: the levels as 4-bit codes (level + 5), no
- * digits to decode, 4.25 bits a weight. A tile is 272 bytes, the quads being those of ptqtp-panel.h:
+ * digits to decode, 4.25 bits a weight. A tile is 272 bytes, the quads being those of kernels/panel.h:
  *     byte  64*i + 4*row .. +3   (i = 0 .. 3)    quad i of the row in the low four bits, quad i+4 in the high ones
  *     byte 256 + row                             scale code */
 #define PTQTP_WIDE_TILE_SIZE 272
 
 enum ptqtp_form { PTQTP_PACKED = 0, PTQTP_WIDE = 1 };
 
-/* A block of 32 activations: a = d * q. q is in the order in which kernels decode weights (see ptqtp-panel.h);
+/* A block of 32 activations: a = d * q. q is in the order in which kernels decode weights (see kernels/panel.h);
  * bias = -5 * sum of q, because decoded levels are stored with 5 added. */
 typedef struct {
     float d;
@@ -258,7 +299,7 @@ typedef struct {
 } ptqtp_act;
 PTQTP_STATIC_ASSERT(sizeof(ptqtp_act) == 4 + 4 + 32, "wrong activation block size");
 
-struct ptqtp_panel_kernel; /* one instruction set: ptqtp-panel.h */
+struct ptqtp_panel_kernel; /* one instruction set: kernels/panel.h */
 
 /* form: enum ptqtp_form, the same in all calls for a matrix */
 PTQTP_API size_t ptqtp_panels_size(int form, int64_t nrows, int64_t n); /* bytes */

@@ -25,7 +25,7 @@ Q = gguf.GGMLQuantizationType
 
 
 def hash_by_hand(x: np.ndarray, first: int = 0) -> int:
-    """The definition in native/ptqtp-hash.h, in Python's own integers."""
+    """The definition in native/codec/hash.h, in Python's own integers."""
     total = 0
     for i, bits in enumerate(x.view(np.uint32).ravel().tolist()):
         key = (first + i + 1) * 0x9E3779B97F4A7C15 & MASK

@@ -1,9 +1,14 @@
-"""The patches, by version of llama-cpp-python: well-formed, few files, and they apply exactly where they belong."""
+"""The patches, by version of llama-cpp-python: well-formed, few files, and they apply exactly where they belong.
+
+And the code that they hook in: which files of native/ go along, and that these need no others.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,3 +98,97 @@ def test_the_patches_apply(version: str, tmp_path: Path) -> None:
             fits = [i for i in range(len(lines)) if lines[i : i + len(before)] == before]
             assert start in fits or len(fits) == 1, f"{patch.name}: {name}:{start + 1} fits at {fits}"
     tool.apply_patches(tree, upstream.patches)  # raises on a reject, and where a file stays as it was
+
+
+# ---- native/ in llama.cpp ----
+
+# by room of native/: what its files may include from besides the room itself; a room that is not here may include all
+ROOMS = {
+    "codec": {"ptqtp.h"},
+    "kernels": {"ptqtp.h", "codec"},
+    "quantize": {"ptqtp.h", "codec"},
+    "ggml": {"ptqtp.h", "codec", "kernels", "quantize"},
+    "bulk": {"ptqtp.h", "codec", "kernels", "quantize"},
+    "host": {"ptqtp.h", "codec", "kernels", "quantize", "bulk"},
+}
+KINDS = (
+    "new.c",
+    "new.cpp",
+    "new.h",
+    "new.inc",
+    "new.cmake",
+    "new.cu",
+    "new.cuh",
+    "new.comp",
+    "new.metal",
+    "new.unknown",
+)
+
+
+@pytest.fixture
+def native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of native/ that the tool takes for the real one."""
+    copy = tmp_path / "native"
+    shutil.copytree(REPO / "native", copy)
+    monkeypatch.setattr(tool, "NATIVE", copy)
+    return copy
+
+
+def copied(tree: Path) -> set[str]:
+    """What of native/ lies in a tree, after it was copied there."""
+    tool.copy_native(tree)
+    target = tree / tool.NATIVE_IN_TREE
+    return {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+
+
+def test_a_file_of_any_kind_goes_into_llama_cpp(native: Path, tmp_path: Path) -> None:
+    """From the rooms that belong there and their subfolders, and from no other."""
+    rooms = {path.name for path in native.iterdir() if path.is_dir()}
+    taken = {"codec", "kernels", "quantize", "ggml"}
+    assert rooms - taken == {"bulk", "host", "test", "bench", "fuzz", "toolchains"}
+    before = copied(tmp_path / "tree")
+    stamp = tool.fingerprint(tool.native_files())
+    for room in rooms:
+        (native / room / "newroom").mkdir()
+        for name in KINDS:
+            (native / room / name).write_text("// new\n")
+            (native / room / "newroom" / name).write_text("// new\n")
+    new = {f"{room}/{sub}{name}" for room in taken for sub in ("", "newroom/") for name in KINDS}
+    assert copied(tmp_path / "tree") == before | new
+    assert tool.fingerprint(tool.native_files()) != stamp
+
+
+def test_only_what_changed_is_written_again(native: Path, tmp_path: Path) -> None:
+    """So that ninja compiles that alone; what is gone from native/ goes, with the folder that it leaves empty."""
+    first = copied(tmp_path / "tree")
+    target = tmp_path / "tree" / tool.NATIVE_IN_TREE
+    for path in target.rglob("*"):
+        os.utime(path, (1, 1))
+    (native / "codec" / "codec.c").write_text("// changed\n")
+    (native / "ggml" / "cpu.c").unlink()
+    shutil.rmtree(native / "kernels" / "arm")
+    gone = {name for name in first if name.startswith("kernels/arm/") or name == "ggml/cpu.c"}
+    assert copied(tmp_path / "tree") == first - gone
+    assert not (target / "kernels" / "arm").exists()
+    written = {path.relative_to(target).as_posix() for path in target.rglob("*.*") if path.stat().st_mtime > 1}
+    assert written == {"codec/codec.c"}
+
+
+def test_a_file_that_moved_is_another_file(native: Path) -> None:
+    stamp = tool.fingerprint(tool.native_files())
+    (native / "codec" / "codec.c").rename(native / "quantize" / "codec.c")
+    assert tool.fingerprint(tool.native_files()) != stamp
+
+
+def test_a_room_of_native_includes_only_from_those_above_it() -> None:
+    folder = REPO / "native"
+    files = [path for path in folder.rglob("*") if path.suffix in (".c", ".h", ".inc", ".cpp")]
+    assert len(files) > 60
+    for path in files:
+        place = path.relative_to(folder)
+        room = place.parts[0]
+        for name in re.findall(r'^# *include "(.*)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            if not (folder / name).is_file():  # ggml's own
+                assert room in ("ggml", "fuzz") and "/" not in name, f"{place} includes {name}"
+            elif room in ROOMS:
+                assert Path(name).parts[0] in {room, *ROOMS[room]}, f"{place} includes {name}"

@@ -71,7 +71,7 @@ def matrix(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_has_its_cell() -> None:
     """A kernel that is added must be forced, or chosen on an emulated CPU."""
     cells = matrix("--list").stdout
-    listed = (REPO / "native" / "ptqtp-kernels.inc").read_text()
+    listed = (REPO / "native" / "kernels" / "kernels.inc").read_text()
     kernels = set(re.findall(r"^PTQTP_KERNEL\((\w+), TP2_1", listed, re.MULTILINE))
     assert len(kernels) > 9
     for kernel in kernels:

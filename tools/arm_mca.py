@@ -20,11 +20,11 @@ PLAIN_CPUS = ["cortex-a53", "cortex-a72"]
 DOTPROD_CPUS = ["cortex-a55", "cortex-a76", "neoverse-n1", "neoverse-v2", "apple-m1"]
 I8MM_CPUS = ["neoverse-n2", "neoverse-v2"]
 FILES = {
-    "ptqtp-dot-neon.c": PLAIN_CPUS,
-    "ptqtp-dot-neon-dotprod.c": DOTPROD_CPUS,
-    "ptqtp-panel-neon.c": PLAIN_CPUS,
-    "ptqtp-panel-neon-dotprod.c": DOTPROD_CPUS,
-    "ptqtp-panel-neon-i8mm.c": I8MM_CPUS,
+    "kernels/arm/dot-neon.c": PLAIN_CPUS,
+    "kernels/arm/dot-neon-dotprod.c": DOTPROD_CPUS,
+    "kernels/arm/panel-neon.c": PLAIN_CPUS,
+    "kernels/arm/panel-neon-dotprod.c": DOTPROD_CPUS,
+    "kernels/arm/panel-neon-i8mm.c": I8MM_CPUS,
 }
 # GHz, of the machine meant: Raspberry Pi 3, 4, 5; Graviton 2, Cobalt 100, Graviton 4; MacBook
 CLOCK = {
@@ -54,8 +54,8 @@ class Loop:
 
 
 def file_flags() -> dict[str, list[str]]:
-    text = (NATIVE / "ptqtp-sources.cmake").read_text()
-    return {name: flags.split() for name, flags in re.findall(r'"(ptqtp-[\w-]+\.c):([^"]*)"', text)}
+    text = (NATIVE / "sources.cmake").read_text()
+    return {name: flags.split() for name, flags in re.findall(r'"([\w/-]+\.c):([^"]*)"', text)}
 
 
 def compile_file(compiler: list[str], name: str, flags: list[str]) -> list[str]:
@@ -122,7 +122,7 @@ def main() -> None:
                 rate = loop.weights / cycles
                 clock = CLOCK.get(cpu, 1.0)
                 print(
-                    f"{name:28} {loop.name:10} {cpu:12} {count:7} {cycles:7.1f} {rate:8.2f} "
+                    f"{Path(name).name:28} {loop.name:10} {cpu:12} {count:7} {cycles:7.1f} {rate:8.2f} "
                     f"{clock:5.1f} {rate * clock:6.2f}"
                 )
 

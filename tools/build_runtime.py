@@ -33,11 +33,10 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 PATCHES = REPO / "patches"
 NATIVE = REPO / "native"
-NATIVE_SUFFIXES = {".c", ".cpp", ".h", ".inc", ".cmake"}
-# tests, benchmarks, and what only a converter needs
-NATIVE_NOT_IN_GGML = re.compile(
-    r"ptqtp-(test|bench)(-\w+)?\.[ch]|ptqtp-(parallel|convert)\.cpp|ptqtp-(bulk|check|chunks|hash)[\w-]*\.(c|h|inc)|aarch64\.cmake"
-)
+# What goes into ggml, whole folders and whatever a file is called. The others are tests, benchmarks, and what only a
+# converter needs.
+NATIVE_ROOMS = ("codec", "kernels", "quantize", "ggml")
+NATIVE_TOP = ("ptqtp.h", "sources.cmake")
 NATIVE_IN_TREE = "vendor/llama.cpp/ggml/src/ptqtp"
 TREE_STAMP = ".ptqtp-tree"
 
@@ -116,8 +115,9 @@ def patched_files(patches: Sequence[Path]) -> list[str]:
 
 
 def native_files() -> list[Path]:
-    files = (path for path in NATIVE.iterdir() if path.is_file() and path.suffix in NATIVE_SUFFIXES)
-    return sorted(path for path in files if not NATIVE_NOT_IN_GGML.fullmatch(path.name))
+    """The files of native/ that are copied into ggml."""
+    inside = (path for room in NATIVE_ROOMS for path in sorted((NATIVE / room).rglob("*")) if path.is_file())
+    return [*(NATIVE / name for name in NATIVE_TOP), *inside]
 
 
 def say(text: str) -> None:
@@ -133,9 +133,11 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(paths: Sequence[Path], *more: str) -> str:
+    """Of the files' contents and of where they lie in the repository."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
+        place = Path(os.path.relpath(path, REPO)).as_posix()
+        digest.update(f"{place} {sha256(path)}\n".encode())
     for text in more:
         digest.update(f"{text}\n".encode())
     return digest.hexdigest()
@@ -265,16 +267,20 @@ def make_tree(sdist: Path, tree: Path, patches: Sequence[Path], stamp: str) -> N
 
 
 def copy_native(tree: Path) -> None:
-    """Copy native/ into the tree, touching only what changed."""
+    """Copy the rooms of native/ into the tree, with their subfolders, touching only what changed."""
     target = tree / NATIVE_IN_TREE
-    target.mkdir(parents=True, exist_ok=True)
-    wanted = {path.name: path for path in native_files()}
-    for old in target.iterdir():
-        if old.name not in wanted:
+    wanted = {target / path.relative_to(NATIVE): path for path in native_files()}
+    folders = {folder for file in wanted for folder in file.parents}
+    for old in sorted(target.rglob("*"), reverse=True):  # what a folder holds before the folder
+        if old.is_dir() and not old.is_symlink():
+            if old not in folders:
+                old.rmdir()
+        elif old not in wanted:
             old.unlink()
-    for name, path in wanted.items():
-        if not (target / name).is_file() or not filecmp.cmp(path, target / name, shallow=False):
-            shutil.copyfile(path, target / name)
+    for file, path in wanted.items():
+        if not file.is_file() or not filecmp.cmp(path, file, shallow=False):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, file)
 
 
 # ---- the wheel ----

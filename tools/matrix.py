@@ -176,7 +176,7 @@ def emulated(cpu: str, kernel: str) -> str:
 
 def arm(cpu: str, kernel: str) -> str:
     have("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64")
-    folder = native("aarch64", f"-DCMAKE_TOOLCHAIN_FILE={REPO / 'native' / 'aarch64.cmake'}")
+    folder = native("aarch64", f"-DCMAKE_TOOLCHAIN_FILE={REPO / 'native' / 'toolchains' / 'aarch64.cmake'}")
     if chosen(folder, ["qemu-aarch64"], {"QEMU_CPU": cpu}, kernel) != kernel:
         raise Failed(f"no kernel on a {cpu}")
     return f"{ctest(folder, {'QEMU_CPU': cpu})}, {kernel}"

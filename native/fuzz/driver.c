@@ -6,7 +6,7 @@
  * The names are libFuzzer's, but seconds are those that it computes. New inputs go to the first folder, an input that
  * crashes or takes longer than 5 s to P + crash or P + timeout. Without time and runs: replay. */
 #define _GNU_SOURCE
-#include "fuzz.h"
+#include "fuzz/fuzz.h"
 
 #include <dirent.h>
 #include <signal.h>

@@ -1,26 +1,22 @@
-/* Every kernel of ptqtp-kernels.inc on the same bytes, valid or not. What is promised for any bytes: all decode them to
- * the same digits, so the integer sums are equal and only the order of the float sum differs.
- * Input: byte 0 type, byte 1 rows and form, then blocks of weights, then activations. */
-#include "fuzz.h"
-#include "ptqtp-kernels.h"
-#include "ptqtp-unit.h"
+/* Every kernel of kernels/kernels.inc on the same bytes, valid or not. What is promised for any bytes: all decode them
+ * to the same digits, so the integer sums are equal and only the order of the float sum differs. Input: byte 0 type,
+ * byte 1 rows and form, then blocks of weights, then activations. */
+#include "codec/unit.h"
+#include "fuzz/fuzz.h"
+#include "kernels/kernels.h"
 
 #include <math.h>
 
 enum { MAX_BLOCKS = 64 };
 
-static ptqtp_dot_fn scalar_of(int type) {
-    return type == PTQTP_TP2_1 ? ptqtp_dot_tp2_1_scalar : ptqtp_dot_tp2_0_scalar;
-}
-
 /* Sum of the magnitudes of all terms; NaN or Inf where one is. */
-static double magnitude(int type, const uint8_t * w, const ptqtp_block_q8_0 * y, int64_t n) {
+static double magnitude(const struct ptqtp_type_traits * t, const uint8_t * w, const ptqtp_block_q8_0 * y, int64_t n) {
     static float values[MAX_BLOCKS * PTQTP_QK_TP2_0];
-    (type == PTQTP_TP2_1 ? ptqtp_dequantize_tp2_1 : ptqtp_dequantize_tp2_0)(w, values, n);
+    t->dequantize(w, values, n);
     double sum = 0;
     for (int64_t i = 0; i < n; i++) {
         sum += fabs((double) values[i] * y[i / 32].qs[i % 32] * (double) ptqtp_half_to_float(y[i / 32].d));
-        if (type == PTQTP_TP2_0) { /* its two planes may cancel */
+        if (t->type == PTQTP_TP2_0) { /* its two planes may cancel */
             const block_tp2_0 * b = (const block_tp2_0 *) w + i / PTQTP_QK_TP2_0;
             for (int plane = 0; plane < 2; plane++) {
                 sum += fabs((double) ptqtp_half_to_float(ptqtp_alpha_bits(b, plane)) * y[i / 32].qs[i % 32] *
@@ -31,32 +27,35 @@ static double magnitude(int type, const uint8_t * w, const ptqtp_block_q8_0 * y,
     return sum;
 }
 
-static void dots(int type, uint8_t * w, ptqtp_block_q8_0 * y, int64_t nblocks) {
-    const int64_t n = nblocks * ptqtp_block_size(type), ny = n / 32;
+/* Scales with which every sum is a small integer: 1, and 2 and 1. A new type needs a case. */
+static void exact_scales(const struct ptqtp_type_traits * t, uint8_t * w, int64_t nblocks) {
+    static const uint8_t one[] = { 0xf0 }, two_one[] = { 0, 0x3c, 0, 0x40 };
+    const uint8_t * sides = t->type == PTQTP_TP2_0 ? two_one : t->type == PTQTP_TP2_1 ? one : NULL;
+    MUST(sides, "%s", t->name);
+    const int64_t units = t->block / PTQTP_UNIT;
+    for (int64_t i = 0; i < nblocks * units; i++) {
+        ((ptqtp_unit *) w)[i].side = sides[i % units];
+    }
+}
+
+static void dots(const struct ptqtp_type_traits * t, uint8_t * w, ptqtp_block_q8_0 * y, int64_t nblocks) {
+    const int64_t n = nblocks * t->block, ny = n / 32;
     int count;
     const struct ptqtp_kernel * all = ptqtp_kernels(&count);
     for (int exact = 0; exact < 2; exact++) {
-        if (exact) { /* scales of 1, 2 and 1: every sum is a small integer */
-            for (int64_t i = 0; i < nblocks; i++) {
-                ptqtp_unit * u = (ptqtp_unit *) w + i * (type == PTQTP_TP2_1 ? 1 : 4);
-                u[0].side = type == PTQTP_TP2_1 ? 0xf0 : 0;
-                if (type == PTQTP_TP2_0) {
-                    u[1].side = 0x3c;
-                    u[2].side = 0;
-                    u[3].side = 0x40;
-                }
-            }
+        if (exact) {
+            exact_scales(t, w, nblocks);
             for (int64_t i = 0; i < ny; i++) {
                 y[i].d = 0x3c00;
             }
         }
-        const double bound = exact ? 0 : magnitude(type, w, y, n) * (double) (ny + 16) * 0x1p-22 + 1e-37;
-        const float want = scalar_of(type)(n, w, y);
+        const double bound = exact ? 0 : magnitude(t, w, y, n) * (double) (ny + 16) * 0x1p-22 + 1e-37;
+        const float want = ptqtp_dot_scalar(t->type)(n, w, y);
         for (int k = 0; k < count; k++) {
-            if (all[k].type == type && all[k].supported()) {
+            if (all[k].type == t->type && all[k].supported()) {
                 const float got = all[k].dot(n, w, y);
                 MUST(!(bound < 3e38) || fabs((double) got - (double) want) <= bound,
-                     "%s, type %d, %d blocks, exact %d: %a, reference %a, bound %a", all[k].name, type, (int) nblocks,
+                     "%s, %s, %d blocks, exact %d: %a, reference %a, bound %a", all[k].name, t->name, (int) nblocks,
                      exact, (double) got, (double) want, bound);
             }
         }
@@ -132,22 +131,23 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (size < 2) {
         return 0;
     }
-    const int type = data[0] & 1 ? PTQTP_TP2_1 : PTQTP_TP2_0, rows = 1 + data[1] % 40, form = data[1] >> 7;
-    const size_t block = ptqtp_type_size(type), weights = (size_t) ptqtp_block_size(type);
-    size_t nblocks = (size - 2) / (block + weights / 32 * sizeof(ptqtp_block_q8_0));
+    const struct ptqtp_type_traits * t = fuzz_type(data[0]);
+    const int rows = 1 + data[1] % 40, form = data[1] >> 7;
+    const size_t weights = (size_t) t->block;
+    size_t nblocks = (size - 2) / (t->size + weights / 32 * sizeof(ptqtp_block_q8_0));
     if (nblocks == 0) {
         return 0;
     }
     nblocks = nblocks < MAX_BLOCKS ? nblocks : MAX_BLOCKS;
-    uint8_t * w = fuzz_copy(data + 2, nblocks * block);
-    ptqtp_block_q8_0 * y = fuzz_copy(data + 2 + nblocks * block, nblocks * weights / 32 * sizeof *y);
-    if (type == PTQTP_TP2_1) {
+    uint8_t * w = fuzz_copy(data + 2, nblocks * t->size);
+    ptqtp_block_q8_0 * y = fuzz_copy(data + 2 + nblocks * t->size, nblocks * weights / 32 * sizeof *y);
+    if (t->panels) {
         const int64_t cols = (int64_t) nblocks / rows * 32;
         if (cols) {
             panels(form, w, (const int8_t *) y, rows, cols);
         }
     }
-    dots(type, w, y, (int64_t) nblocks);
+    dots(t, w, y, (int64_t) nblocks);
     free(w);
     free(y);
     return 0;

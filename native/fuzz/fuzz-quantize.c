@@ -1,12 +1,14 @@
 /* Any floats through the quantizers, the scan, the conversions and the loops of calibration. What they take they make
  * valid, alike in one thread and in three, and report truly; what they refuse they refuse alike.
  * Input: four bytes of choices, then floats. */
-#include "fuzz.h"
+#include "fuzz/fuzz.h"
 
 #include <math.h>
 
-static void quantize(int type, int method, const float * x, const float * h, int64_t rows, int64_t cols) {
-    const size_t nbytes = (size_t) (rows * cols / ptqtp_block_size(type)) * ptqtp_type_size(type);
+static void quantize(const struct ptqtp_type_traits * t, int method, const float * x, const float * h, int64_t rows,
+                     int64_t cols) {
+    const int type = t->type;
+    const size_t nbytes = (size_t) (rows * cols / t->block) * t->size;
     uint8_t *one = fuzz_bytes(nbytes), *many = fuzz_bytes(nbytes);
     struct ptqtp_stats stats = { 0, 0, 0 };
     const int status = ptqtp_quantize_rows(type, method, x, h, one, rows, cols);
@@ -17,7 +19,7 @@ static void quantize(int type, int method, const float * x, const float * h, int
         MUST(ptqtp_validate(type, one, nbytes, NULL) == PTQTP_OK, "type %d, method %d: made what is not valid", type,
              method);
         float * r = fuzz_bytes((size_t) (rows * cols) * sizeof *r);
-        (type == PTQTP_TP2_1 ? ptqtp_dequantize_tp2_1 : ptqtp_dequantize_tp2_0)(one, r, rows * cols);
+        t->dequantize(one, r, rows * cols);
         MUST(ptqtp_hash(r, rows * cols, 3, 1) == stats.hash, "type %d, method %d: not what was meant", type, method);
         MUST(stats.error >= 0 && stats.power >= 0 && isfinite(stats.error) && isfinite(stats.power), "statistics");
         free(r);
@@ -86,8 +88,9 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
     const int64_t n = (int64_t) ((size - 4) / sizeof(float));
     float * x = fuzz_copy(data + 4, (size_t) n * sizeof *x);
-    const int type = data[0] & 1 ? PTQTP_TP2_1 : PTQTP_TP2_0, method = data[0] >> 1 & 1;
-    const int64_t qk = ptqtp_block_size(type), rows = 1 + data[1] % 9, cols = n / (rows + 1) / qk * qk;
+    const struct ptqtp_type_traits * t = fuzz_type(data[0]);
+    const int method = data[0] >> 1 & 1;
+    const int64_t rows = 1 + data[1] % 9, cols = n / (rows + 1) / t->block * t->block;
     if (data[0] & 4) { /* into reach, so that more than the refusal is tried */
         for (int64_t i = 0; i < n; i++) {
             x[i] = isfinite(x[i]) ? fmaxf(fminf(x[i], 9.6875f), -9.6875f) : 0;
@@ -100,7 +103,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             h[i] = data[0] & 16 ? fabsf(x[rows * cols + i]) : x[rows * cols + i];
         }
     }
-    quantize(type, method, x, h, rows, cols);
+    quantize(t, method, x, h, rows, cols);
     convert(x, n);
     calibrate(x, n, data[2]);
     struct ptqtp_scan_result a, b;

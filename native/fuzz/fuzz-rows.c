@@ -1,13 +1,14 @@
-/* Any bytes as rows of TP2_0 or TP2_1: every decoder reads them, and they agree.
+/* Any bytes as rows of any type: every decoder reads them, and they agree.
  * Input: byte 0 the type, byte 1 rows, the rest blocks. */
-#include "fuzz.h"
+#include "fuzz/fuzz.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (size < 2) {
         return 0;
     }
-    const int type = data[0] & 1 ? PTQTP_TP2_1 : PTQTP_TP2_0;
-    const size_t block = ptqtp_type_size(type), weights = (size_t) ptqtp_block_size(type), nblocks = (size - 2) / block;
+    const struct ptqtp_type_traits * t = fuzz_type(data[0]);
+    const int type = t->type;
+    const size_t block = t->size, weights = (size_t) t->block, nblocks = (size - 2) / block;
     const int64_t n = (int64_t) (nblocks * weights), nrows = nblocks % (1u + data[1] % 40u) ? 1 : 1 + data[1] % 40;
     uint8_t * rows = fuzz_copy(data + 2, nblocks * block);
 
@@ -22,18 +23,10 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
 
     float * values = fuzz_bytes((size_t) n * sizeof(float));
     uint8_t *digits = fuzz_bytes((size_t) n), *back = fuzz_bytes(nblocks * block);
-    uint16_t * alphas = fuzz_bytes(nblocks * 4);
-    uint8_t * codes = fuzz_bytes(nblocks);
-    int packed;
-    if (type == PTQTP_TP2_1) {
-        ptqtp_dequantize_tp2_1(rows, values, n);
-        MUST(ptqtp_unpack_tp2_1(rows, digits, codes, n) == PTQTP_OK, "unpack");
-        packed = ptqtp_pack_tp2_1(digits, codes, back, n);
-    } else {
-        ptqtp_dequantize_tp2_0(rows, values, n);
-        MUST(ptqtp_unpack_tp2_0(rows, digits, alphas, n) == PTQTP_OK, "unpack");
-        packed = ptqtp_pack_tp2_0(digits, alphas, back, n);
-    }
+    uint8_t * scales = fuzz_bytes((size_t) (n / t->group) * t->scale_size);
+    t->dequantize(rows, values, n);
+    MUST(t->unpack(rows, digits, scales, n) == PTQTP_OK, "unpack");
+    const int packed = t->pack(digits, scales, back, n);
     MUST(packed == PTQTP_OK, "digits of any bytes pack: %d", packed);
     if (status == PTQTP_OK) {
         MUST(!memcmp(rows, back, nblocks * block), "what is valid is what the packer writes");
@@ -41,7 +34,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     } else if (status == PTQTP_BAD_WORD) {
         MUST(memcmp(rows, back, nblocks * block) != 0, "a word that no packer writes came from the packer");
     }
-    if (type == PTQTP_TP2_1 && n) {
+    if (t->panels && n) {
         const int64_t cols = n / nrows;
         for (int form = PTQTP_PACKED; form <= PTQTP_WIDE; form++) {
             uint8_t * panels = fuzz_bytes(ptqtp_panels_size(form, nrows, cols));
@@ -55,7 +48,6 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     free(values);
     free(digits);
     free(back);
-    free(alphas);
-    free(codes);
+    free(scales);
     return 0;
 }

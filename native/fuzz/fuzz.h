@@ -25,6 +25,13 @@ extern "C"
 #endif
     int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size);
 
+/* The type that a byte of the input names. */
+static inline const struct ptqtp_type_traits * fuzz_type(uint8_t byte) {
+    int count;
+    const struct ptqtp_type_traits * types = ptqtp_type_table(&count);
+    return &types[byte % count];
+}
+
 /* n bytes of their own, so that the sanitizer sees a read behind them; free them. */
 static inline void * fuzz_bytes(size_t n) {
     void * p = malloc(n ? n : 1);

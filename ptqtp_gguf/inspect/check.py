@@ -1,6 +1,6 @@
 """Reads what was written: structure, every word and scale, every weight, and the distance to the source.
 
-Trit-plane tensors are decoded by native/ptqtp-check.c, which shares no code with the packer or the codec, and their
+Trit-plane tensors are decoded by native/codec/check.c, which shares no code with the packer or the codec, and their
 weights compared, through a 64-bit checksum of every float's bits and place, with those that the quantizer had in mind
 before it packed them. Other tensors have a checksum over their bytes. A file keeps the checksums in its metadata.
 """

@@ -1,6 +1,6 @@
 """The inner loops of calibrated quantization, over one block of columns: the readable form.
 
-native.gptq_block and native.cd_block (native/ptqtp-bulk-calibrate.inc) do the same arithmetic in the same order and are
+native.gptq_block and native.cd_block (native/bulk/calibrate.inc) do the same arithmetic in the same order and are
 what is used; the suite holds both together bit for bit. The matrix products between blocks are the caller's.
 
 H (C, C) is the sum over calibration tokens of x x^T, x the input of a linear layer. A weight is level * s, level in

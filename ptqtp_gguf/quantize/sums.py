@@ -1,7 +1,7 @@
 """Sums in the order of the native core, so that both round alike.
 
 A sum over a group runs in eight lanes: lane l adds elements l, l+8, l+16, ... in turn; the lanes are then joined by
-halves. See the head of native/ptqtp-quantize.c.
+halves. See the head of native/quantize/quantize.c.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 /* The quantizers for NVIDIA GPUs: source bytes -> float32 -> planes and scales -> packed rows, with what the converter
  * wants to know of the values on the way. Compiled at run time by NVRTC (cuda.py); the tests compile it for the host.
  *
- * The same arithmetic in the same order as native/ptqtp-quantize.c, so the bytes are equal: --fmad=false, IEEE division
- * and square root, no flush to zero (all but the first are NVRTC's defaults), and every sum over a group in eight lanes
- * joined by halves. A thread holds LANES of the eight lanes of a group: all 8 where a group of 32 fits the registers,
+ * The same arithmetic in the same order as native/quantize/quantize.c, so the bytes are equal: --fmad=false, IEEE
+ * division and square root, no flush to zero (all but the first are NVRTC's defaults), and every sum over a group in
+ * eight lanes joined by halves. A thread holds LANES of the eight lanes of a group: all 8 where a group of 32 fits the registers,
  * 1 where a group is 128 weights, so that 8 threads of a warp share a group and the joins are shuffles. */
 #include "scales.cuh"
 
@@ -148,7 +148,7 @@ __device__ void load_unit(const u8 * src, int type, u64 i, float * x) {
 
 /* ---- what the converter wants to know ---- */
 
-/* The checksum of native/ptqtp-hash.h: a sum of this over all weights, whatever the order and the pieces. */
+/* The checksum of native/codec/hash.h: a sum of this over all weights, whatever the order and the pieces. */
 __device__ u64 mix(u64 index, float r) {
     const u64 key = (index + 1) * 0x9e3779b97f4a7c15ull;
     u64 z = (u64) (__float_as_uint(r) ^ (u32) (key >> 32)) * 0xd6e8feb9u + key;

@@ -1,2 +1,0 @@
-#define ISA(name) name##_avx2
-#include "bakeoff-avx2.h"

@@ -1,2 +1,0 @@
-#define ISA(name) name##_avx512bw
-#include "bakeoff-avx512.h"

@@ -1,2 +1,0 @@
-#define ISA(name) name##_avxvnni
-#include "bakeoff-avx2.h"

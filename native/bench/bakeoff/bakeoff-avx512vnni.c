@@ -1,0 +1,2 @@
+#define ISA(name) name##_avx512vnni
+#include "bench/bakeoff/bakeoff-avx512.h"

@@ -1,0 +1,2 @@
+#define ISA(name) name##_avxvnni
+#include "bench/bakeoff/bakeoff-avx2.h"

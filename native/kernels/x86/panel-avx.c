@@ -1,0 +1,4 @@
+/* See panel-x86.inc. This file alone is compiled for this instruction set; kernels/cpu.c asks the CPU first. */
+#define PTQTP_ISA avx
+#define PTQTP_WIDTH 128
+#include "kernels/x86/panel-x86.inc"

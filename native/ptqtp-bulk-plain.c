@@ -1,5 +1,0 @@
-/* The bulk loops as an architecture without known SIMD runs them: for the tests. */
-#define PTQTP_NO_SIMD
-#define PTQTP_BULK ptqtp_bulk_plain
-#define PTQTP_BULK_NAME "plain"
-#include "ptqtp-bulk.inc"
