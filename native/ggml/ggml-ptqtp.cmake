@@ -45,3 +45,19 @@ foreach (target IN LISTS PTQTP_TARGETS)
         target_sources(${target} PRIVATE $<TARGET_OBJECTS:ggml-ptqtp-dot>)
     endif()
 endforeach()
+
+# ---- upstream's AMX kernels: a gcc whose tile intrinsics lose stores (kernels/x86/tile-config.h) ----
+
+if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    foreach (target IN LISTS PTQTP_TARGETS)
+        if (target MATCHES "^ggml-cpu")
+            get_target_property(sources ${target} SOURCES)
+            foreach (source IN LISTS sources)
+                if (source MATCHES "amx/mmq\\.cpp$")
+                    target_compile_options(${target} PRIVATE
+                        "$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include \"${PTQTP_DIR}/kernels/x86/tile-config.h\">")
+                endif()
+            endforeach()
+        endif()
+    endforeach()
+endif()
