@@ -29,7 +29,8 @@ def talking(path: Path) -> Path:
     """A tiny model that llama-server loads; made in another process, without the layer."""
     code = "import sys; from pathlib import Path; from talking_model import write_talking_model;"
     code += "write_talking_model(Path(sys.argv[1]))"
-    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"PYTHONPATH": str(HERE.parent / "tests")}
+    support = str(HERE.parent / "tests" / "support")
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"PYTHONPATH": support}
     subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=True, capture_output=True)
     return path
 

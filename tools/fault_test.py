@@ -236,7 +236,8 @@ def checkpoint(folder: Path) -> None:
     """A random Llama of two layers in several shards, as the tests have it; made in another process."""
     code = "import sys; from pathlib import Path; from tiny_models import FAMILIES, build;"
     code += "build(FAMILIES['llama'], Path(sys.argv[1]), [1, 2, 3])"
-    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"PYTHONPATH": str(base.HERE.parent / "tests")}
+    support = str(base.HERE.parent / "tests" / "support")
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"PYTHONPATH": support}
     folder.mkdir()
     subprocess.run([sys.executable, "-c", code, str(folder)], env=env, check=True, capture_output=True)
 

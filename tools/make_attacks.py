@@ -1,4 +1,4 @@
-"""Writes tests/attacks/: small files that try something, and what each tries. tests/test_attacks.py reads them.
+"""Writes tests/attacks/: small files that try something, and what each tries. tests/system/test_attacks.py reads them.
 
     python tools/make_attacks.py [FOLDER]
 
@@ -416,7 +416,8 @@ FILES = {
 
 def contents() -> str:
     """What each file tries, for people: tests/attacks/README.md."""
-    lines = ["# Attacks", "", "Made by `tools/make_attacks.py`; read by `tests/test_attacks.py`. What each tries:", ""]
+    made = "Made by `tools/make_attacks.py`; read by `tests/system/test_attacks.py`. What each tries:"
+    lines = ["# Attacks", "", made, ""]
     lines += [f"- `{name}`: {what}" for name, (what, _, _) in FILES.items()]
     return "\n".join(lines) + "\n"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_calibration import VOCAB, distance, save, some_tokens
 from tiny_models import Family
+from walked_models import VOCAB, distance, save, some_tokens
 
 from ptqtp_gguf.calibrate import mapping, texts
 from ptqtp_gguf.calibrate import run as prepare

@@ -82,7 +82,7 @@ def test_what_is_no_endpoint() -> None:
 
 def test_logits_are_those_of_one_host(hosts: Any, ours: Path) -> None:
     """A server holds rows, not panels. So on one CPU model the logits are exactly those of rows here, wherever the
-    model is cut; and panels differ from rows by a rounding of activations of the same size (test_runtime.py)."""
+    model is cut; and panels differ from rows by a rounding of activations of the same size (test_model.py)."""
     rows, panels = tool.logits(hosts, ours, rows=True), tool.logits(hosts, ours)
     with tool.rpc_server(hosts) as (_, server):
         for layers in (-1, 1):

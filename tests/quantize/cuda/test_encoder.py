@@ -15,7 +15,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from helpers import REPO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -110,7 +109,7 @@ def compiling(source: str, library: Path, *options: str) -> subprocess.Popen[byt
             "-shared",
             *options,
             f"-I{cuda.SOURCE_FILE.parent}",
-            str(REPO / "tests" / source),
+            str(Path(__file__).with_name(source)),
             "-o",
             str(library),
         ]

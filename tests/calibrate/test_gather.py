@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import REPO
 from tiny_models import FAMILIES, Family
+from walked_models import distance, save, some_tokens
 
 from ptqtp_gguf.calibrate.gather import OUTPUT, Layer, walk
 from ptqtp_gguf.calibrate.mapping import names
@@ -26,33 +27,7 @@ MODELS = {
     "gemma2": Family("Gemma2", "gemma2", config=dict(head_dim=64, sliding_window=8, query_pre_attn_scalar=64)),
     "mixtral": Family("Mixtral", "llama", config=dict(num_local_experts=4, num_experts_per_tok=2)),
 }
-VOCAB, WINDOW, N = 384, 40, 5  # windows longer than the sliding windows, and more than fit a batch of two
 SAME = 2e-5  # float32 sums in another order, two to six blocks deep
-
-
-def save(family: Family, folder: Path, **changes: object) -> Path:
-    """A random float32 checkpoint without a tokenizer."""
-    import torch
-    import transformers
-
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        config = getattr(transformers, f"{family.model}TextConfig", None) or getattr(
-            transformers, f"{family.model}Config"
-        )
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{family.model}ForCausalLM")(
-            config(**{**family.settings, "vocab_size": VOCAB, **changes})
-        )
-        for _, p in sorted(model.named_parameters()):
-            noise = torch.randn(p.shape)
-            p.copy_(p + 0.2 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
-        model.save_pretrained(folder, max_shard_size="500KB")
-    return folder
-
-
-def some_tokens(n: int = N) -> np.ndarray:
-    return np.random.default_rng(3).integers(3, VOCAB, (n, WINDOW))
 
 
 def whole_model(folder: Path, family: Family, tokens: np.ndarray, change: Callable[[Any], None] | None = None) -> dict:
@@ -92,10 +67,6 @@ def whole_model(folder: Path, family: Family, tokens: np.ndarray, change: Callab
     with torch.no_grad():
         model(torch.from_numpy(tokens), use_cache=False)
     return out
-
-
-def distance(a: Any, b: Any) -> float:
-    return float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
 
 
 def gather(layers: Any) -> dict[str, Any]:
@@ -168,8 +139,8 @@ def test_inputs_come_from_replaced_blocks(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_calibration import go
+sys.path[:0] = sys.argv[2:]
+from test_gather import go
 folder = Path(sys.argv[1])
 go(folder / "model", lambda stage, done, total, what: what == "block 1" and os.kill(os.getpid(), 9), folder / "kept")
 """
@@ -189,7 +160,7 @@ def test_killed_and_taken_up_again(tmp_path: Path) -> None:
     """Killed by SIGKILL inside block 1; what is gathered afterwards is what one go gathers, bit by bit."""
     model, kept = tmp_path / "model", tmp_path / "kept"
     small(model)
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent), str(REPO / "tests" / "support")]
     assert subprocess.run(command, timeout=300, check=False).returncode == -9
     assert (kept / "blk.0.safetensors").exists() and (kept / "states.1.bin").exists()
     assert not (kept / "blk.1.safetensors").exists()

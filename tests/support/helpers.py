@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 def write_gguf(path: Path, tensors: dict[str, np.ndarray], kind: str = "F32", arch: str = "llama") -> Path:
