@@ -227,8 +227,8 @@ PEAK = """
 import sys
 from pathlib import Path
 import numpy as np, torch, transformers
-from ptqtp_gguf import checkpoint
-from ptqtp_gguf.calibration import walk
+from ptqtp_gguf.calibrate.gather import walk
+from ptqtp_gguf.source import checkpoint
 
 def memory(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) << 10

@@ -68,7 +68,7 @@ def in_order_file(folder: Path, how: Options, tiny_checkpoint: Path) -> tuple[Pa
 def converted_before(bf16: Path) -> Iterator[None]:
     """The checkpoint's GGUF is there already, as with --keep-bf16: llama.cpp's converter takes seconds."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ptqtp_gguf.source.opening.open_source", lambda source, *_: GgufSource(bf16, source))
+        m.setattr("ptqtp_gguf.conversion.pipeline.open_source", lambda source, *_: GgufSource(bf16, source))
         yield
 
 
@@ -256,13 +256,13 @@ def test_held_out_windows() -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from ptqtp_gguf import conversion
-from ptqtp_gguf.options import Calibration, Options
+from ptqtp_gguf.conversion import pipeline
+from ptqtp_gguf.plan import Calibration, Options
 from ptqtp_gguf.source import GgufSource
 source, bf16, out, text = sys.argv[1:]
-conversion.open_source = lambda source, *_: GgufSource(Path(bf16), source)
+pipeline.open_source = lambda source, *_: GgufSource(Path(bf16), source)
 options = Options(calibration=Calibration((text,), 1024, 64), device="cpu", threads=1)
-conversion.convert(Path(source), Path(out), options,
+pipeline.convert(Path(source), Path(out), options,
     lambda stage, done, total, what: what == "block 1, mlp.gate_proj" and os.kill(os.getpid(), 9))
 """
 

@@ -131,7 +131,7 @@ def test_memory_limit(cli: Cli, model: Path, tmp_path: Path) -> None:
     for limit in ("140M", "1G"):  # VmHWM, not ru_maxrss, which a process inherits from the one that starts it
         code = (
             f"import sys; sys.argv = ['x', 'convert', {str(big)!r}, {str(tmp_path / 'd.gguf')!r}, '-q', '-f',"
-            f"'--max-memory', {limit!r}]\nfrom ptqtp_gguf.cli import main\n"
+            f"'--max-memory', {limit!r}]\nfrom ptqtp_gguf.__main__ import main\n"
             "try: main()\nfinally: print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

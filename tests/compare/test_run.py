@@ -111,8 +111,8 @@ def test_what_is_finished_is_kept(
         if stage == "measuring" and detail:
             rounds.append(detail.partition(":")[0])
 
-    monkeypatch.setattr(peers.conversion, "convert", lambda *a: pytest.fail("converted again"))
-    monkeypatch.setattr(peers.runtime, "stream_tool", lambda *a: pytest.fail("quantized again"))
+    monkeypatch.setattr(peers.pipeline, "convert", lambda *a: pytest.fail("converted again"))
+    monkeypatch.setattr(peers.install, "stream_tool", lambda *a: pytest.fail("quantized again"))
     doc = read_document(compare(reference, tmp_path, settings, progress=watch))
     assert set(rounds) == {"round 2 of 2"} and doc.rows[1].speed[0].samples[:1] == first
     assert len(doc.rows[1].speed[0].samples) == 2 and not (tmp_path / ROUNDS_FILE).exists()

@@ -251,7 +251,7 @@ def test_disk_full(cli: Callable[..., subprocess.CompletedProcess[str]], source:
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
         f"sys.argv = ['x', 'convert', {str(source)!r}, {str(out)!r}];"
-        "from ptqtp_gguf.cli import main; main()"
+        "from ptqtp_gguf.__main__ import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=out.parent
@@ -280,9 +280,9 @@ def test_full_file_system(
         assert list(disk.iterdir()) == []
         # filled by somebody else in the middle: no early check can know
         code = (
-            "import sys; from ptqtp_gguf import conversion; conversion.check_space = lambda *a: None;"
+            "import sys; from ptqtp_gguf.conversion import pipeline; pipeline.check_space = lambda *a: None;"
             f"sys.argv = ['x', 'convert', {str(big)!r}, {str(disk / 'b.gguf')!r}];"
-            "from ptqtp_gguf.cli import main; main()"
+            "from ptqtp_gguf.__main__ import main; main()"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=disk

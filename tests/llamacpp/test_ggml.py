@@ -12,7 +12,6 @@ from ptqtp_gguf.errors import QuantizeError, RuntimeMissing
 from ptqtp_gguf.files import gguf as gguf_io
 from ptqtp_gguf.files.gguf import GGML_TYPES, TYPE_IDS, Reader, type_name
 from ptqtp_gguf.llamacpp import ggml, install
-from ptqtp_gguf.llamacpp import model as runtime
 
 STOCK = sorted(ggml.WRITABLE - ggml.NEEDS_IMPORTANCE)
 QUICK = [i for i in sorted(ggml.WRITABLE) if not type_name(i).startswith(("IQ1", "IQ2"))]  # their tables take 5 to 60 s
@@ -169,7 +168,7 @@ def test_without_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone() -> None:
         raise RuntimeMissing("not here")
 
-    monkeypatch.setattr(runtime, "ggml_library", gone)
+    monkeypatch.setattr(install, "ggml_library", gone)
     w = matrix(1)
     assert ggml.quantize(TYPE_IDS["Q4_1"], w).shape == (24, COLS // 32 * 20)
     with pytest.raises(RuntimeMissing, match="Q4_K is quantized by the patched runtime: not here"):

@@ -422,7 +422,7 @@ def test_checkpoint_without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_stock_bindings_are_named(monkeypatch: pytest.MonkeyPatch, demo_files: dict[str, Path]) -> None:
-    monkeypatch.setattr(runtime.importlib.metadata, "version", lambda _: "0.3.36")
+    monkeypatch.setattr(install.importlib.metadata, "version", lambda _: "0.3.36")
     with pytest.raises(RuntimeMissing, match=r"llama-cpp-python 0\.3\.36 is a stock build"):
         runtime.load(demo_files["ours"])
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ptqtp_gguf.errors import QuantizeError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import GGML_TYPES, TYPE_IDS, OutTensor, TensorInfo, build_header, total_size, type_name
-from ptqtp_gguf.llamacpp import model as runtime
+from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan.budget import Option, fit_budget, hull, spend, spread
 from ptqtp_gguf.plan.recipe import Choice, load
 
@@ -190,7 +190,7 @@ def test_types_that_do_not_take_the_values(monkeypatch: pytest.MonkeyPatch) -> N
     def gone() -> None:
         raise RuntimeMissing("not here")
 
-    monkeypatch.setattr(runtime, "ggml_library", gone)
+    monkeypatch.setattr(install, "ggml_library", gone)
     tensors, sample = model()
     recipe = load("small").bind("TP2_1")
 

@@ -16,7 +16,7 @@ from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TensorInfo, type_name
-from ptqtp_gguf.llamacpp import ggml
+from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan import patterns
 from ptqtp_gguf.plan import recipe as recipes
 from ptqtp_gguf.plan.recipe import (
@@ -397,7 +397,7 @@ def test_without_the_runtime_a_k_type_is_refused_in_the_plan(monkeypatch: pytest
     def gone() -> None:
         raise RuntimeMissing("the patched llama-cpp-python is not installed; build it")
 
-    monkeypatch.setattr(ggml.runtime, "ggml_library", gone)
+    monkeypatch.setattr(install, "ggml_library", gone)
     with pytest.raises(
         RuntimeMissing, match=r"^Q6_K is quantized by the patched runtime: the patched llama-cpp-python"
     ):

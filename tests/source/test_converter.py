@@ -19,7 +19,6 @@ import pytest
 
 from ptqtp_gguf.errors import CheckpointError
 from ptqtp_gguf.llamacpp import install
-from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.source import _converter_child as child
 from ptqtp_gguf.source.checkpoint import BIN_INDEX, INDEX, check
 from ptqtp_gguf.source.converter import ConverterStream, header_only
@@ -87,7 +86,7 @@ def written(experts: Path, unhookable: Path, tmp_path_factory: pytest.TempPathFa
     """The bf16 GGUF of the checkpoint, written in two passes, through the stream's fallback."""
     path, lines = tmp_path_factory.mktemp("two-pass") / "moe.gguf", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "converter", lambda: unhookable)
+        patch.setattr(install, "converter", lambda: unhookable)
         with ConverterStream(check(experts), lines.append, path) as stream:
             data = path.read_bytes()
             assert whole(stream) == data
@@ -195,8 +194,8 @@ def wait_for(what: object, seconds: float = 60) -> Iterator[None]:
 @pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="needs /proc")
 def test_the_converter_dies_with_a_killed_parent(moe_checkpoint: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ptqtp_gguf import checkpoint, stream\n"
-        "stream.ConverterStream(checkpoint.check(Path(sys.argv[1])), print)"
+        "import sys; from pathlib import Path; from ptqtp_gguf.source import checkpoint, converter\n"
+        "converter.ConverterStream(checkpoint.check(Path(sys.argv[1])), print)"
     )
     parent = subprocess.Popen([sys.executable, "-I", "-c", code, str(moe_checkpoint)], stdout=subprocess.DEVNULL)
     try:

@@ -126,7 +126,7 @@ def server() -> Iterator[str]:
 FETCH = """
 import sys
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.hub import fetch
+from ptqtp_gguf.source.hub import fetch
 for arg in sys.argv[1:]:
     repo, _, revision = arg.partition("@")
     try:

@@ -240,7 +240,7 @@ def test_default_conversion_without_the_runtime(
     def gone() -> None:
         raise RuntimeMissing("the patched llama-cpp-python is not installed; build it")
 
-    monkeypatch.setattr(ggml.runtime, "ggml_library", gone)
+    monkeypatch.setattr(install, "ggml_library", gone)
     for i, options in enumerate(both):
         done = conversion.convert(tiny_gguf, tmp_path / f"without{i}.gguf", options)
         assert (tmp_path / f"without{i}.gguf").read_bytes() == (tmp_path / f"with{i}.gguf").read_bytes()

@@ -154,12 +154,13 @@ def sparse(path: Path, raw: bytes, size: int) -> Path:
 
 LIMIT = """
 import resource, sys, pathlib
-from ptqtp_gguf import checkpoint, imatrix, pickles, verify
 from ptqtp_gguf.errors import PtqtpError
+from ptqtp_gguf.inspect import verify
+from ptqtp_gguf.source import checkpoint, imatrix, pickles
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]), -1))
 kind, path = sys.argv[2], pathlib.Path(sys.argv[3])
 try:
-    {"gguf": verify.verify, "safetensors": checkpoint.shard_tensors, "imatrix": imatrix.Imatrix,
+    {"gguf": verify, "safetensors": checkpoint.shard_tensors, "imatrix": imatrix.Imatrix,
      "pickle": pickles.bin_tensors}[kind](path)
     print("read")
 except PtqtpError as e:

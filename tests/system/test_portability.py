@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import REPO
 
-BIG = "import sys; sys.byteorder = 'big'; sys.argv[0] = 'ptqtp-gguf'; from ptqtp_gguf.cli import main; main()"
+BIG = "import sys; sys.byteorder = 'big'; sys.argv[0] = 'ptqtp-gguf'; from ptqtp_gguf.__main__ import main; main()"
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:

@@ -417,7 +417,7 @@ def test_groups_are_those_of_the_reference(
 QUIET = """
 import sys
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.quantize import cuda
+from ptqtp_gguf.quantize.cuda import encoder as cuda
 assert not {"cuda", "torch"} & set(sys.modules)
 assert cuda.available() is False
 try:
