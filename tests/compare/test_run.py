@@ -41,7 +41,7 @@ def settings(cache: Path) -> Settings:
     return Settings(
         against=("Q4_0",),
         ours=("TP2_1", "TP2_0"),
-        text=REPO / "tools" / "sample.txt",
+        text=REPO / "tools" / "fixtures" / "sample.txt",
         ctx=64,
         windows=2,
         generation=False,

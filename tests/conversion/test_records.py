@@ -117,7 +117,7 @@ def test_another_version_is_refused(source: Path, out: Path, monkeypatch: pytest
     with monkeypatch.context() as m, pytest.raises(Interrupted):
         stop_after(2, m)
         conversion.convert(source, out)
-    monkeypatch.setattr("ptqtp_gguf.conversion.records.__version__", "9.9")
+    monkeypatch.setattr("ptqtp_gguf.source.identity.__version__", "9.9")
     with pytest.raises(ResumeError, match=r"begun with ptqtp-gguf 0\.\d\.\d \(now 9\.9\)"):
         conversion.convert(source, out)
 
@@ -327,8 +327,8 @@ def test_signals(
 
 
 def test_random_kills(tmp_path: Path) -> None:
-    """A short run of tools/kill_test.py; docs/results/convert.md has the long one."""
-    spec = importlib.util.spec_from_file_location("kill_test", REPO / "tools" / "kill_test.py")
+    """A short run of tools/stress/kill_test.py; docs/results/convert.md has the long one."""
+    spec = importlib.util.spec_from_file_location("kill_test", REPO / "tools" / "stress" / "kill_test.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

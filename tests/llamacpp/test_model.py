@@ -151,7 +151,7 @@ def test_logits_of_the_real_model(demo_files: dict[str, Path]) -> None:
         assert (got.argmax(axis=1) == exact.argmax(axis=1)).mean() > 0.9
 
 
-WINDOWS = ["-f", str(REPO / "tools" / "sample.txt"), "-c", "128", "--chunks", "3", "-t", "2"]
+WINDOWS = ["-f", str(REPO / "tools" / "fixtures" / "sample.txt"), "-c", "128", "--chunks", "3", "-t", "2"]
 
 # Two correct kernels sum floats in different orders, some activations then round to the neighbouring Q8_0 code, and 30
 # layers spread that. Rounding all weights to Q8_0 moves the logits by a mean KLD of .004 on this model, TP2_1 by .6:
@@ -346,7 +346,7 @@ def stock_loader() -> Path:
     stock.mkdir(parents=True, exist_ok=True)
     tree = stock / "tree"
     if not tree.exists():
-        builder = [sys.executable, str(REPO / "tools" / "build_runtime.py"), "--build-dir", str(build)]
+        builder = [sys.executable, str(REPO / "tools" / "build" / "build_runtime.py"), "--build-dir", str(build)]
         subprocess.run([*builder, "--pristine", str(tree)], check=True)
     ggml = tree / "vendor" / "llama.cpp" / "ggml"
     main = stock / "load.cpp"

@@ -20,7 +20,7 @@ from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import ServerError
 from ptqtp_gguf.llamacpp import install, rpc
 
-sys.path.insert(0, str(REPO / "tools"))
+sys.path.insert(0, str(REPO / "tools" / "stress"))
 tool = importlib.import_module("rpc_hosts")
 
 pytestmark = pytest.mark.runtime
@@ -60,8 +60,9 @@ def stock_peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return peer
     stock.mkdir(parents=True, exist_ok=True)
     if not (tree := stock / "tree").exists():
-        builder = [sys.executable, str(REPO / "tools" / "build_runtime.py"), "--build-dir", str(REPO / "build")]
-        subprocess.run([*builder, "--pristine", str(tree)], check=True)
+        builder = REPO / "tools" / "build" / "build_runtime.py"
+        words = ["--build-dir", str(REPO / "build"), "--pristine", str(tree)]
+        subprocess.run([sys.executable, str(builder), *words], check=True)
     ggml, lib = tree / "vendor" / "llama.cpp" / "ggml", install.package_dir() / "lib"
     (stock / "rpc-peer.cpp").write_text(PEER)
     sources = [stock / "rpc-peer.cpp", *(ggml / "src" / "ggml-rpc" / f"{n}.cpp" for n in ("ggml-rpc", "transport"))]

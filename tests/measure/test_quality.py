@@ -56,7 +56,7 @@ def test_llama_perplexity_agrees(demo_files: dict[str, Path], text: Path, tmp_pa
     Its mean is off by at most mean(b), a quantile by max(b). ln PPL(base) is off by h, the RMS of p's changes by h
     (p is at most 1), and a token's top differs only where the reference's two likeliest are within 2 h.
     """
-    sys.path.insert(0, str(REPO / "tools"))
+    sys.path.insert(0, str(REPO / "tools" / "accuracy"))
     try:
         import accuracy_base
     finally:

@@ -50,8 +50,9 @@ def rewritten(source: Path, out: Path, change: list, rename: dict[str, str] | No
 
 
 def load_tool(name: str) -> Any:
-    """tools/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, REPO / "tools" / f"{name}.py")
+    """tools/NAME.py as a module; NAME with its folder."""
+    path = REPO / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,7 +61,7 @@ def load_tool(name: str) -> Any:
 
 def demo_folder() -> Path:
     """The demo model's checkpoint; made once, in build/demo."""
-    module = load_tool("demo_model")
+    module = load_tool("fixtures/demo_model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers and torch while they read the GGUF
         return Path(module.ensure(REPO / "build" / "demo"))

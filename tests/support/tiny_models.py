@@ -199,7 +199,7 @@ def _add_tokenizer(family: Family, folder: Path) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        input=str(REPO / "tools" / "sample.txt"),
+        input=str(REPO / "tools" / "fixtures" / "sample.txt"),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=SPM_VOCAB,
         byte_fallback=True,

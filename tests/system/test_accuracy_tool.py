@@ -1,4 +1,4 @@
-"""tools/accuracy.py: the whole of it on a tiny model with the real tools, and what it refuses."""
+"""tools/accuracy/accuracy.py: the whole of it on a tiny model with the real tools, and what it refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan.options import Options
 
-sys.path.insert(0, str(REPO / "tools"))
+sys.path.insert(0, str(REPO / "tools" / "accuracy"))
 accuracy, base, page = (importlib.import_module(name) for name in ("accuracy", "accuracy_base", "accuracy_page"))
 
 Run = tuple[Path, list[str]]
@@ -64,7 +64,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("accuracy")
     reference, ours = tiny_model(folder / "tiny-bf16.gguf"), folder / "ours.gguf"
     convert(reference, ours, Options())
-    texts = {"wiki.txt": "tools/sample.txt", "code.txt": "tools/build_runtime.py", "calib.txt": "docs/format.md"}
+    sources = "tools/fixtures/sample.txt", "tools/build/build_runtime.py", "docs/format.md"
+    texts = dict(zip(("wiki.txt", "code.txt", "calib.txt"), sources, strict=True))
     for name, source in texts.items():
         shutil.copy(REPO / source, folder / name)
     argv = [
@@ -176,7 +177,8 @@ def test_the_page_keeps_words(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
         assert page.with_error(r["kld"], r["kld_se"]) in text
     assert re.search(r"\| reference \|[^|]*\|[^|]*\|[^|]*\| 1\.000 \|", text)
     assert re.search(r"\| \*\*search\*\* \| \d+\.\d \| \d+\.\d{3} \|", text) and "| Q4_K_M imatrix\u2020 |" in text
-    assert "python tools/accuracy.py --model tiny=tiny-bf16.gguf --text wiki.txt" in text and str(tmp_path) not in text
+    assert "python tools/accuracy/accuracy.py --model tiny=tiny-bf16.gguf --text wiki.txt" in text
+    assert str(tmp_path) not in text
     assert str(run[0].parent) not in text and drawn == ["accuracy-tiny.svg"]
     target.write_text(text.replace("## Published", "Words of mine.\n\n## Published").replace("0.", "9."))
     assert accuracy.main(argv) == 0

@@ -1,4 +1,7 @@
-"""Small files that try something (tools/make_attacks.py says what): each reader refuses each with one clear line."""
+"""Small files that try something: each reader refuses each with one clear line.
+
+tools/fixtures/make_attacks.py says what each tries.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from ptqtp_gguf.source import checkpoint, imatrix, pickles
 from ptqtp_gguf.source.checkpoint import to_bf16_gguf
 from ptqtp_gguf.source.gguf import GgufSource
 
-ATTACKS = load_tool("make_attacks")
+ATTACKS = load_tool("fixtures/make_attacks")
 SECONDS = 5
 
 
@@ -303,9 +306,9 @@ def test_readme_lists_each() -> None:
 
 
 def test_damaged_files_of_every_kind(tmp_path: Path) -> None:
-    """tools/fuzz_readers.py, for a moment; tools/fuzz.py runs it for long."""
+    """tools/fuzz/fuzz_readers.py, for a moment; tools/fuzz/fuzz.py runs it for long."""
     done = subprocess.run(
-        [sys.executable, REPO / "tools" / "fuzz_readers.py", "--seconds", "2", "--corpus", tmp_path],
+        [sys.executable, REPO / "tools" / "fuzz" / "fuzz_readers.py", "--seconds", "2", "--corpus", tmp_path],
         capture_output=True,
         text=True,
         timeout=120,
@@ -313,12 +316,12 @@ def test_damaged_files_of_every_kind(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(load_tool("fuzz_readers").READERS)
+    assert len(results) == len(load_tool("fuzz/fuzz_readers").READERS)
     assert all(r["runs"] > r["places"] and not r["findings"] for r in results)
 
 
 def test_the_fuzzer_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = load_tool("fuzz_readers")
+    tool = load_tool("fuzz/fuzz_readers")
 
     def careless(path: Path) -> None:
         if b"}}" not in path.read_bytes():

@@ -1,6 +1,6 @@
 """Disks that fail, fill up or give less than was asked, memory that ends, processes that are killed: what is left then.
 
-docs/results/faults.md has the long runs of tools/fault_test.py.
+docs/results/faults.md has the long runs of tools/stress/fault_test.py.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def test_no_memory_to_begin_with(tmp_path: Path, limit: int) -> None:
 
 @pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(REPO / "tools")
+    monkeypatch.syspath_prepend(REPO / "tools" / "stress")
     import fault_base
 
     return fault_base
@@ -359,8 +359,8 @@ def test_the_harness_sees_what_is_wrong(base: Any, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="the layer is for Linux, made by cc")
 def test_random_faults() -> None:
-    """A short run of tools/fault_test.py."""
-    command = [sys.executable, str(REPO / "tools" / "fault_test.py")]
+    """A short run of tools/stress/fault_test.py."""
+    command = [sys.executable, str(REPO / "tools" / "stress" / "fault_test.py")]
     command += "--points 10 --limits 2 --pairs 1 --seed 11 --cases resume,split,card,export".split()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -370,14 +370,14 @@ def test_random_faults() -> None:
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="the layer is for Linux, made by cc")
 @pytest.mark.runtime
 def test_a_killed_server_leaves_nothing(base: Any) -> None:
-    """tools/fault_test.py's server; and its look at processes sees one that is left."""
+    """tools/stress/fault_test.py's server; and its look at processes sees one that is left."""
     import fault_serve
 
     with subprocess.Popen(["sleep", "60"], env={fault_serve.MARK: "left"}) as left:
         assert fault_serve.wait_until(lambda: fault_serve.alive("left") == ["sleep 60 "], 5)
         left.kill()
     assert fault_serve.wait_until(lambda: not fault_serve.alive("left"), 5)
-    command = [sys.executable, str(REPO / "tools" / "fault_test.py")]
+    command = [sys.executable, str(REPO / "tools" / "stress" / "fault_test.py")]
     command += "--points 3 --limits 0 --pairs 0 --seed 2 --cases serve --actions KILL,TORN".split()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

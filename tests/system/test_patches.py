@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from helpers import REPO
 
-TOOL = REPO / "tools" / "build_runtime.py"
+TOOL = REPO / "tools" / "build" / "build_runtime.py"
 MAX_FILES = 17  # of llama.cpp; 16 were planned, docs/results/kernels.md says what the one more is for
 
 

@@ -1,4 +1,4 @@
-"""tools/soak.py for a few seconds: all that clients do to a server, and that the tool sees what it must."""
+"""tools/stress/soak.py for a few seconds: all that clients do to a server, and that the tool sees what it must."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from talking_model import write_talking_model
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.serve.server import Server
 
-sys.path.insert(0, str(REPO / "tools"))
+sys.path.insert(0, str(REPO / "tools" / "stress"))
 tool = importlib.import_module("soak")
 
 pytestmark = pytest.mark.runtime

@@ -1,4 +1,4 @@
-"""The serve case of tools/fault_test.py: a server under faults and kills, and what is left when it has ended.
+"""The serve case of tools/stress/fault_test.py: a server under faults and kills, and what is left when it has ended.
 
 Whatever happens to `ptqtp-gguf serve`: it ends, by itself with one line or 0, or killed; and then no process of its own
 lives, nobody listens on its port, and nothing lies in its folder but the log that was asked for, nor in TMPDIR.
@@ -29,7 +29,7 @@ def talking(path: Path) -> Path:
     """A tiny model that llama-server loads; made in another process, without the layer."""
     code = "import sys; from pathlib import Path; from talking_model import write_talking_model;"
     code += "write_talking_model(Path(sys.argv[1]))"
-    support = str(HERE.parent / "tests" / "support")
+    support = str(HERE.parents[1] / "tests" / "support")
     env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"PYTHONPATH": support}
     subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=True, capture_output=True)
     return path

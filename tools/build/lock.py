@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "requirements"
+FOLDER = Path(__file__).resolve().parents[2] / "requirements"
 TORCH = "torch==2.13.0"
 OLDEST = "3.10"
 HEADER = "# By `make lock`, not by hand. pip install --no-deps --require-hashes -r requirements/{name}\n"

@@ -1,6 +1,6 @@
 """Damaged GGUF files through the patched llama.cpp: loader with --check-tensors, context, two tokens.
 
-    python tools/fuzz_loader.py [--seconds S] [--seed N] [--corpus FOLDER] [--replay FILE]
+    python tools/fuzz/fuzz_loader.py [--seconds S] [--seed N] [--corpus FOLDER] [--replay FILE]
 
 A tiny sound model of ours is damaged at random, in its header or in its data, and loaded in a child process of its own
 with limits on memory and time. It must be refused or run; a signal or more than 5 s is a finding, and so are rows that

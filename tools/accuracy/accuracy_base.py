@@ -21,7 +21,7 @@ from typing import Any
 from ptqtp_gguf.files.gguf import TYPE_IDS, Reader, TensorInfo, type_block
 from ptqtp_gguf.inspect.contents import inspect
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 NOMINAL = {"IQ3_M": "IQ3_S", "IQ2_M": "IQ2_S"}  # mixtures whose name is no type; Q4_K_M and the like lose their suffix
 
 Row = dict[str, Any]

@@ -24,7 +24,6 @@ import threading
 import time
 from pathlib import Path
 
-import demo_model
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +34,9 @@ from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.files.gguf import FLOAT_IDS, Reader
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.quantize.pieces import to_float
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
+import demo_model
 
 console = Console(highlight=False)
 STOCK = ("Q4_0", "Q4_K_M", "IQ4_XS")

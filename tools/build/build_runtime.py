@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 PATCHES = REPO / "patches"
 NATIVE = REPO / "native"
 NATIVE_SUFFIXES = {".c", ".cpp", ".h", ".inc", ".cmake"}

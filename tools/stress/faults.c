@@ -1,4 +1,4 @@
-// A fault layer for tools/fault_test.py: LD_PRELOADed, it counts the system calls on paths below a folder and lets one
+// A fault layer for tools/stress/fault_test.py: LD_PRELOADed, it counts the system calls on paths below a folder and lets one
 // of them, or some, or all from one on, fail. Linux, 64 bits, glibc.
 //
 //   FAULTS_FOLDER  only paths below it count; an absolute path without links

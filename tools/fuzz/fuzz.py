@@ -1,6 +1,6 @@
 """Fuzzing: native code with sanitizers, the readers in Python, the patched loader. Seeds and findings are kept.
 
-    python tools/fuzz.py [--minutes M] [--seed N] [--compiler clang|gcc] [--folder build/fuzz] [TARGET ...]
+    python tools/fuzz/fuzz.py [--minutes M] [--seed N] [--compiler clang|gcc] [--folder build/fuzz] [TARGET ...]
 
 TARGET: rows, dot, quantize (native/fuzz), gguf (ggml's reader, patched, with sanitizers), python (fuzz_readers.py),
 loader (fuzz_loader.py; needs the patched runtime). All of them if none is named. M: minutes of computing a target.
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 NATIVE = ("rows", "dot", "quantize")
 TARGETS = (*NATIVE, "gguf", "python", "loader")
 MAX_LEN = {"rows": 16384, "dot": 16384, "quantize": 32768, "gguf": 8192}
@@ -36,8 +36,10 @@ SANITIZERS = {
 
 
 def tool(name: str) -> Any:
-    """tools/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, REPO / "tools" / f"{name}.py")
+    """tools/NAME.py as a module; NAME with its folder."""
+    path = REPO / "tools" / f"{name}.py"
+    name = path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look there
@@ -50,7 +52,7 @@ def tool(name: str) -> Any:
 
 def patched_tree(folder: Path) -> Path:
     """llama-cpp-python's sources with our patches, made once for each set of them."""
-    runtime = tool("build_runtime")
+    runtime = tool("build/build_runtime")
     upstream = runtime.choose_upstream(None)
     stamp = runtime.fingerprint([upstream.folder / "UPSTREAM", *upstream.patches])
     tree: Path = folder / "tree"
@@ -126,7 +128,7 @@ def seeds(target: str, seed: int) -> list[bytes]:
     if target == "quantize":
         heads = [bytes([flags, rows, 2, 31]) for flags in (0, 1, 2, 4, 5, 8, 9, 13, 29) for rows in (0, 3)]
         return [h + floats(n, 0.02) for h in heads for n in (300, 1300)] + [heads[3] + floats(6500, 1)]
-    readers, attacks = tool("fuzz_readers"), tool("make_attacks")
+    readers, attacks = tool("fuzz/fuzz_readers"), tool("fixtures/make_attacks")
     return [*readers.sound()["gguf"], *(raw for _, kind, raw in attacks.FILES.values() if kind in ("gguf", "data"))]
 
 
@@ -168,7 +170,7 @@ def run_native(target: str, home: Path, seconds: int, seed: int, folder: Path) -
 
 def run_script(name: str, seconds: int, seed: int, folder: Path) -> list[dict[str, object]]:
     """fuzz_readers.py or fuzz_loader.py: a line of JSON a result."""
-    command = [sys.executable, str(REPO / "tools" / f"fuzz_{name}.py"), "--seed", str(seed)]
+    command = [sys.executable, str(REPO / "tools" / "fuzz" / f"fuzz_{name}.py"), "--seed", str(seed)]
     command += ["--seconds", str(seconds), "--corpus", str(folder / "corpus")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-NATIVE = Path(__file__).resolve().parent.parent / "native"
+NATIVE = Path(__file__).resolve().parents[2] / "native"
 PLAIN_CPUS = ["cortex-a53", "cortex-a72"]
 DOTPROD_CPUS = ["cortex-a55", "cortex-a76", "neoverse-n1", "neoverse-v2", "apple-m1"]
 I8MM_CPUS = ["neoverse-n2", "neoverse-v2"]

@@ -387,7 +387,7 @@ def items_of(work: Work, models: list[Model]) -> None:
 def shown(argv: list[str]) -> str:
     """The command line, paths by their last part: a page is no place for a machine's folders."""
     words = [re.sub(r"(?<![\w{])(?:/[^\s:=]+)?/([^\s/:=]+)", r"\1", word) for word in argv]
-    return shlex.join(["python", "tools/accuracy.py", *words])
+    return shlex.join(["python", "tools/accuracy/accuracy.py", *words])
 
 
 def parser() -> argparse.ArgumentParser:

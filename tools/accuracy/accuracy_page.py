@@ -29,8 +29,8 @@ with its standard error; 0 = the same. The reference's own row is the floor: its
 bits per weight of the whole file, embedding, head and metadata counted. A dagger: some block matrices fell back to a
 larger type, because their rows are no multiple of 256; what each file really holds stands in the second table.
 
-SmolLM2-135M here comes from a Q4_1 file (`tools/demo_model.py`), so its weights lie on a 4-bit lattice, which favours
-stock 4-bit types, and its rows of 576 make K and IQ types fall back.
+SmolLM2-135M here comes from a Q4_1 file (`tools/fixtures/demo_model.py`), so its weights lie on a 4-bit lattice, which
+favours stock 4-bit types, and its rows of 576 make K and IQ types fall back.
 
 <!-- accuracy:how -->
 <!-- /accuracy:how -->

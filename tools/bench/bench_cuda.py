@@ -1,6 +1,6 @@
 """Quantizers on an NVIDIA GPU: equality with the CPU, speed, and a 70B model's worth of tensors through the encoder.
 
-    python tools/bench_cuda.py [--millions 100] [--seconds 2] [--layers 80] [--json FILE]
+    python tools/bench/bench_cuda.py [--millions 100] [--seconds 2] [--layers 80] [--json FILE]
 
 Equality is against native.quantize and native.to_q8_0. Speed is of the kernels alone, of pieces that already lie in
 pinned memory (upload, kernels, download), and of pieces in ordinary memory; the CPU's on the same piece beside it. The

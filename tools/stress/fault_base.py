@@ -1,4 +1,4 @@
-"""What tools/fault_test.py is made of: the fault layer, commands run under it, and what must hold after each run."""
+"""What fault_test.py is made of: the fault layer, commands run under it, and what must hold after each run."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Bench:
             checkpoint(self.source / "checkpoint")
             import torch  # noqa: F401  # once, not in every fork
             import transformers  # noqa: F401
-        shutil.copy(base.HERE / "sample.txt", self.source / "text.txt")
+        shutil.copy(base.HERE.parent / "fixtures" / "sample.txt", self.source / "text.txt")
         self.serving = Serving(self.layer, talking(self.source / "talking.gguf")) if SERVE in names else None
         self.cases = [self._case(n, gguf, ours, self.source / "checkpoint") for n in names]
 
@@ -236,7 +236,7 @@ def checkpoint(folder: Path) -> None:
     """A random Llama of two layers in several shards, as the tests have it; made in another process."""
     code = "import sys; from pathlib import Path; from tiny_models import FAMILIES, build;"
     code += "build(FAMILIES['llama'], Path(sys.argv[1]), [1, 2, 3])"
-    support = str(base.HERE.parent / "tests" / "support")
+    support = str(base.HERE.parents[1] / "tests" / "support")
     env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | {"PYTHONPATH": support}
     folder.mkdir()
     subprocess.run([sys.executable, "-c", code, str(folder)], env=env, check=True, capture_output=True)

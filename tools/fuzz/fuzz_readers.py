@@ -1,6 +1,6 @@
 """Damaged files through every reader in Python: each is read, or refused with one line of a PtqtpError, soon.
 
-    python tools/fuzz_readers.py [--seconds S] [--seed N] [--corpus FOLDER] [KIND ...]
+    python tools/fuzz/fuzz_readers.py [--seconds S] [--seed N] [--corpus FOLDER] [KIND ...]
 
 Seeds are tests/attacks and sound files made here. An input that is refused at a place where none was before is kept and
 mutated on. Prints a line a kind; an input that breaks a reader is kept in FOLDER/findings.
@@ -55,8 +55,9 @@ WORDS = [
 
 
 def attacks() -> dict[str, tuple[str, str, bytes]]:
-    """tools/make_attacks.py's FILES."""
-    spec = importlib.util.spec_from_file_location("make_attacks", Path(__file__).with_name("make_attacks.py"))
+    """tools/fixtures/make_attacks.py's FILES."""
+    path = Path(__file__).resolve().parents[1] / "fixtures" / "make_attacks.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

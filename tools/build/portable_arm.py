@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Cross-build the portable runtime for 64-bit ARM Linux: a wheel with every variant of ggml-cpu for it.
 
-    python tools/portable_arm.py [--build-dir build]
+    python tools/build/portable_arm.py [--build-dir build]
 
 The same patched tree and options as `build_runtime.py --portable`; Python files as in the wheel of this machine, which
 that makes before (make portable). By clang, because GCC knows SME only from version 14 on.
