@@ -30,7 +30,7 @@ demo: setup
 
 # the demo model first: several workers would all fetch it
 test: setup test-native
-	$(PY) tools/demo_model.py build/demo
+	$(PY) tools/fixtures/demo_model.py build/demo
 	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile
 
 setup: $(PACKAGE)
@@ -47,8 +47,8 @@ $(DEPS): $(wildcard requirements/*.lock) pyproject.toml
 	@touch $@
 
 # The tool knows itself what changed: it is asked each time the inputs are newer, and compiles what it must.
-$(RUNTIME): $(DEPS) tools/build_runtime.py $(wildcard patches/*) $(NATIVE)
-	$(PY) tools/build_runtime.py --build-dir build
+$(RUNTIME): $(DEPS) tools/build/build_runtime.py $(wildcard patches/*) $(NATIVE)
+	$(PY) tools/build/build_runtime.py --build-dir build
 	$(PIP) install --no-deps --force-reinstall build/wheels/llama_cpp_python-*.whl
 	@touch $@
 
@@ -72,15 +72,15 @@ test-all: setup
 	$(PY) tools/matrix.py
 
 portable: $(DEPS)
-	$(PY) tools/build_runtime.py --portable --build-dir build --wheel-dir build/portable
+	$(PY) tools/build/build_runtime.py --portable --build-dir build --wheel-dir build/portable
 
 portable-arm: $(DEPS)
-	$(PY) tools/portable_arm.py --build-dir build
+	$(PY) tools/build/portable_arm.py --build-dir build
 
 lock:
 	test -x build/lock-venv/bin/python || $(PYTHON) -m venv build/lock-venv
 	build/lock-venv/bin/python -m pip --disable-pip-version-check -q install uv
-	build/lock-venv/bin/python tools/lock.py
+	build/lock-venv/bin/python tools/build/lock.py
 
 # needs a service of vulnerabilities (PyPI's JSON interface); a package that it does not know is an error
 audit:
@@ -91,7 +91,7 @@ audit:
 	done
 
 fuzz: setup
-	$(PY) tools/fuzz.py --minutes 0.2 --compiler gcc rows dot quantize python loader
+	$(PY) tools/fuzz/fuzz.py --minutes 0.2 --compiler gcc rows dot quantize python loader
 
 lint: $(DEPS)
 	ruff check .
@@ -105,7 +105,7 @@ format: $(DEPS)
 	clang-format -i $(CFILES)
 
 golden: setup
-	$(PY) tools/make_golden.py
+	$(PY) tools/fixtures/make_golden.py
 
 bench: test-native
 	build/native/ptqtp-bench

@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import demo_model
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "fixtures"))
+import demo_model
 
 console = Console(highlight=False)
 PROMPT = "The three most important things to know about the sea are"

@@ -51,21 +51,17 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TYPES = PYTHONS[1:]  # the stubs of a numpy of this time are not for 3.10; there it is run
 # Without torch, transformers and the patched runtime: what reads and writes files, and the numbers.
 PYTHON_TESTS = (
-    "architecture",
-    "blocks",
-    "cli",
-    "convert",
-    "difference",
-    "format",
-    "gguf_io",
-    "inspect",
-    "native_convert",
-    "packing",
-    "portability",
-    "quantize",
-    "recipe",
-    "split",
-    "verify",
+    "tests/codec",
+    "tests/commands/test_app.py",
+    "tests/conversion/test_pipeline.py",
+    "tests/files",
+    "tests/inspect",
+    "tests/plan/test_recipe.py",
+    "tests/quantize/test_gptq_reference.py",
+    "tests/quantize/test_methods.py",
+    "tests/source/test_gguf.py",
+    "tests/system/test_architecture.py",
+    "tests/system/test_portability.py",
 )
 NOT_FOR_THEM = re.compile(
     r"^(accelerate|transformers|tokenizers|hf-xet|playwright|greenlet|openai|mypy|ruff|clang-format|sentencepiece)=="
@@ -197,7 +193,7 @@ def refused(cc: str) -> str:
 def runtime_tests() -> str:
     if not importlib.util.find_spec("ptqtp_gguf") or not importlib.util.find_spec("llama_cpp"):
         raise Skipped("no package and patched runtime in this Python; run make setup")
-    tests = "tests/test_runtime.py"
+    tests = "tests/llamacpp/test_model.py"
     text = sh(cell_name.get(), sys.executable, "-m", "pytest", "-q", "-k", "forced or panels_rows", tests)
     return text.strip().splitlines()[-1]
 
@@ -275,8 +271,7 @@ def python(version: str) -> str:
         "-q",
         folder / "lib" / f"python{version}" / "site-packages" / "ptqtp_gguf",
     )
-    files = [f"tests/test_{name}.py" for name in PYTHON_TESTS if (REPO / "tests" / f"test_{name}.py").is_file()]
-    text = sh(log, folder / "bin" / "pytest", "-q", "-m", "not hf and not runtime", *files)
+    text = sh(log, folder / "bin" / "pytest", "-q", "-m", "not hf and not runtime", *PYTHON_TESTS)
     return text.strip().splitlines()[-1]
 
 

@@ -1,5 +1,5 @@
 // Any bytes as a GGUF in ggml's own reader, patched: header, then every row of every tensor through its validation.
-// Needs a patched ggml: -DPTQTP_FUZZ_GGML=TREE, which tools/fuzz.py makes.
+// Needs a patched ggml: -DPTQTP_FUZZ_GGML=TREE, which tools/fuzz/fuzz.py makes.
 #include "fuzz/fuzz.h"
 #include "ggml.h"
 #include "gguf.h"

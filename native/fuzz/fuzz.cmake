@@ -1,5 +1,5 @@
 # -DPTQTP_FUZZ=ON: fuzz-rows, fuzz-dot, fuzz-quantize, with ASan and UBSan. With clang they are libFuzzer's, else
-# driver.c's. -DPTQTP_FUZZ_GGML=TREE, a patched llama-cpp-python: fuzz-gguf too. tools/fuzz.py builds and runs them all.
+# driver.c's. -DPTQTP_FUZZ_GGML=TREE, a patched llama-cpp-python: fuzz-gguf too. tools/fuzz/fuzz.py builds and runs them all.
 if(CMAKE_C_COMPILER_ID MATCHES "Clang")
   set(cover -fsanitize=fuzzer-no-link)
   set(main -fsanitize=fuzzer)

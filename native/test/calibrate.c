@@ -1,5 +1,5 @@
 /* Native tests of the inner loops of calibrated quantization: every instruction set against the loops without SIMD, and
- * the outer functions' checks. What the loops compute is held against the numpy reference by tests/test_blocks.py.
+ * the outer functions' checks. What the loops compute is held against the numpy reference in tests/quantize.
  *
  *     ptqtp-test-calibrate     run all; exit 1 at the first failure, named */
 #include "bulk/calibrate.h"

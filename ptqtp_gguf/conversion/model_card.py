@@ -164,8 +164,8 @@ def _running(f: CardFacts) -> str:
         lines += [
             "",
             f"The tensor types {' and '.join(ours)} are ours: stock llama.cpp cannot read them. The patched "
-            "llama-cpp-python that `tools/build_runtime.py` of ptqtp-gguf builds can: Python bindings, `llama-cli`, "
-            "`llama-server` and the rest.",
+            "llama-cpp-python that `tools/build/build_runtime.py` of ptqtp-gguf builds can: Python bindings, "
+            "`llama-cli`, `llama-server` and the rest.",
         ]
     if ours and f.q4_0_twin:
         twin = _argument(re.sub(r"(\.gguf)?$", "-Q4_0.gguf", f.files[0].name, count=1, flags=re.I))

@@ -1,6 +1,6 @@
 """The patched llama-cpp-python: found, checked by its version, its tools run, its libraries opened.
 
-`tools/build_runtime.py` builds the wheel llama-cpp-python 0.3.36+ptqtp.N. Beside the Python bindings it holds the
+`tools/build/build_runtime.py` builds the wheel llama-cpp-python 0.3.36+ptqtp.N. Beside the Python bindings it holds the
 command-line tools (llama_cpp/bin) and llama.cpp's converter with its own gguf-py (llama_cpp/convert). Its libggml-base
 is opened here, without the Python package around it: it quantizes and dequantizes stock types (`ggml.py`).
 """
@@ -22,7 +22,8 @@ from pathlib import Path
 from ..errors import RuntimeMissing
 
 HOW_TO_BUILD = (
-    "build it with 'python tools/build_runtime.py' in the project's folder (or 'make'), then pip install the wheel"
+    "build it with 'python tools/build/build_runtime.py' in the project's folder (or 'make'), "
+    "then pip install the wheel"
 )
 
 
