@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .flags import OUTPUT, PANELS, flags_of
 from .memory import memory_need, piece_for
 from .options import (
     METHOD_NAMES,
@@ -18,6 +19,8 @@ from .tuning import TuneSettings
 
 __all__ = [
     "METHOD_NAMES",
+    "OUTPUT",
+    "PANELS",
     "SHIPPED",
     "TOKENS_CPU",
     "TOKENS_GPU",
@@ -32,6 +35,7 @@ __all__ = [
     "TuneSettings",
     "check_values",
     "fall_back",
+    "flags_of",
     "layer_of",
     "make_plan",
     "memory_need",

@@ -1,42 +1,92 @@
-"""How to convert: everything that a user may choose."""
+"""How to convert: everything that a user may choose, and how the command line says it (flags.py)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..codec import DEFAULT
-from ..files import open_regular, sha256_of
+from ..codec import DEFAULT, TYPES
 from ..quantize import Settings, methods
+from . import flags
+from .flags import INPUT, MACHINE, OUTPUT, flag
+from .recipe import SHIPPED
 from .tuning import TuneSettings
 
 AUTO = "auto"  # the method that the other options ask for
 TOKENS_GPU, TOKENS_CPU = 1 << 18, 1 << 15
 METHOD_NAMES = (AUTO, *methods.METHODS)
+_TYPE_NAMES = " or ".join(sorted((t.name for t in TYPES.values()), reverse=True))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration and tuning.
+    """Calibration and tuning. `texts` and `tune_texts` are files, "builtin", "self", or data sets of the hub.
 
-    texts        what --calib names: files, builtin, self, data sets of the hub
-    tokens       for calibration, 0 = TOKENS_GPU or TOKENS_CPU; tune_tokens: for tuning, at most
-    tune_texts   what to tune on, () = texts; tune_planes: train the levels too, not only their scales
-    window       tokens a window
-    hessians     folder of second moments, made or taken; None = in order, nothing kept
-    fisher       weigh tokens by how much an error in them matters (sensitivity.py); in order only
+    tokens      0 = TOKENS_GPU or TOKENS_CPU
+    hessians    None = in order, no second moments are kept
+    tune_texts  () = texts
+    settings    of GPTQ
     """
 
-    texts: tuple[str, ...] = ()
-    tokens: int = 0
-    window: int = 1024
-    hessians: Path | None = None
-    fisher: bool = True
-    tune: bool = False
-    tune_tokens: int = 1 << 22
-    tune_steps: int = 1000
-    tune_texts: tuple[str, ...] = ()
-    tune_planes: bool = True
+    texts: tuple[str, ...] = flag(
+        (),
+        "--calib",
+        flags.CALIBRATION,
+        "Calibrate on text: a file, 'builtin', 'self', or a data set's hub id. Repeatable.",
+        decides=True,
+        files=True,
+    )
+    tokens: int = flag(
+        0,
+        "--calib-tokens",
+        flags.CALIBRATION,
+        f"Tokens to calibrate on, at most; 0: {TOKENS_GPU} on a GPU, {TOKENS_CPU} on a CPU.",
+        low=0,
+        decides=True,
+    )
+    window: int = flag(
+        1024,
+        "--calib-window",
+        flags.CALIBRATION,
+        "Tokens a window of calibration and tuning.",
+        low=2,
+        decides=True,
+    )
+    hessians: Path | None = flag(
+        None,
+        "--hessians",
+        flags.CALIBRATION,
+        "Folder of second moments: made from --calib, or taken as they are.",
+        decides=True,
+        files=True,
+    )
+    fisher: bool = flag(
+        True,
+        "--fisher/--no-fisher",
+        flags.CALIBRATION,
+        "Weigh tokens by their effect on the output (whole model).",
+        decides=True,
+    )
+    tune: bool = flag(
+        False, "--tune", flags.TUNING, "Tune trits, scales and norms on the text, end to end.", decides=True
+    )
+    tune_tokens: int = flag(1 << 22, "--tune-tokens", flags.TUNING, "Tokens to tune on, at most.", low=2, decides=True)
+    tune_steps: int = flag(1000, "--tune-steps", flags.TUNING, "Steps of tuning, at most.", low=1, decides=True)
+    tune_planes: bool = flag(
+        True,
+        "--tune-planes/--no-tune-planes",
+        flags.TUNING,
+        "Tune the trits too: better, and twice the memory.",
+        decides=True,
+    )
+    tune_texts: tuple[str, ...] = flag(
+        (),
+        "--tune-text",
+        flags.TUNING,
+        "Tune on this text, not on that of --calib. Repeatable.",
+        decides=True,
+        files=True,
+    )
     settings: Settings = field(default_factory=Settings)
 
     @property
@@ -51,21 +101,8 @@ class Calibration:
         """What decides the planes, by the name that the command line has for it; a file by its checksum."""
         if not self.wanted:
             return {}
-        found = {
-            "--calib": [_identity(t) for t in self.texts],
-            "--calib-tokens": self.tokens,
-            "--calib-window": self.window,
-            "--hessians": str(self.hessians) if self.hessians else "none",
-            "--fisher": self.fisher,
-            "--tune": self.tune,
-        }
-        tuned = {
-            "--tune-tokens": self.tune_tokens,
-            "--tune-steps": self.tune_steps,
-            "--tune-planes": self.tune_planes,
-            "--tune-text": [_identity(t) for t in self.tune_texts],
-        }
-        return found | (tuned if self.tune else {})
+        tuned = flags.decisive(self, (flags.TUNING,)) if self.tune else {"--tune": False}
+        return flags.decisive(self, (flags.CALIBRATION,)) | tuned
 
     def described(self) -> str:
         """One line for the file's metadata."""
@@ -84,48 +121,73 @@ def _shown(texts: tuple[str, ...]) -> str:
     return ", ".join(Path(t).name if Path(t).is_file() else t for t in texts)
 
 
-def _identity(text: str) -> str:
-    path = Path(text)
-    if not path.is_file():
-        return text
-    with open_regular(path) as f:
-        return f"{path.name} (SHA-256 {sha256_of(f, text)})"
-
-
 @dataclass(frozen=True)
 class Options:
     """How to convert, in the words of the command line. `Request` (request.py) checks them.
 
-    method          auto, or a name of METHOD_NAMES
-    type            type that recipes call {type}: TP2_1 or TP2_0
-    recipe          name of a recipe, or path of one
-    tensor_types    REGEX=TYPE, before the recipe's rules
-    imatrix         importance matrix, GGUF or .dat, or None; its content and name decide
-    target_bpw      bits per weight of the whole file to stay under, or None
     overrides       KEY=TYPE:VALUE for the metadata
     split_max_size  bytes a file, 0 = one file
-    threads         0 = all cores
-    device          cpu, cuda or auto
     max_memory      bytes, 0 = no limit
-    restart         begin anew where an unfinished conversion lies beside the target
-    trust_code      run Python code that a checkpoint brings; without, one that needs it is refused
+    use_reference   the numpy reference in the native core's place; slow
     """
 
-    method: str = AUTO
-    type: str = DEFAULT.name
-    recipe: str = "default"
-    tensor_types: tuple[str, ...] = ()
-    imatrix: Path | None = None
+    method: str = flag(
+        AUTO,
+        "--method",
+        flags.TYPES,
+        f"One of: {', '.join(METHOD_NAMES)}; auto: search, or what --calib makes.",
+        short="-m",
+    )
+    type: str = flag(DEFAULT.name, "--type", flags.TYPES, f"Type of the block matrices: {_TYPE_NAMES}.", short="-t")
+    recipe: str = flag(
+        "default",
+        "--recipe",
+        flags.TYPES,
+        f"Which tensor gets which type: {', '.join(SHIPPED)}, or a file.",
+        short="-r",
+    )
+    tensor_types: tuple[str, ...] = flag(
+        (), "--tensor-type", flags.TYPES, "REGEX=TYPE: tensors whose name it finds get the type. Repeatable."
+    )
+    imatrix: Path | None = flag(
+        None,
+        "--imatrix",
+        flags.CALIBRATION,
+        "Importance matrix of llama-imatrix: weigh errors by what the inputs count.",
+    )
     calibration: Calibration = field(default_factory=Calibration)
-    target_bpw: float | None = None
-    overrides: tuple[str, ...] = ()
-    split_max_size: int = 0
-    revision: str | None = None
-    keep_bf16: Path | None = None
-    threads: int = 0
-    device: str = "auto"
-    max_memory: int = 0
-    force: bool = False
-    restart: bool = False
-    trust_code: bool = False
+    target_bpw: float | None = flag(
+        None,
+        "--target-bpw",
+        flags.TYPES,
+        "Choose types by measured error, within these bits per weight.",
+        low=0.1,
+        high=32,
+        decides=True,
+    )
+    overrides: tuple[str, ...] = flag(
+        (),
+        "--override-kv",
+        OUTPUT,
+        "KEY=TYPE:VALUE in the metadata (int, float, bool, str). Repeatable.",
+        decides=True,
+    )
+    split_max_size: int = flag(
+        0, "--split-max-size", OUTPUT, "Split the output into files of at most this: 2G.", size=True, decides=True
+    )
+    revision: str | None = flag(None, "--revision", INPUT, "Branch, tag or commit of a model on the hub.")
+    keep_bf16: Path | None = flag(None, "--keep-bf16", OUTPUT, "Keep the intermediate bf16 GGUF under this name.")
+    threads: int = flag(0, "--threads", MACHINE, "Threads; 0 = all cores.", short="-j", low=0)
+    device: str = flag("auto", "--device", MACHINE, "cpu, cuda or auto: the same bytes.")
+    max_memory: int = flag(
+        0, "--max-memory", MACHINE, "Stay below this: 2G. Smaller pieces, the same bytes.", size=True
+    )
+    force: bool = flag(False, "--force", OUTPUT, "Replace an existing output.", short="-f")
+    restart: bool = flag(False, "--restart", OUTPUT, "Throw away what an earlier run left unfinished.")
+    trust_code: bool = flag(
+        False,
+        "--trust-remote-code",
+        INPUT,
+        "Run Python code that the checkpoint brings; without, one that needs it is refused.",
+    )
     use_reference: bool = False

@@ -8,6 +8,7 @@ from ..codec import TYPES, TensorType
 from ..errors import QuantizeError
 from ..quantize import methods
 from ..source import Imatrix
+from . import flags
 from .options import AUTO, Calibration, Options
 from .recipe import Recipe, block_type, load
 
@@ -56,9 +57,7 @@ class Request:
             "--type": self.kind.name,
             "--recipe": self.recipe.canonical(),
             "--imatrix": f"{imatrix.name} (SHA-256 {imatrix.sha256})" if imatrix else "none",
-            "--target-bpw": o.target_bpw,
-            "--override-kv": list(o.overrides),
-            "--split-max-size": o.split_max_size,
+            **flags.decisive(o, (flags.TYPES, flags.OUTPUT)),
             **o.calibration.decisive(),
             **({"--trust-remote-code": True} if o.trust_code else {}),
         }
