@@ -15,7 +15,6 @@ from ptqtp_gguf.errors import CalibrationError, InputError, RecipeError, Runtime
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.reading import file_sha256
 from ptqtp_gguf.llamacpp import install
-from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.progress import no_progress
 
@@ -106,7 +105,7 @@ def test_files_are_made_once(reference: Path, tmp_path: Path, monkeypatch: pytes
     )
     assert made[0].made == f"llama-quantize tiny.gguf {made[0].path.name} Q4_0"
     assert made[2].made == f"ptqtp-gguf convert tiny.gguf {made[2].path.name} --type TP2_0"
-    allow = [refuse(monkeypatch, conversion, "convert"), refuse(monkeypatch, runtime, "stream_tool")]
+    allow = [refuse(monkeypatch, conversion, "convert"), refuse(monkeypatch, install, "stream_tool")]
     assert [shop.make(i) for i in items] == made
     for again in allow:
         again()
@@ -140,7 +139,7 @@ def test_importance_of_a_text(reference: Path, tmp_path: Path, monkeypatch: pyte
         item = parse_items([name])[0]
         a, b = plain.make(item), weighed.make(item)
         assert a.sha256 != b.sha256 and "--imatrix imatrix.gguf" in b.made and "imatrix" not in a.made
-    refuse(monkeypatch, runtime, "run_tool")
+    refuse(monkeypatch, install, "run_tool")
     assert peers.imatrix_of([str(text)], reference, file_sha256(reference), store, 1, no_progress) == (path, sha)
     with pytest.raises(CalibrationError, match="--calib self: llama-imatrix needs text"):
         peers.imatrix_of(["self"], reference, "", store, 1, no_progress)
