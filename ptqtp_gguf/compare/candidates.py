@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from .. import __version__
 from ..calibrate import texts
@@ -33,10 +34,10 @@ IMATRIX_CHUNKS = 128  # windows of 512 tokens
 
 @dataclass(frozen=True)
 class Item:
-    """What is to be compared: a file that is there, or a type to be made. kind: ours or stock."""
+    """What is to be compared: a file that is there, or a type to be made."""
 
     label: str
-    kind: str
+    kind: Literal["ours", "stock"]
     type: str = ""
     path: Path | None = None
 
@@ -46,7 +47,7 @@ class Made:
     """A file of the comparison. made: the command that makes it; empty for a file that was given."""
 
     label: str
-    kind: str
+    kind: Literal["reference", "ours", "stock"]
     path: Path
     sha256: str
     made: str = ""

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .document import Document, Ratio, Row, Speed
+from ..measure import Ratio, Speed
+from .document import Document, Row
 
 Z95 = 1.96
 SAME_SIZE = 0.005  # a smaller difference of sizes is called none

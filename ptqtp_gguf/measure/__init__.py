@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from . import machine
-from .generation import Generation, generate
+from .generation import Agreement, Cloze, Generation, generate
 from .quality import Evaluation, evaluate
 from .rounds import File, Round
 from .scoring import Quality
-from .speed import Bench, bench
+from .speed import Bench, Ratio, Speed, bench
 from .text import load_text, open_files
 
 __all__ = [
+    "Agreement",
     "Bench",
+    "Cloze",
     "Evaluation",
     "File",
     "Generation",
     "Quality",
+    "Ratio",
     "Round",
+    "Speed",
     "bench",
     "evaluate",
     "generate",
