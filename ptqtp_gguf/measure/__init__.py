@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import machine
 from .generation import Agreement, Cloze, Generation, generate
+from .perplexity_tool import evaluate_by_tool
 from .quality import Evaluation, evaluate
 from .rounds import File, Round
 from .scoring import Quality
@@ -23,6 +24,7 @@ __all__ = [
     "Speed",
     "bench",
     "evaluate",
+    "evaluate_by_tool",
     "generate",
     "load_text",
     "machine",
