@@ -126,6 +126,20 @@ def test_frontier_and_perplexity() -> None:
     assert "TP2_1 -1.00 ± 0.80 %, " in findings.perplexity_sentence(read_document(doc))
 
 
+def test_the_best_that_is_no_larger_and_what_reaches_the_same() -> None:
+    doc = example()
+    doc["rows"][5]["size"] = 70_000_000
+    read = read_document(doc)
+    nearest = findings.best_no_larger(read, read.rows[1])
+    assert nearest and nearest.label == "Q3_K_M" and findings.best_no_larger(read, nearest) is nearest
+    assert findings.best_no_larger(read_document(example()), read.rows[1]) is None
+    line = findings.stock_frontier(read)
+    assert line == [(70e6, 0.074), (90.2e6, 0.044), (105.4e6, 0.031)]  # Q4_0 is larger than IQ4_XS, and farther off
+    assert findings.size_for(math.sqrt(0.074 * 0.044), line) == pytest.approx(80.1e6)
+    assert findings.size_for(0.01, line) is None and findings.size_for(1.1, line) is None
+    assert findings.divergence(read.rows[0]) is None and findings.stock_frontier(read_document(gaps())) == []
+
+
 def test_best_of_column_and_what_is_not_clearly_behind() -> None:
     table = findings.main_table(read_document(example()))
     best = {c.name: [r.label for r, cells in table.rows if cells[i].best] for i, c in enumerate(table.columns)}

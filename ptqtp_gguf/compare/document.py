@@ -163,7 +163,7 @@ class Document:
 
 
 def as_json(document: Document) -> dict[str, object]:
-    """The document as report.json has it: keys in the schema's order, null for numbers that are not finite."""
+    """A document as report.json has it: keys in the schema's order, null for numbers that are not finite."""
     return cast(dict[str, object], _plain(document))
 
 
