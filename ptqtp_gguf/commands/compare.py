@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..compare import PEERS, WINDOWS, Settings, Stopped, check_tools, write_report
+from ..compare import as_json as as_document
 from ..compare import compare as compare_files
 from ..errors import OutputError, PtqtpError
 from ..files import parse_json, read_whole
@@ -109,10 +110,10 @@ def compare(
             document = compare_files(source, output, settings, options, progress)
         except Stopped as e:
             stopped, document = str(e), e.document
-    if len(document.get("rows", ())) > 1:
-        paths = write_report({**document, "finished": not stopped}, output)
+    if len(document.rows) > 1:
+        paths = write_report(document, output)
         if as_json:
-            event("stopped" if stopped else "done", document=document, files=[str(p) for p in paths])
+            event("stopped" if stopped else "done", document=as_document(document), files=[str(p) for p in paths])
         elif not quiet:
             print_comparison(document)
             line(f"report: {output / 'index.html'}")

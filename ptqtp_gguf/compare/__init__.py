@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .document import Document, read_document
+from .document import Document, as_json, read_document
 from .findings import frontier_sentence, generation_sentences, main_table, ordered, perplexity_sentence, verdicts
 from .page import check_tools, write_report
 from .run import PEERS, WINDOWS, Settings, Stopped, compare
@@ -13,6 +13,7 @@ __all__ = [
     "Document",
     "Settings",
     "Stopped",
+    "as_json",
     "check_tools",
     "compare",
     "frontier_sentence",

@@ -12,19 +12,32 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from .. import __version__
 from ..calibrate import texts
 from ..codec import BY_NAME, DEFAULT, native
 from ..conversion import FLOATS, make_bf16, pipeline
 from ..errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
-from ..files import Reader, check_space, file_sha256, parse_json, partial_file, read_whole, type_name, write_text
+from ..files import (
+    TYPE_IDS,
+    Reader,
+    check_space,
+    file_sha256,
+    parse_json,
+    partial_file,
+    read_whole,
+    type_block,
+    type_name,
+    write_text,
+)
 from ..llamacpp import install
 from ..plan import Options, Request, Role, role_of
 from ..progress import Progress
 from ..source import checkpoint
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
+NOMINAL = {"IQ3_M": "IQ3_S", "IQ2_M": "IQ2_S"}  # mixtures whose name is no type; Q4_K_M's and the like begins with one
 SHARED_LINES = 0.01  # of the calibration text's long lines; licence headers are shared by chance, articles are not
 LONG_LINE = 60  # characters
 MAX_NOTE = 1 << 24  # bytes
@@ -33,10 +46,10 @@ IMATRIX_CHUNKS = 128  # windows of 512 tokens
 
 @dataclass(frozen=True)
 class Item:
-    """What is to be compared: a file that is there, or a type to be made. kind: ours or stock."""
+    """What is to be compared: a file that is there, or a type to be made."""
 
     label: str
-    kind: str
+    kind: Literal["ours", "stock"]
     type: str = ""
     path: Path | None = None
 
@@ -46,7 +59,7 @@ class Made:
     """A file of the comparison. made: the command that makes it; empty for a file that was given."""
 
     label: str
-    kind: str
+    kind: Literal["reference", "ours", "stock"]
     path: Path
     sha256: str
     made: str = ""
@@ -91,6 +104,17 @@ def stock_types() -> list[str]:
     page = install.run_tool("llama-quantize", "--help", codes=(0, 1))
     found = re.findall(r"^\s*\d+\s+or\s+(\w+)\s*:", page, re.MULTILINE)
     return [t for t in found if t not in (*BY_NAME, *FLOATS, "COPY")]
+
+
+def block_of(name: str) -> int:
+    """Weights a block of the type that one of llama-quantize's stands for: 256 for Q4_K_M, 32 for Q4_0.
+
+    Raises RecipeError where no tensor type has such a name.
+    """
+    for kind in (name, NOMINAL.get(name, name), re.sub(r"_[SML]$", "", name)):
+        if kind in TYPE_IDS:
+            return type_block(TYPE_IDS[kind])
+    raise RecipeError(f"{name}: no type of llama-quantize's that is known here")
 
 
 def require_imatrix(items: Iterable[Item], has: bool) -> None:
@@ -160,38 +184,48 @@ class Workshop:
     def name(self) -> str:
         return self.source.name if self.source.is_dir() else self.source.stem
 
+    def key(self, item: Item) -> dict[str, object]:
+        """All that decides the bytes of an item's file, for JSON. Raises what `make` raises of options and files."""
+        if item.path is not None:
+            return {"file": file_sha256(item.path)}
+        if item.kind == "ours":
+            how = self._options(item)
+            imatrix = {"--imatrix": self.imatrix_sha if how.imatrix else "none"}
+            return {
+                "reference": self.reference_sha,
+                "version": __version__,
+                "library": file_sha256(native.library_path()),
+                "options": {**Request.of(how).decisive(), **imatrix},
+            }
+        return {
+            "reference": self.reference_sha,
+            "type": item.type,
+            "imatrix": self.imatrix_sha,
+            "library": [file_sha256(p) for p in install.quantize_libraries()],
+        }
+
     def make(self, item: Item) -> Made:
         """Raises what conversion.convert raises; RuntimeMissing where llama-quantize fails."""
         if item.path is not None:
             return Made(item.label, item.kind, item.path, file_sha256(item.path))
         return self._ours(item) if item.kind == "ours" else self._stock(item)
 
+    def _options(self, item: Item) -> Options:
+        """Of ours: calibrated on text where there is some, else weighed by the importance matrix."""
+        weighed = None if self.options.calibration.wanted else self.imatrix
+        return replace(self.options, type=item.type, imatrix=weighed)
+
     def _ours(self, item: Item) -> Made:
-        how = replace(self.options, type=item.type)
-        weighed = None if how.calibration.wanted else self.imatrix
-        how = replace(how, imatrix=weighed)
+        how = self._options(item)
         source = self.source if how.calibration.wanted else self.reference
-        key: dict[str, object] = {
-            "reference": self.reference_sha,
-            "version": __version__,
-            "library": file_sha256(native.library_path()),
-            "options": {**Request.of(how).decisive(), "--imatrix": self.imatrix_sha if weighed else "none"},
-        }
 
         def make(path: Path) -> None:
             pipeline.convert(source, path, replace(how, force=True), self.progress)
 
-        path, sha = self.store.keep(key, f"{self.name}-{item.type}.gguf", make)
+        path, sha = self.store.keep(self.key(item), f"{self.name}-{item.type}.gguf", make)
         return Made(item.label, "ours", path, sha, f"ptqtp-gguf convert {source.name} {path.name}{_flags(how)}")
 
     def _stock(self, item: Item) -> Made:
-        libraries = [file_sha256(p) for p in install.quantize_libraries()]
-        key: dict[str, object] = {
-            "reference": self.reference_sha,
-            "type": item.type,
-            "imatrix": self.imatrix_sha,
-            "library": libraries,
-        }
         weighed = ["--imatrix", str(self.imatrix)] if self.imatrix else []
 
         def make(path: Path) -> None:
@@ -206,7 +240,7 @@ class Workshop:
                         self.progress(f"making {item.type}", int(step[1]), int(step[2]), step[3])
                 partial.publish()
 
-        path, sha = self.store.keep(key, f"{self.name}-{item.type}.gguf", make)
+        path, sha = self.store.keep(self.key(item), f"{self.name}-{item.type}.gguf", make)
         flags = " ".join([*(["--imatrix", Path(weighed[1]).name] if weighed else []), ""])
         return Made(
             item.label, "stock", path, sha, f"llama-quantize {flags}{self.reference.name} {path.name} {item.type}"
@@ -252,24 +286,26 @@ def reference_of(source: Path, store: Store, progress: Progress, trust_code: boo
 
 
 def imatrix_of(
-    specs: Sequence[str], reference: Path, sha: str, store: Store, threads: int, progress: Progress
+    specs: Sequence[str], reference: Path, sha: str, store: Store, threads: int, progress: Progress, chunks: int = 0
 ) -> tuple[Path, str]:
     """The importance matrix of texts, by llama-imatrix on the reference, and its SHA-256.
 
-    specs: as --calib names them, but 'self'. Raises CalibrationError, RuntimeMissing.
+    specs   as --calib names them, but 'self'
+    chunks  windows of 512 tokens, 0 = IMATRIX_CHUNKS
+    Raises CalibrationError, RuntimeMissing.
     """
     loaded = [texts.load(s) for s in specs]
     text = texts.BETWEEN.join(t.text for t in loaded if t.text is not None)
     if not text:
         raise CalibrationError("--calib self: llama-imatrix needs text; give a file or builtin beside it")
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    key: dict[str, object] = {"imatrix of": sha, "text": digest, "chunks": IMATRIX_CHUNKS}
+    digest, chunks = hashlib.sha256(text.encode()).hexdigest(), chunks or IMATRIX_CHUNKS
+    key: dict[str, object] = {"imatrix of": sha, "text": digest, "chunks": chunks}
 
     def make(path: Path) -> None:
         progress("imatrix", 0, 0, "llama-imatrix on the calibration text")
         source = path.with_suffix(".txt")
         write_text(source, text)
-        words = ["-m", str(reference), "-f", str(source), "-o", str(path), "--chunks", str(IMATRIX_CHUNKS), "-c", "512"]
+        words = ["-m", str(reference), "-f", str(source), "-o", str(path), "--chunks", str(chunks), "-c", "512"]
         install.run_tool("llama-imatrix", *words, *(["-t", str(threads)] if threads else []))
         source.unlink()
 

@@ -1,7 +1,8 @@
 """The document of a comparison, as it stands in report.json: its schema, and its reading with every value checked.
 
-The dataclasses below are the schema. A field with a default may be missing or null: it was not measured. Keys that are
-not named here are allowed and ignored.
+The dataclasses below are the schema, with those of rooms that measure; their fields stand in the order of report.json.
+A field with a default may be missing or null: it was not measured. Keys that are not named here are allowed and
+ignored. Row and Document are filled in step by step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import InputError
-from ..measure import Quality
+from ..inspect import TensorError
+from ..measure import Agreement, Cloze, Quality, Ratio, Speed
 
 SCHEMA = 1
 MAX_ITEMS = 200_000  # of a list or an object
@@ -23,6 +25,7 @@ MAX_ROWS = 100
 MAX_BARS = 1000  # of a histogram
 MAX_TEXT = 10_000  # characters
 MAX_NUMBER = 1e30
+UNLESS_EMPTY = {"unless empty": True}  # metadata of a field that is not written while it is empty
 
 T = TypeVar("T")
 
@@ -38,18 +41,20 @@ class Model:
     architecture: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
-    """memory in bytes; load: average before and after."""
+    """memory in bytes; quota: CPUs' worth of time that its container may take; load: average before and after."""
 
     cpu: str
     cores: int | None = None
+    cpus: int | None = None
     memory: int | None = None
     os: str = ""
     features: list[str] = field(default_factory=list)
-    kernel: str = ""
+    kernel: str | None = None
     governor: str | None = None
-    load: list[float | None] = field(default_factory=list)
+    quota: float | None = None
+    load: list[float | None] = field(default_factory=list, metadata=UNLESS_EMPTY)
 
 
 @dataclass(frozen=True)
@@ -66,77 +71,22 @@ class Text:
 
 @dataclass(frozen=True)
 class Bench:
-    """How speed was measured. bandwidth in GB/s by number of threads."""
+    """How speed was measured. first: tokens of the prompt before the first token; bandwidth in GB/s by threads."""
 
     prompt: list[int] = field(default_factory=list)
     generate: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     rounds: int | None = None
+    first: int | None = None
     bandwidth: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Tokens of greedy text before it leaves the reference's; full: prompts that never do; limit: tokens written."""
-
-    mean: float
-    median: float
-    full: int
-    prompts: int
-    limit: int
-
-
-@dataclass(frozen=True)
-class Cloze:
-    """Right endings chosen, of how many questions, the reference's, and how often both choose the same."""
-
-    right: int
-    of: int
-    reference_right: int | None = None
-    same_answer: int | None = None
-
-
-@dataclass(frozen=True)
 class Generation:
+    """What the file writes and answers."""
+
     agreement: Agreement | None = None
     cloze: Cloze | None = None
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens a second. share: of what the memory's bandwidth allows."""
-
-    test: str
-    threads: int
-    median: float
-    n_prompt: int = 0
-    n_gen: int = 0
-    low: float | None = None
-    high: float | None = None
-    samples: list[float] = field(default_factory=list)
-    share: float | None = None
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """One row's speed over another's, paired by round. clear: whether the interval says which is faster."""
-
-    median: float
-    low: float
-    high: float
-    clear: bool
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """rel_mse: squared error over the reference tensor's squares."""
-
-    name: str
-    type: str = ""
-    role: str = ""
-    block: int | None = None
-    weights: int = 0
-    rel_mse: float | None = None
 
 
 @dataclass(frozen=True)
@@ -150,13 +100,18 @@ class Digits:
 
 @dataclass(frozen=True)
 class Scales:
-    """Histogram: len(counts) + 1 edges."""
+    """Histogram: len(counts) + 1 edges. empty: blocks whose scales are all 0; damaged: scales that are no number."""
 
     edges: list[float]
     counts: list[int]
+    min: float | None = None
+    median: float | None = None
+    max: float | None = None
+    empty: int | None = None
+    damaged: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Row:
     """A file that was compared. size, peak_memory, token_bytes in bytes; load_s, ttft_s in seconds; energy in J/token.
 
@@ -165,13 +120,13 @@ class Row:
 
     label: str
     kind: Literal["reference", "ours", "stock"]
-    size: int
     file: str = ""
     sha256: str = ""
+    made: str = ""
+    size: int
     bpw: float | None = None
     bpw_blocks: float | None = None
     types: dict[str, float] = field(default_factory=dict)
-    made: str = ""
     quality: Quality | None = None
     generation: Generation | None = None
     speed: list[Speed] = field(default_factory=list)
@@ -181,34 +136,55 @@ class Row:
     peak_memory: int | None = None
     energy: float | None = None
     token_bytes: int | None = None
-    tensors: list[Tensor] = field(default_factory=list)
+    tensors: list[TensorError] = field(default_factory=list)
     digits: Digits | None = None
     scales: Scales | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Document:
+    """A comparison. finished: nothing that was asked for is missing."""
+
     schema: int
     model: Model
-    machine: Machine
-    rows: list[Row]
     created: str = ""
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    machine: Machine
     text: Text | None = None
     bench: Bench | None = None
     warnings: list[str] = field(default_factory=list)
+    rows: list[Row]
+    finished: bool = True
 
     def of_kind(self, kind: str) -> list[Row]:
         """Rows of a kind, in the document's order."""
         return [r for r in self.rows if r.kind == kind]
 
 
+def as_json(document: Document) -> dict[str, object]:
+    """A document as report.json has it: keys in the schema's order, null for numbers that are not finite."""
+    return cast(dict[str, object], _plain(document))
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value):
+        pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: _plain(v) for f, v in pairs if v or "unless empty" not in f.metadata}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_document(document: object) -> Document:
-    """Check a decoded report.json and give it types. Raises InputError that names the value at fault.
+    """Check a document or a decoded report.json and give it types. Raises InputError that names the value at fault.
 
     Texts come back as one printable line each, whatever was in them.
     """
+    if isinstance(document, Document):
+        document = as_json(document)
     if not isinstance(document, Mapping):
         raise InputError("comparison: not a JSON object; give the document of a report.json")
     if document.get("schema") != SCHEMA:

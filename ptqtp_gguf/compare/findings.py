@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
-from .document import Document, Ratio, Row, Speed
+from ..measure import Ratio, Speed
+from .document import Document, Row
 
 Z95 = 1.96
 SAME_SIZE = 0.005  # a smaller difference of sizes is called none
@@ -243,6 +245,34 @@ def frontier_sentence(doc: Document, ours: Row) -> str:
         be = "is" if len(better) == 1 else "are"
         return f"{_joined(better)} {be} no larger than {ours.label} and nearer to the original."
     return f"No stock type here is both smaller than {ours.label} and nearer to the original." if others else ""
+
+
+def best_no_larger(doc: Document, ours: Row) -> Row | None:
+    """The stock row nearest to the original among those that are no larger than a row; None where there is none."""
+    smaller = [r for r in doc.of_kind("stock") if r.size <= ours.size and divergence(r)]
+    return min(smaller, key=lambda r: divergence(r) or math.inf, default=None)
+
+
+def divergence(row: Row) -> float | None:
+    """The row's KL divergence; None where it was not measured, or is 0."""
+    return row.quality.kld if row.quality and row.quality.kld and row.quality.kld > 0 else None
+
+
+def stock_frontier(doc: Document) -> list[tuple[float, float]]:
+    """(size, divergence) of the stock rows that no smaller one beats, by size."""
+    best: list[tuple[float, float]] = []
+    for size, kld in sorted((r.size, kld) for r in doc.of_kind("stock") if (kld := divergence(r))):
+        if not best or kld < best[-1][1]:
+            best.append((float(size), kld))
+    return best
+
+
+def size_for(kld: float, frontier: Sequence[tuple[float, float]]) -> float | None:
+    """The size at which a frontier reaches a divergence, straight between its points in log divergence; or None."""
+    for (x0, y0), (x1, y1) in pairwise(frontier):
+        if y1 <= kld <= y0:
+            return x0 + (x1 - x0) * math.log(y0 / kld) / math.log(y0 / y1)
+    return None
 
 
 # ---- the main table ----

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import InputError, OutputError
 from ..files import partial_file
 from . import findings
-from .document import Document, Row, read_document
+from .document import Document, Row, as_json, read_document
 from .plots import Plot, draw
 
 INSTALL = "pip install 'ptqtp-gguf[report]'"
@@ -26,9 +26,10 @@ def check_tools() -> None:
             raise OutputError(f"report: {name} is not installed, so there is no page; {INSTALL}") from None
 
 
-def write_report(document: Mapping[str, object], folder: Path) -> list[Path]:
+def write_report(document: Document | Mapping[str, object], folder: Path) -> list[Path]:
     """Write report.json, the figures (PNG, SVG) and index.html into a folder, which is made; returns the files.
 
+    document: of this run, or decoded from a report.json, whose unknown keys are written too.
     Files of these names are replaced, each whole or not at all, report.json first. Raises InputError for a document
     that is none (see document.py), OutputError where a file cannot be written or a package for the page is missing;
     report.json is written all the same in the latter case.
@@ -46,11 +47,12 @@ def write_report(document: Mapping[str, object], folder: Path) -> list[Path]:
     return [_write(folder / "index.html", page.encode()), *files]
 
 
-def write_json(document: Mapping[str, object], folder: Path) -> Path:
+def write_json(document: Document | Mapping[str, object], folder: Path) -> Path:
     """Write the document as report.json into a folder, which is made. Raises InputError, OutputError."""
     read_document(document)
+    found = as_json(document) if isinstance(document, Document) else document
     try:
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        text = json.dumps(found, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as e:
         raise InputError(f"comparison: cannot be written as JSON: {e}") from None
     try:

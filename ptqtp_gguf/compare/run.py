@@ -1,8 +1,8 @@
 """Is it better than my Q4? Files of one model, ours and stock, made and measured on this machine, in one document.
 
-Steps: the files (peers.py), perplexity and divergence, generation, errors of tensors, speed. Each keeps what it has
-finished: files and windows in the cache, rounds of the benchmark beside the report; a comparison that was stopped goes
-on when it is begun again.
+Steps: the files (candidates.py), perplexity and divergence, generation, errors of tensors, speed. Each keeps what it
+has finished: files and windows in the cache, rounds of the benchmark beside the report; a comparison that was stopped
+goes on when it is begun again.
 """
 
 from __future__ import annotations
@@ -13,28 +13,26 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from .. import __version__
 from ..calibrate import texts
 from ..codec import BY_NAME, DEFAULT
 from ..errors import CalibrationError, InputError, Interrupted, OutputError, PtqtpError
 from ..files import cache_folder, file_sha256, parse_json, read_whole, write_text
-from ..inspect import inspect, plane_statistics, tensor_errors
+from ..inspect import plane_statistics, tensor_errors
 from ..llamacpp import install
 from ..measure import Round, bench, evaluate, generate, load_text, machine, open_files
 from ..plan import Options
 from ..progress import Progress, no_progress
 from ..source import local
 from .candidates import Item, Made, Store, Workshop, check_apart, imatrix_of, parse_items, reference_of, require_imatrix
-from .document import SCHEMA
+from .document import SCHEMA, Document, Generation, Machine, Model, Row, Text
+from .rows import bench_of, model_of, row_of, set_planes, set_speed
 
 PEERS = ("Q4_0", "Q4_K_M", "IQ4_XS", "Q3_K_M")
 WINDOWS = 32
 ROUNDS_FILE = ".rounds.json"
 MAX_ROUNDS = 1 << 26  # bytes of it
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,21 +67,21 @@ class Settings:
 class Stopped(Interrupted):
     """Ctrl-C. document: what was finished until then."""
 
-    def __init__(self, text: str, document: dict[str, Any]) -> None:
+    def __init__(self, text: str, document: Document) -> None:
         super().__init__(text)
         self.document = document
 
 
 @dataclass
 class Comparison:
-    """A comparison under way. document: what is measured so far, as report.json has it (document.py)."""
+    """A comparison under way. document: what is measured so far; no rows until the reference is there."""
 
     source: Path
     output: Path
     settings: Settings
     options: Options
     progress: Progress
-    document: dict[str, Any] = field(default_factory=dict)
+    document: Document
     reference: Path = Path()
     made: list[Made] = field(default_factory=list)
 
@@ -97,7 +95,7 @@ class Comparison:
         return None if self.settings.fresh else self.cache / "eval"
 
     def row(self, label: str) -> Row:
-        return next(r for r in self.document["rows"] if r["label"] == label)
+        return next(r for r in self.document.rows if r.label == label)
 
     @property
     def paths(self) -> list[Path]:
@@ -110,7 +108,7 @@ def compare(
     settings: Settings | None = None,
     options: Options | None = None,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Document:
     """Make what is to be compared, measure it on this machine, and return the document that a report is made of.
 
     source   checkpoint folder, hub id, or a GGUF in 16 or 32 bits
@@ -119,7 +117,7 @@ def compare(
     Raises Stopped for Ctrl-C, which has the document of what was finished; subclasses of PtqtpError.
     """
     settings, options = settings or Settings(), options or Options()
-    run = Comparison(source, output, settings, options, progress)
+    run = Comparison(source, output, settings, options, progress, _begun(source, settings))
     items = _check(run)
     run.source = local(source, progress)
     try:
@@ -136,7 +134,21 @@ def compare(
     except KeyboardInterrupt:
         kept = "what is finished is kept; run the same command again to go on"
         raise Stopped(f"interrupted; {kept}", run.document) from None
+    run.document.finished = True
     return run.document
+
+
+def _begun(source: Path, settings: Settings) -> Document:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return Document(
+        schema=SCHEMA,
+        model=Model(source.name),
+        created=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        command=settings.command,
+        machine=Machine(**machine.describe().as_dict()),
+        rows=[],
+        finished=False,
+    )
 
 
 def _check(run: Comparison) -> list[Item]:
@@ -174,64 +186,19 @@ def _files(run: Comparison, items: Sequence[Item]) -> None:
     elif options.calibration.texts:
         threads = options.threads
         imatrix, imatrix_sha = imatrix_of(options.calibration.texts, run.reference, sha, store, threads, run.progress)
-    warnings = []
     if options.calibration.texts and not run.source.is_dir():
-        warnings.append(
+        run.document.warnings.append(
             "the source is a GGUF: of --calib only an importance matrix was made; give the checkpoint for more"
         )
         options = replace(options, calibration=replace(options.calibration, texts=(), tune=False))
     shop = Workshop(run.source, run.reference, sha, store, options, imatrix, imatrix_sha, run.progress)
-    report = inspect(run.reference)
-    tokens = report.metadata.get("tokenizer.ggml.tokens")
-    run.document |= {
-        "schema": SCHEMA,
-        "model": {
-            "name": str(report.metadata.get("general.name") or shop.name),
-            "source": run.source.name,
-            "weights": report.weights,
-            "vocab": len(tokens) if isinstance(tokens, list) else None,
-            "architecture": str(report.metadata.get("general.architecture")),
-        },
-        "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": s.command,
-        "versions": {"ptqtp_gguf": __version__, "runtime": install.version()},
-        "machine": machine.describe().as_dict(),
-        "text": None,
-        "bench": None,
-        "warnings": warnings,
-        "rows": [_facts(Made("reference", "reference", run.reference, sha), report.weights)],
-    }
+    run.document.versions = {"ptqtp_gguf": __version__, "runtime": install.version()}
+    run.document.model = model_of(run.source, run.reference)
+    weights = run.document.model.weights or 0
+    run.document.rows.append(row_of(Made("reference", "reference", run.reference, sha), weights))
     for item in items:
         run.made.append(shop.make(item))
-        run.document["rows"].append(_facts(run.made[-1], report.weights))
-
-
-def _facts(made: Made, weights: int) -> Row:
-    """A row before anything is measured. weights: of the reference; a head stored apart counts as what it costs."""
-    report = inspect(made.path)
-    return {
-        "label": made.label,
-        "kind": made.kind,
-        "file": made.path.name,
-        "sha256": made.sha256,
-        "made": made.made,
-        "size": report.size,
-        "bpw": 8 * report.size / weights,
-        "bpw_blocks": report.bpw_blocks,
-        "types": report.types,
-        "quality": None,
-        "generation": None,
-        "speed": [],
-        "ratios": {},
-        "load_s": None,
-        "ttft_s": None,
-        "peak_memory": None,
-        "energy": None,
-        "token_bytes": None,
-        "tensors": [],
-        "digits": None,
-        "scales": None,
-    }
+        run.document.rows.append(row_of(run.made[-1], weights))
 
 
 def _quality(run: Comparison) -> None:
@@ -246,27 +213,24 @@ def _quality(run: Comparison) -> None:
         state=run.records,
         progress=run.progress,
     )
-    run.document["text"] = done.text.as_dict()
-    run.document["warnings"] += done.warnings
-    if done.reference:
-        run.row("reference")["quality"] = done.reference.as_dict()
+    run.document.text = Text(**done.text.as_dict())
+    run.document.warnings += done.warnings
+    run.row("reference").quality = done.reference
     for made, quality in zip(run.made, done.quality, strict=True):
-        run.row(made.label)["quality"] = quality.as_dict()
+        run.row(made.label).quality = quality
 
 
 def _generation(run: Comparison) -> None:
     done = generate(run.reference, run.paths, threads=run.options.threads, state=run.records, progress=run.progress)
     for made, found in zip(run.made, done, strict=True):
-        run.row(made.label)["generation"] = found.as_dict()
+        run.row(made.label).generation = Generation(found.agreement, found.cloze)
 
 
 def _tensors(run: Comparison) -> None:
     for made in run.made:
         row = run.row(made.label)
-        row["tensors"] = tensor_errors(made.path, run.reference, run.progress, run.options.threads)
-        total = plane_statistics(made.path, run.progress).total
-        if total:
-            row |= total.as_dict()
+        row.tensors = tensor_errors(made.path, run.reference, run.progress, run.options.threads)
+        set_planes(row, plane_statistics(made.path, run.progress).total)
 
 
 def _speed(run: Comparison) -> None:
@@ -286,11 +250,12 @@ def _speed(run: Comparison) -> None:
             done=list(rounds.done),
             keep=rounds.keep,
             progress=progress,
-        ).as_dict()
-        run.document |= {"machine": done["machine"], "bench": done["bench"]}
-        run.document["warnings"] += done["warnings"]
-        for row in done["rows"]:
-            run.row(row["label"]).update(row)
+        )
+        run.document.machine = Machine(**done.machine.as_dict(), load=done.load)
+        run.document.bench = bench_of(done)
+        run.document.warnings += done.warnings
+        for file in done.files:
+            set_speed(run.row(file.label), done, file)
 
     try:
         measured(s.rounds, run.progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .check import Verdict, check_file, intact, verify
 from .contents import FEW, TEMPLATE, Report, inspect, plain
-from .diff import SHOWN, Difference, TensorDifference, difference, tensor_errors
+from .diff import SHOWN, Difference, TensorDifference, TensorError, difference, tensor_errors
 from .histograms import DIGIT_VALUES, PlaneStatistics, Statistics, plane_statistics
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Report",
     "Statistics",
     "TensorDifference",
+    "TensorError",
     "Verdict",
     "check_file",
     "difference",

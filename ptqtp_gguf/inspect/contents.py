@@ -85,6 +85,11 @@ class Report:
             count[t.type_name] += t.n_weights
         return {kind: n / count.total() for kind, n in count.most_common()}
 
+    def fell_back(self, block: int) -> float:
+        """Share of the weights in the blocks' matrices whose rows are no multiple of `block` weights."""
+        short = sum(t.n_weights for t in self._matrices if t.shape[0] % block)
+        return short / max(1, sum(t.n_weights for t in self._matrices))
+
     @property
     def _matrices(self) -> list[TensorInfo]:
         return [t for t in self.tensors if role_of(t.name) is Role.BLOCK and len(t.shape) > 1]

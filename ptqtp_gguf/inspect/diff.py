@@ -224,15 +224,25 @@ def _distance(meter: Meter, mine: GgufSource, t: TensorInfo, source: GgufSource,
     return None
 
 
-def tensor_errors(
-    file: Path, reference: Path, progress: Progress = no_progress, threads: int = 0
-) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class TensorError:
+    """rel_mse: squared error over the reference tensor's squares; None where there is no such tensor in the reference,
+    in this shape, or the error has no value. block: None outside the layers."""
+
+    name: str
+    type: str = ""
+    role: str = ""
+    block: int | None = None
+    weights: int = 0
+    rel_mse: float | None = None
+
+
+def tensor_errors(file: Path, reference: Path, progress: Progress = no_progress, threads: int = 0) -> list[TensorError]:
     """Error of each tensor of a GGUF file against the tensor of the same name in another, in the file's order.
 
-    Returns {"name", "type", "role", "block", "weights", "rel_mse"} each, ready for JSON; rel_mse is None where the
-    reference has no such tensor, in this shape, or the error has no value. Raises InputError as `difference`.
+    Raises InputError as `difference`.
     """
-    rows: list[dict[str, object]] = []
+    rows: list[TensorError] = []
     with GgufSource(file) as mine, GgufSource(reference) as source, Meter(threads) as meter:
         theirs = {t.name: t for t in source.tensors}
         total, done = sum(t.n_weights for t in mine.tensors), 0
@@ -241,16 +251,8 @@ def tensor_errors(
             done += t.n_weights
             ref = theirs.get(t.name)
             found = _distance(meter, mine, t, source, ref) if ref and ref.shape == t.shape else None
-            rows.append(
-                {
-                    "name": t.name,
-                    "type": type_name(t.type),
-                    "role": role_of(t.name).value,
-                    "block": layer_of(t.name),
-                    "weights": t.n_weights,
-                    "rel_mse": rel_mse(found),
-                }
-            )
+            role, block = role_of(t.name).value, layer_of(t.name)
+            rows.append(TensorError(t.name, type_name(t.type), role, block, t.n_weights, rel_mse(found)))
         progress("comparing", total, total, "")
     return rows
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,7 @@ class PlaneStatistics:
         n = max(1, self.weights)
         return sum(self.digits[3:6]) / n, sum(self.digits[1::3]) / n
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, dict[str, Any]]:
         """For JSON: digits and scales, as a report has them."""
         none = not self.scales
         return {

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from . import machine
-from .generation import Generation, generate
+from .generation import Agreement, Cloze, Generation, generate
+from .perplexity_tool import evaluate_by_tool
 from .quality import Evaluation, evaluate
 from .rounds import File, Round
 from .scoring import Quality
-from .speed import Bench, bench
+from .speed import Bench, Ratio, Speed, bench
 from .text import load_text, open_files
 
 __all__ = [
+    "Agreement",
     "Bench",
+    "Cloze",
     "Evaluation",
     "File",
     "Generation",
     "Quality",
+    "Ratio",
     "Round",
+    "Speed",
     "bench",
     "evaluate",
+    "evaluate_by_tool",
     "generate",
     "load_text",
     "machine",

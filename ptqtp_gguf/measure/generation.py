@@ -16,8 +16,9 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,27 @@ def questions() -> list[Question]:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Tokens of greedy text before it leaves the reference's; full: prompts that never do; limit: tokens written."""
+
+    mean: float
+    median: float
+    full: int
+    prompts: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """Right endings chosen, of how many questions, the reference's, and how often both choose the same."""
+
+    right: int
+    of: int
+    reference_right: int | None = None
+    same_answer: int | None = None
+
+
+@dataclass(frozen=True)
 class Generation:
     """A file's answers.
 
@@ -72,31 +94,28 @@ class Generation:
     right: list[int]
     reference: list[int] | None
 
-    def as_dict(self) -> dict[str, dict[str, float | int | None] | None]:
-        """For JSON."""
+    @property
+    def agreement(self) -> Agreement | None:
+        """The tokens agreed upon, in short; None without a reference."""
         a = self.agreed
-        agreement: dict[str, float | int | None] | None = None
-        if a:
-            agreement = {
-                "mean": statistics.fmean(a),
-                "median": statistics.median(a),
-                "full": a.count(LIMIT),
-                "prompts": len(a),
-                "limit": LIMIT,
-            }
-        return {
-            "agreement": agreement,
-            "cloze": {
-                "right": _equal(self.answers, self.right),
-                "of": len(self.right),
-                "reference_right": _equal(self.reference, self.right),
-                "same_answer": _equal(self.reference, self.answers),
-            },
-        }
+        return Agreement(statistics.fmean(a), statistics.median(a), a.count(LIMIT), len(a), LIMIT) if a else None
+
+    @property
+    def cloze(self) -> Cloze:
+        """The answers, counted."""
+        right, theirs = _equal(self.answers, self.right), self.reference
+        if theirs is None:
+            return Cloze(right, len(self.right))
+        return Cloze(right, len(self.right), _equal(theirs, self.right), _equal(theirs, self.answers))
+
+    def as_dict(self) -> dict[str, dict[str, Any] | None]:
+        """For JSON."""
+        a = self.agreement
+        return {"agreement": asdict(a) if a else None, "cloze": asdict(self.cloze)}
 
 
-def _equal(a: list[int] | None, b: list[int]) -> int | None:
-    return None if a is None else sum(x == y for x, y in zip(a, b, strict=True))
+def _equal(a: list[int], b: list[int]) -> int:
+    return sum(x == y for x, y in zip(a, b, strict=True))
 
 
 def generate(

@@ -18,7 +18,7 @@ from . import machine
 Round = dict[str, Any]  # what a round measured, fit for JSON: see one_round
 
 # not -m, which would take a package in the current folder for ours
-LOAD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ptqtp_gguf._load_child import main; main()"
+LOAD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ptqtp_gguf.measure._load_child import main; main()"
 DEFAULT_FIRST = 128  # tokens of the prompt before the first token, where no prompts are measured
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +26,32 @@ from .statistics import CONFIDENCE, ENOUGH, Spread, ratios, spread
 BUSY = 0.1  # share of the CPUs' time used by others, from which figures are doubtful
 WIDE = 1.15  # high over low of a ratio's interval, from which it says nothing if 1 lies inside
 OVER = 1.05  # share of the roofline, from which it is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Tokens a second of a file in one test. n_prompt, n_gen: tokens; samples: a round each, and their median with its
+    interval. share: of what the memory's bandwidth allows, None for prompts."""
+
+    test: str
+    n_prompt: int = 0
+    n_gen: int = 0
+    threads: int
+    median: float
+    low: float | None = None
+    high: float | None = None
+    samples: list[float] = field(default_factory=list)
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One file's speed over another's, paired by round. clear: whether the interval says which is faster."""
+
+    median: float
+    low: float
+    high: float
+    clear: bool
 
 
 @dataclass
@@ -71,50 +97,68 @@ class Bench:
         """Why the figures may mislead, a line each."""
         return list(_warnings(self))
 
-    def row(self, file: File) -> dict[str, object]:
-        """A file's figures, for JSON."""
-        speeds = []
+    def speeds(self, file: File) -> list[Speed]:
+        """A file's speeds: the tests of the first number of threads, then of the next."""
+        found = []
         for t in self.settings.threads:
             for name, n_prompt, n_gen in self.settings.tests:
                 key = f"{name} t{t}"
                 s = self.speed(file, key)
-                speeds.append(
-                    {
-                        "test": name,
-                        "n_prompt": n_prompt,
-                        "n_gen": n_gen,
-                        "threads": t,
-                        "median": s.median,
-                        "low": s.low,
-                        "high": s.high,
-                        "samples": self.samples(file, key),
-                        "share": self.share(file, key),
-                    }
+                found.append(
+                    Speed(
+                        test=name,
+                        n_prompt=n_prompt,
+                        n_gen=n_gen,
+                        threads=t,
+                        median=s.median,
+                        low=s.low,
+                        high=s.high,
+                        samples=self.samples(file, key),
+                        share=self.share(file, key),
+                    )
                 )
+        return found
+
+    def ratios(self, file: File) -> dict[str, dict[str, Ratio]]:
+        """A file's speeds over those of each other file, by its label, then by test and threads ("tg64 t2")."""
+        return {
+            other.label: {key: _ratio(self.ratio(file, other, key)) for key in self.settings.keys}
+            for other in self.files
+            if other is not file
+        }
+
+    @property
+    def load(self) -> list[float | None]:
+        """The machine's load before the first round and after the last."""
+        return [self.rounds[0]["load"][0], self.rounds[-1]["load"][1]]
+
+    def peak_memory(self, file: File) -> int | None:
+        """Bytes at the peak of a process that opens the file and answers: median over the rounds."""
         peak = self.start(file, "peak_memory")
+        return None if peak is None else round(peak)
+
+    def row(self, file: File) -> dict[str, object]:
+        """A file's figures, for JSON."""
         return {
             "label": file.label,
             "file": file.path.name,
             "size": file.size,
             "token_bytes": file.token_bytes,
-            "speed": speeds,
-            "ratios": {other.label: self._ratios(file, other) for other in self.files if other is not file},
+            "speed": [asdict(s) for s in self.speeds(file)],
+            "ratios": {
+                label: {key: asdict(r) for key, r in found.items()} for label, found in self.ratios(file).items()
+            },
             "load_s": self.start(file, "load_s"),
             "ttft_s": self.start(file, "ttft_s"),
-            "peak_memory": None if peak is None else round(peak),
+            "peak_memory": self.peak_memory(file),
             "energy": self.start(file, "energy"),
         }
-
-    def _ratios(self, file: File, other: File) -> dict[str, dict[str, float | bool]]:
-        found = ((key, self.ratio(file, other, key)) for key in self.settings.keys)
-        return {k: {"median": s.median, "low": s.low, "high": s.high, "clear": s.clear} for k, s in found}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: "machine", "bench", "warnings", "rows"."""
         s = self.settings
-        load = [self.rounds[0]["load"][0], self.rounds[-1]["load"][1]]
         return {
-            "machine": {**self.machine.as_dict(), "load": load},
+            "machine": {**self.machine.as_dict(), "load": self.load},
             "bench": {
                 "prompt": list(s.prompt),
                 "generate": list(s.generate),
@@ -126,6 +170,10 @@ class Bench:
             "warnings": self.warnings,
             "rows": [self.row(f) for f in self.files],
         }
+
+
+def _ratio(s: Spread) -> Ratio:
+    return Ratio(s.median, s.low, s.high, s.clear)
 
 
 def bench(

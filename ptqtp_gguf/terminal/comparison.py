@@ -21,7 +21,7 @@ from ..compare import (
 from .console import out_console
 
 
-def print_comparison(document: Mapping[str, object], console: Console | None = None) -> None:
+def print_comparison(document: Document | Mapping[str, object], console: Console | None = None) -> None:
     """Print verdict, table and warnings of a comparison. Raises InputError for a document that is none."""
     show(read_document(document), console or out_console)
 

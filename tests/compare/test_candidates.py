@@ -66,6 +66,13 @@ def test_what_is_named(reference: Path, tmp_path: Path) -> None:
     peers.require_imatrix(parse_items(["IQ3_XXS"]), True)
 
 
+def test_blocks_of_stock_types() -> None:
+    names = ("Q4_K_M", "IQ3_M", "IQ3_XXS", "TQ1_0", "Q4_0", "IQ4_NL", "Q8_0")
+    assert [peers.block_of(name) for name in names] == [256, 256, 256, 256, 32, 32, 32]
+    with pytest.raises(RecipeError, match="Q9_X: no type of llama-quantize's"):
+        peers.block_of("Q9_X")
+
+
 def test_the_reference_of_a_checkpoint(
     tiny_checkpoint: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +114,8 @@ def test_files_are_made_once(reference: Path, tmp_path: Path, monkeypatch: pytes
     assert made[2].made == f"ptqtp-gguf convert tiny.gguf {made[2].path.name} --type TP2_0"
     allow = [refuse(monkeypatch, conversion, "convert"), refuse(monkeypatch, install, "stream_tool")]
     assert [shop.make(i) for i in items] == made
+    keys = [json.dumps(shop.key(i), sort_keys=True) for i in items]
+    assert len(set(keys)) == 4 and shop.key(items[3]) == {"file": file_sha256(reference)}
     for again in allow:
         again()
     other = workshop(reference, tmp_path / "kept", Options(tensor_types=("attn_q=Q8_0",)))

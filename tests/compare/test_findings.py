@@ -23,11 +23,13 @@ from report_document import MATRICES, example, gaps
 from rich.console import Console
 
 from ptqtp_gguf.compare import findings
-from ptqtp_gguf.compare.document import Document, read_document
+from ptqtp_gguf.compare.document import Document, as_json, read_document
 from ptqtp_gguf.compare.page import write_json, write_report
 from ptqtp_gguf.errors import InputError, OutputError
+from ptqtp_gguf.measure import Quality
 from ptqtp_gguf.terminal.comparison import print_comparison
 
+SCALES = dict.fromkeys(("min", "median", "max", "empty", "damaged"))
 needs_page = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("matplotlib", "jinja2"))),
     reason="the page needs matplotlib and jinja2",
@@ -124,6 +126,20 @@ def test_frontier_and_perplexity() -> None:
     assert "TP2_1 -1.00 ± 0.80 %, " in findings.perplexity_sentence(read_document(doc))
 
 
+def test_the_best_that_is_no_larger_and_what_reaches_the_same() -> None:
+    doc = example()
+    doc["rows"][5]["size"] = 70_000_000
+    read = read_document(doc)
+    nearest = findings.best_no_larger(read, read.rows[1])
+    assert nearest and nearest.label == "Q3_K_M" and findings.best_no_larger(read, nearest) is nearest
+    assert findings.best_no_larger(read_document(example()), read.rows[1]) is None
+    line = findings.stock_frontier(read)
+    assert line == [(70e6, 0.074), (90.2e6, 0.044), (105.4e6, 0.031)]  # Q4_0 is larger than IQ4_XS, and farther off
+    assert findings.size_for(math.sqrt(0.074 * 0.044), line) == pytest.approx(80.1e6)
+    assert findings.size_for(0.01, line) is None and findings.size_for(1.1, line) is None
+    assert findings.divergence(read.rows[0]) is None and findings.stock_frontier(read_document(gaps())) == []
+
+
 def test_best_of_column_and_what_is_not_clearly_behind() -> None:
     table = findings.main_table(read_document(example()))
     best = {c.name: [r.label for r, cells in table.rows if cells[i].best] for i, c in enumerate(table.columns)}
@@ -146,6 +162,22 @@ def test_best_of_column_and_what_is_not_clearly_behind() -> None:
 )
 def test_numbers_end_where_their_error_begins(x: float, half: float | None, texts: tuple[str, str]) -> None:
     assert findings.with_error(x, half) == texts
+
+
+def test_a_document_is_written_in_the_order_of_its_schema() -> None:
+    """What was read is written as it was: no field is missing in the schema, none is renamed."""
+    whole, doc = as_json(read_document(example())), example()
+    doc["rows"] = [r | {"scales": r["scales"] and {**r["scales"], **SCALES}} for r in doc["rows"]]
+    doc["machine"] = {**doc["machine"], "cpus": None, "quota": None}
+    doc["bench"] = {**doc["bench"], "first": None}
+    assert whole == {**doc, "finished": True}
+    order = "schema model created command versions machine text bench warnings rows finished"
+    assert list(whole) == order.split() and read_document(whole) == read_document(doc)
+    assert "load" not in as_json(read_document(gaps()))["machine"]  # type: ignore[operator]
+    made = read_document(doc)
+    made.rows[1].quality, made.finished = Quality(ppl=math.inf, kld=math.nan, kld_se=0.5), False
+    found: Any = json.loads(json.dumps(as_json(made), allow_nan=False))
+    assert found["rows"][1]["quality"] == {**vars(Quality()), "kld_se": 0.5} and found["finished"] is False
 
 
 # ---- documents that are none ----

@@ -61,7 +61,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_a_comparison(tiny_checkpoint: Path, reference: Path, settings: Settings, tmp_path: Path) -> None:
     found = compare(tiny_checkpoint, tmp_path / "report", settings)
-    doc = read_document(json.loads(json.dumps(found, allow_nan=False)))
+    doc = read_document(found)
+    assert doc == found and doc.finished
     assert [(r.label, r.kind) for r in doc.rows] == [
         ("reference", "reference"),
         ("TP2_1", "ours"),
@@ -76,8 +77,9 @@ def test_a_comparison(tiny_checkpoint: Path, reference: Path, settings: Settings
         assert row.bpw == pytest.approx(8 * row.size / doc.model.weights)
     assert rows["TP2_1"].bpw_blocks == 3.5 and rows["TP2_1"].types == {"TP2_1": 1.0}
     direct = evaluate(reference, [files[rows["Q4_0"].file]], text=settings.text, ctx=64, windows=2)
-    assert found["rows"][3]["quality"] == direct.quality[0].as_dict()
-    assert found["rows"][0]["quality"]["ppl"] == direct.quality[0].ppl_reference and doc.text and doc.text.windows == 2
+    assert found.rows[3].quality == direct.quality[0]
+    assert rows["reference"].quality and rows["reference"].quality.ppl == direct.quality[0].ppl_reference
+    assert doc.text and doc.text.windows == 2
     for row in doc.rows[1:]:
         assert [s.test for s in row.speed] == ["pp16", "tg4"] and all(s.median > 0 for s in row.speed)
         assert set(row.ratios) == set(rows) - {row.label, "reference"} and row.peak_memory
@@ -104,6 +106,7 @@ def test_what_is_finished_is_kept(
     with pytest.raises(Stopped, match="what is finished is kept; run the same command again") as e:
         compare(reference, tmp_path, settings, progress=stop)
     doc = read_document(e.value.document)
+    assert not doc.finished
     assert doc.bench and doc.bench.rounds == 1 and doc.rows[1].quality and len(doc.rows[1].speed[0].samples) == 1
     first = doc.rows[1].speed[0].samples
 
@@ -141,11 +144,11 @@ def test_calibrated_text_is_for_all(reference: Path, settings: Settings, tmp_pat
         m.setattr(peers, "IMATRIX_CHUNKS", 2)
         found = compare(reference, tmp_path / "a", replace(settings, ours=("TP2_1",), rounds=0), options)
     plain = compare(reference, tmp_path / "b", replace(settings, ours=("TP2_1",), rounds=0))
-    for with_text, without in zip(found["rows"][1:], plain["rows"][1:], strict=True):
-        assert "--imatrix imatrix.gguf" in with_text["made"] and "imatrix" not in without["made"]
-        assert with_text["sha256"] != without["sha256"]
-    assert found["bench"] is None and found["rows"][1]["speed"] == []
-    assert any("only an importance matrix was made" in w for w in found["warnings"])
+    for with_text, without in zip(found.rows[1:], plain.rows[1:], strict=True):
+        assert "--imatrix imatrix.gguf" in with_text.made and "imatrix" not in without.made
+        assert with_text.sha256 != without.sha256
+    assert found.bench is None and found.rows[1].speed == []
+    assert any("only an importance matrix was made" in w for w in found.warnings)
     scored = replace(settings, text=text, ours=("TP2_1",))
     with pytest.raises(CalibrationError, match=r"is the scored text calib\.txt"):
         compare(reference, tmp_path / "c", scored, options)
@@ -162,10 +165,10 @@ def test_ours_of_a_checkpoint_is_calibrated(tiny_checkpoint: Path, settings: Set
     settings = replace(settings, ours=("TP2_1",), rounds=0)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(peers, "IMATRIX_CHUNKS", 2)
-        ours, stock = compare(tiny_checkpoint, tmp_path / "out", settings, options)["rows"][1:]
-    assert ours["made"].endswith("--calib calib.txt") and "--imatrix imatrix.gguf" in stock["made"]
-    plain = compare(tiny_checkpoint, tmp_path / "out", settings)["rows"][1]
-    assert plain["sha256"] != ours["sha256"] and plain["made"].endswith("TP2_1.gguf")
+        ours, stock = compare(tiny_checkpoint, tmp_path / "out", settings, options).rows[1:]
+    assert ours.made.endswith("--calib calib.txt") and "--imatrix imatrix.gguf" in stock.made
+    plain = compare(tiny_checkpoint, tmp_path / "out", settings).rows[1]
+    assert plain.sha256 != ours.sha256 and plain.made.endswith("TP2_1.gguf")
 
 
 def test_what_is_refused(

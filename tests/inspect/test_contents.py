@@ -57,6 +57,13 @@ def agrees(found: PlaneStatistics, digits: list[int], scales: np.ndarray) -> Non
     assert set(np.round(np.log2(edges) % 1, 6)) <= set(np.round(np.log2([1, 1.25, 1.5, 1.75]), 6))
 
 
+def test_share_of_rows_that_are_too_short(tiny_gguf: Path) -> None:
+    blocks = {"q": 48 * 64, "down": 64 * 96, "gate_exps": 3 * 16 * 64, "odd": 8 * 40}
+    report = inspect(tiny_gguf)
+    assert report.fell_back(32) == pytest.approx(blocks["odd"] / sum(blocks.values()))
+    assert report.fell_back(8) == 0 and report.fell_back(256) == 1
+
+
 @pytest.mark.parametrize("kind", ["TP2_1", "TP2_0"])
 def test_digits_and_scales_of_a_file(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
     shapes = {

@@ -14,7 +14,7 @@ from ptqtp_gguf.conversion.export import export_q4_0
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import TYPE_IDS, OutTensor, Reader, kv_string, kv_u32, write_stream
-from ptqtp_gguf.inspect.diff import difference, tensor_errors
+from ptqtp_gguf.inspect.diff import TensorError, difference, tensor_errors
 from ptqtp_gguf.inspect.tensor_error import Meter, decodable
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.roles import Role
@@ -60,16 +60,9 @@ def test_errors_against_the_source(ours: Path, tiny_gguf: Path, weights: dict[st
     assert block.tensors == 3 and block.weights == w.size
     assert block.rel_mse == pytest.approx(((w - v) ** 2).sum() / (w**2).sum(), rel=1e-4)
     rows = tensor_errors(ours, tiny_gguf)
-    assert [r["rel_mse"] for r in rows] == [t.rel_mse for t in found.tensors]
-    assert rows[1] == {
-        "name": "blk.0.attn_q.weight",
-        "type": "TP2_1",
-        "role": "block matrix",
-        "block": 0,
-        "weights": 48 * 64,
-        "rel_mse": rows[1]["rel_mse"],
-    }
-    assert rows[0]["block"] is None and rows[0]["role"] == "embedding"
+    assert [r.rel_mse for r in rows] == [t.rel_mse for t in found.tensors]
+    assert rows[1] == TensorError("blk.0.attn_q.weight", "TP2_1", "block matrix", 0, 48 * 64, rows[1].rel_mse)
+    assert rows[0].block is None and rows[0].role == "embedding"
 
 
 def test_one_weight_and_one_key(tiny_gguf: Path, weights: dict[str, np.ndarray], tmp_path: Path) -> None:
@@ -116,7 +109,7 @@ def test_other_models(tiny_gguf: Path, weights: dict[str, np.ndarray], tmp_path:
     assert [t.name for t in found.only_b] == ["blk.9.new.weight"]
     assert found.shapes == [("blk.0.ffn_down.weight", (96, 64), (96, 32))]
     assert found.architectures == ("llama", "qwen2") and len(found.tensors) == 5
-    assert {r["name"]: r["rel_mse"] for r in tensor_errors(tiny_gguf, b)}["blk.0.ffn_down.weight"] is None
+    assert {r.name: r.rel_mse for r in tensor_errors(tiny_gguf, b)}["blk.0.ffn_down.weight"] is None
     none = write_gguf(tmp_path / "none.gguf", {"x.weight": np.ones((2, 32), np.float32)})
     assert difference(tiny_gguf, none).tensors == [] and difference(tiny_gguf, none).roles == []
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPO
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
 from ptqtp_gguf.files.writing import cache_folder
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.llamacpp import model as runtime
-from ptqtp_gguf.measure import generation
+from ptqtp_gguf.measure import evaluate_by_tool, generation
 from ptqtp_gguf.measure import quality as evaluation
 from ptqtp_gguf.measure.quality import evaluate
 from ptqtp_gguf.measure.text import BUILTIN_FILE, load_text, windows_of
@@ -56,26 +54,15 @@ def test_llama_perplexity_agrees(demo_files: dict[str, Path], text: Path, tmp_pa
     Its mean is off by at most mean(b), a quantile by max(b). ln PPL(base) is off by h, the RMS of p's changes by h
     (p is at most 1), and a token's top differs only where the reference's two likeliest are within 2 h.
     """
-    sys.path.insert(0, str(REPO / "tools" / "accuracy"))
-    try:
-        import accuracy_base
-    finally:
-        sys.path.pop(0)
     reference, ours = tmp_path / "q8.gguf", demo_files["ours"]
     install.run_tool("llama-quantize", str(demo_files["bf16"]), str(reference), "Q8_0", "2")
     found = evaluate(reference, [ours], text=text, ctx=CTX, windows=WINDOWS, threads=2)
-    tools = accuracy_base.Tools(5)
-    command = [install.tool("llama-perplexity"), "-f", text, "-c", CTX, "-b", CTX, "-t", 2, "--chunks", WINDOWS]
-    command += ["--kl-divergence-base", tmp_path / "base"]
-    try:
-        tools.run(*command, "-m", reference, linger=True)
-        for _ in range(3):  # its last lines may be lost
-            printed = tools.run(*command, "-m", ours, "--kl-divergence", linger=True)
-            if accuracy_base.is_whole(printed):
-                break
-    finally:
-        tools.halt()
-    theirs, q = accuracy_base.parse(printed), found.quality[0].as_dict()
+    how = {"text": text, "ctx": CTX, "windows": WINDOWS, "threads": 2}
+    told = evaluate_by_tool(reference, [ours], **how, state=tmp_path / "logits")
+    assert told.text == found.text and told.sha256 == found.sha256
+    assert [p.suffix for p in (tmp_path / "logits").iterdir()] == [".logits"]
+    theirs, q = told.quality[0].as_dict(), found.quality[0].as_dict()
+    assert told.reference and told.reference.ppl == theirs["ppl_reference"]
     h = 8 / 65535 + 4e-6
     b, close = bounds(reference, ours, text, h)
     n = len(b)
@@ -89,11 +76,15 @@ def test_llama_perplexity_agrees(demo_files: dict[str, Path], text: Path, tmp_pa
         "kld": b.mean(),
         "kld_se": b.max() / (n - 1) ** 0.5,
         "kld_median": b.max(),
+        "kld_99": b.max(),
+        "kld_max": b.max(),
         "kld_999": b.max(),
         "rms_dp": 100 * h,
         "rms_dp_se": 4 * 100 * h / (n - 1) ** 0.5 / (q["rms_dp"] / 100),
         "same_top": 100 * close / n,
         "same_top_se": 100 * close / n,
+        "windows": 0,
+        "tokens": 0,
     }
     assert set(tolerance) == set(theirs)
     for key, value in theirs.items():
