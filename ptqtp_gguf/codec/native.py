@@ -20,7 +20,6 @@ from .tensor_type import TensorType
 from .types import TYPES
 from .unit import UNIT_BYTES
 
-_METHODS = {"paper": 0, "search": 1}
 _OK = 0
 
 
@@ -31,6 +30,53 @@ class _Kernel(ctypes.Structure):
         ("dot", ctypes.CFUNCTYPE(ctypes.c_float, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)),
         ("supported", ctypes.CFUNCTYPE(ctypes.c_bool)),
     )
+
+
+class _Type(ctypes.Structure):  # struct ptqtp_type_traits, without its functions
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("planes", ctypes.c_int),
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("size", ctypes.c_size_t),
+        ("scale_size", ctypes.c_size_t),
+        ("reach", ctypes.c_float),
+        ("panels", ctypes.c_bool),
+        ("functions", ctypes.c_void_p * 4),
+    )
+
+
+class _Method(ctypes.Structure):  # struct ptqtp_method_traits
+    _fields_ = (
+        ("method", ctypes.c_int),
+        ("name", ctypes.c_char_p),
+        ("whole_matrix", ctypes.c_bool),
+        ("importance", ctypes.c_bool),
+    )
+
+
+class TypeRow(NamedTuple):
+    """A row of the C table of types (native/codec/types.c). Sizes in weights and bytes, as in TensorType."""
+
+    id: int
+    name: str
+    block: int
+    group: int
+    size: int
+    planes: int
+    scale_size: int  # bytes of scales a group
+    reach: float
+
+
+class MethodRow(NamedTuple):
+    """A row of the C table of methods (native/quantize/methods.c)."""
+
+    id: int
+    name: str
+    whole_matrix: bool
+    takes_importance: bool
+    types: tuple[int, ...]  # ids of the types that it makes
 
 
 class _Stats(ctypes.Structure):
@@ -81,6 +127,9 @@ def _lib() -> ctypes.CDLL:
     lib.ptqtp_status_text.argtypes, lib.ptqtp_status_text.restype = [i], ctypes.c_char_p
     lib.ptqtp_type_size.argtypes, lib.ptqtp_type_size.restype = [i], ctypes.c_size_t
     lib.ptqtp_block_size.argtypes, lib.ptqtp_block_size.restype = [i], i64
+    lib.ptqtp_type_table.argtypes = lib.ptqtp_method_table.argtypes = [ctypes.POINTER(i)]
+    lib.ptqtp_type_table.restype, lib.ptqtp_method_table.restype = ctypes.POINTER(_Type), ctypes.POINTER(_Method)
+    lib.ptqtp_method_makes.argtypes, lib.ptqtp_method_makes.restype = [i, i], ctypes.c_bool
     for t in TYPES.values():
         for what in ("pack", "unpack"):
             getattr(lib, f"ptqtp_{what}_{t.name.lower()}").argtypes = [p, p, p, i64]
@@ -112,9 +161,24 @@ def _ptr(a: NDArray[np.generic] | None) -> int | None:
     return None if a is None else a.ctypes.data
 
 
-def sizes(t: TensorType) -> tuple[int, int]:
-    """Block in weights and size in bytes, as the library has them."""
-    return _lib().ptqtp_block_size(t.id), _lib().ptqtp_type_size(t.id)
+def types() -> list[TypeRow]:
+    """The library's own table of types, by id."""
+    count = ctypes.c_int()
+    table = _lib().ptqtp_type_table(ctypes.byref(count))
+    rows = [table[i] for i in range(count.value)]
+    return [TypeRow(r.type, r.name.decode(), r.block, r.group, r.size, r.planes, r.scale_size, r.reach) for r in rows]
+
+
+@functools.cache
+def methods() -> dict[str, MethodRow]:
+    """The library's own table of methods, by name."""
+    lib, count = _lib(), ctypes.c_int()
+    table = lib.ptqtp_method_table(ctypes.byref(count))
+    found = {}
+    for r in (table[i] for i in range(count.value)):
+        made = tuple(t for t in TYPES if lib.ptqtp_method_makes(r.method, t))
+        found[r.name.decode()] = MethodRow(r.method, r.name.decode(), r.whole_matrix, r.importance, made)
+    return found
 
 
 def quantize(t: TensorType, method: str, weights: F32, importance: F32 | None = None, threads: int = 0) -> U8:
@@ -140,7 +204,7 @@ def _quantize(
     out = np.empty((rows, cols // t.block * t.size), np.uint8)
     status = _lib().ptqtp_quantize_stats(
         t.id,
-        _METHODS[method],
+        methods()[method].id,
         _ptr(weights),
         _ptr(importance),
         _ptr(out),

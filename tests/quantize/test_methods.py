@@ -15,12 +15,13 @@ from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, scale_to_float
+from ptqtp_gguf.conversion.prepare import stage_of
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize import paper, search
-from ptqtp_gguf.quantize.methods import METHODS, find, quantize
+from ptqtp_gguf.quantize.methods import METHODS, direct, find, quantize
 
 SEARCH, PAPER = METHODS["search"], METHODS["paper"]
-CASES = [(TP2_1, SEARCH), (TP2_0, SEARCH), (TP2_0, PAPER)]
+CASES = [(t, m) for m in METHODS.values() if m.reference for t in m.types]
 ids = [f"{t.name}-{m.name}" for t, m in CASES]
 
 
@@ -35,6 +36,27 @@ def sample(kind: str, n: int, seed: int = 7) -> np.ndarray:
         size=(n, 1024)
     )
     return (0.02 * x).astype(np.float32)
+
+
+def test_the_c_table_has_the_same_methods() -> None:
+    direct = {m.name: m for m in METHODS.values() if m.reference}
+    assert {(TP2_1, SEARCH), (TP2_0, SEARCH), (TP2_0, PAPER)} <= set(CASES)
+    assert native.methods().keys() == direct.keys()
+    for row in native.methods().values():
+        m = direct[row.name]
+        assert (row.whole_matrix, row.takes_importance) == (m.whole_matrix, m.takes_importance)
+        assert set(row.types) == {t.id for t in m.types}
+
+
+def test_a_method_with_stages_is_whole() -> None:
+    """Each stage is a module with `run`; a direct method takes what they leave, and makes what they make."""
+    for m in METHODS.values():
+        assert bool(m.stages) == bool(m.rest) == (m.reference is None)
+        assert all(callable(stage_of(stage)) for stage in m.stages)
+        assert set(m.types) <= set(direct(m).types)
+        if m.stages:
+            with pytest.raises(QuantizeError, match="looks at the model"):
+                quantize(m.types[0], m, np.zeros((1, 32), np.float32))
 
 
 @pytest.mark.parametrize(("t", "m"), CASES, ids=ids)

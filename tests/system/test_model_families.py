@@ -86,7 +86,7 @@ class Made:
         """
         twin = self.folder / "twin.gguf"
         export_q4_0(self.ours, twin)
-        distance = float(np.median(each_distance(logits(twin, self.tokens), self.dequantized)))
+        distance = float(np.median(each_distance(logits(twin, self.tokens, repack=False), self.dequantized)))
         twin.unlink()
         return distance
 
@@ -112,14 +112,27 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pool.shutdown(cancel_futures=True)
 
 
-def logits(path: Path, tokens: list[int]) -> np.ndarray:
-    """Logits of every position in the runtime, float64 (T, vocabulary): most in one batch, the last ones alone."""
+def logits(path: Path, tokens: list[int], repack: bool = True) -> np.ndarray:
+    """Logits of every position in the runtime, float64 (T, vocabulary): most in one batch, the last ones alone.
+
+    repack: let ggml rearrange the weights. On a CPU with AMX it may not for stock types: its AMX buffers take DeepSeek's
+    3-D matrices, and then ggml aborts (ggml-backend.cpp, cur_backend_id), since their inputs are not contiguous.
+    """
     import llama_cpp
 
     f32 = llama_cpp.GGML_TYPE_F32
-    model = llama_cpp.Llama(
-        str(path), n_ctx=64, n_threads=2, logits_all=True, verbose=False, type_k=f32, type_v=f32, swa_full=True
-    )
+    params = llama_cpp.llama_cpp.llama_model_default_params
+
+    def default_params() -> object:
+        made = params()
+        made.use_extra_bufts = repack
+        return made
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(llama_cpp.llama_cpp, "llama_model_default_params", default_params)
+        model = llama_cpp.Llama(
+            str(path), n_ctx=64, n_threads=2, logits_all=True, verbose=False, type_k=f32, type_v=f32, swa_full=True
+        )
     model.eval(tokens[:-ALONE])
     for token in tokens[-ALONE:]:
         model.eval([token])
