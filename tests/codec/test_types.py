@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gguf
-import numpy as np
 import pytest
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tensor_type import TensorType
-from ptqtp_gguf.codec.tp2_1 import LEVELS
-from ptqtp_gguf.codec.unit import LAST, PAIR01, PAIR23, UNIT
 from ptqtp_gguf.files import gguf as gguf_io
 
 
@@ -22,15 +19,6 @@ def test_sizes_agree(t: TensorType) -> None:
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(t.id)] == (t.block, t.size)
     assert gguf.GGMLQuantizationType(t.id).name == t.name
     assert t.bpw == 3.5
-
-
-def test_every_weight_of_a_unit_has_one_slot() -> None:
-    slots = [*np.ravel(PAIR01), *np.ravel(PAIR23), *LAST]
-    assert sorted(slots) == list(range(UNIT))
-
-
-def test_levels_follow_from_the_digits() -> None:
-    assert [3 * (d // 3 - 1) + 2 * (d % 3 - 1) for d in range(9)] == list(LEVELS)
 
 
 def test_ids_are_free_in_gguf_py_and_high() -> None:

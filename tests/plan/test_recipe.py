@@ -226,7 +226,7 @@ def test_a_condition_goes_over_the_names_once(monkeypatch: pytest.MonkeyPatch) -
     """Not once a tensor: a file from outside may have a thousand rules and a model a hundred thousand tensors."""
     asked = Counter[str]()
     original = patterns.regex
-    monkeypatch.setattr(recipes, "_regex", lambda pattern: asked.update([pattern]) or original(pattern))
+    monkeypatch.setattr(recipes, "regex", lambda pattern: asked.update([pattern]) or original(pattern))
     rules = tuple(Rule(".*", "Q8_0", "r", needs=needs) for needs in ("no", "none", "no"))
     recipe = Recipe("n", "d", rules)
     assert set(types(recipe, [info(f"blk.{i}.ffn_up.weight", 64, 8) for i in range(50)]).values()) == {"BF16"}
