@@ -53,15 +53,22 @@ TYPES = PYTHONS[1:]  # the stubs of a numpy of this time are not for 3.10; there
 PYTHON_TESTS = (
     "tests/codec",
     "tests/commands/test_app.py",
+    "tests/commands/test_diff.py",
+    "tests/conversion/test_output_files.py",
     "tests/conversion/test_pipeline.py",
     "tests/files",
     "tests/inspect",
+    "tests/plan/test_patterns.py",
     "tests/plan/test_recipe.py",
     "tests/quantize/test_gptq_reference.py",
     "tests/quantize/test_methods.py",
+    "tests/quantize/test_paper.py",
+    "tests/quantize/test_search.py",
     "tests/source/test_gguf.py",
     "tests/system/test_architecture.py",
     "tests/system/test_portability.py",
+    "tests/terminal/test_console.py",
+    "tests/terminal/test_inspect.py",
 )
 NOT_FOR_THEM = re.compile(
     r"^(accelerate|transformers|tokenizers|hf-xet|playwright|greenlet|openai|mypy|ruff|clang-format|sentencepiece)=="

@@ -1,13 +1,11 @@
 """Scale codes and levels in torch. The roundings equal those of codec/reference.py and search.py.
 
-Imports torch: import it inside functions only.
+torch is imported inside functions, so the face of the room loads without it.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
 
 from ..codec import MAX_LEVEL, SMALLEST_SCALE, TP2_1
 
@@ -24,6 +22,8 @@ Tensor = Any
 
 def scale_codes(s: Tensor) -> Tensor:
     """packing.scale_from_float in torch: float32 -> uint8, any shape."""
+    import torch
+
     bits = s.clamp_min(SMALLEST_SCALE).view(torch.int32) - _BIAS
     low, code, half = bits & ((1 << _MANTISSA_SHIFT) - 1), bits >> _MANTISSA_SHIFT, 1 << (_MANTISSA_SHIFT - 1)
     up = (low > half) | ((low == half) & ((code & 1) == 1))
@@ -32,25 +32,31 @@ def scale_codes(s: Tensor) -> Tensor:
 
 def code_scales(codes: Tensor) -> Tensor:
     """packing.scale_to_float in torch: uint8 -> float32, any shape."""
+    import torch
+
     return ((codes.to(torch.int32) << _MANTISSA_SHIFT) + _BIAS).view(torch.float32)
 
 
 def nearest_levels(v: Tensor) -> Tensor:
     """Nearest level of weights in units of their scale, ties to the smaller: float32 -> int8, any shape."""
+    import torch
+
     a = v.abs()
     level = (a > 0.5).to(torch.int8) + (a > 1.5) + (a > 2.5) + 2 * (a > 4).to(torch.int8)
     return torch.where(v < 0, -level, level)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
 def latent_start(weight: Tensor, levels: Tensor, scale: Tensor, share: float) -> Tensor:
     """Latent weights in units of their scale, float32 (R, C), each inside the cell of its level."""
-    a = levels.abs().long()
-    sign = torch.where(levels < 0, -1.0, 1.0)
-    low, high = (torch.tensor(t, device=levels.device)[a] for t in (_LOW, _HIGH))
-    v = (weight.float().unflatten(1, (-1, GROUP)) / scale[..., None]).flatten(1) * sign
-    v = torch.maximum(torch.minimum(v, high - _INSIDE), low + _INSIDE)
-    return (a + share * (v - a)) * sign
+    import torch
+
+    with torch.no_grad():
+        a = levels.abs().long()
+        sign = torch.where(levels < 0, -1.0, 1.0)
+        low, high = (torch.tensor(t, device=levels.device)[a] for t in (_LOW, _HIGH))
+        v = (weight.float().unflatten(1, (-1, GROUP)) / scale[..., None]).flatten(1) * sign
+        v = torch.maximum(torch.minimum(v, high - _INSIDE), low + _INSIDE)
+        return (a + share * (v - a)) * sign
 
 
 def change_unit(v: Tensor) -> Tensor:

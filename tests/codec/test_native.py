@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import reference as packing
+from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import MAX_LEVEL, SMALLEST_SCALE, TP2_1
@@ -42,9 +43,6 @@ def some_weights(rng: np.random.Generator, rows: int = 5, cols: int = 384) -> np
     w[1, :64] = -0.0
     w[2] *= 1e-5
     return w
-
-
-# ---- checksum ----
 
 
 @pytest.mark.parametrize("first", [0, 1, 2**32 - 3, 2**40 + 5])
@@ -78,9 +76,6 @@ def test_hash_sees_every_change(rng: np.random.Generator) -> None:
         seen.add(native.float_hash(y))
     seen |= {native.float_hash(x, first) for first in range(1, 100)}
     assert len(seen) == 1 + 256 * 32 + 255 + 99
-
-
-# ---- statistics and the second decoder ----
 
 
 @pytest.mark.parametrize(("t", "method"), CASES, ids=lambda c: getattr(c, "name", c))
@@ -169,9 +164,6 @@ def test_second_decoder_sees_damage(rng: np.random.Generator) -> None:
         native.check(TP2_1, data.ravel()[:-1])
 
 
-# ---- other types ----
-
-
 def test_every_half_and_bfloat() -> None:
     every = np.arange(65536, dtype=np.uint16)
     halves = native.to_float(1, every.view(np.uint8))
@@ -229,9 +221,6 @@ def test_bytes_of_gguf_py_on_many(rng: np.random.Generator) -> None:
         native.to_q8_0(halves[:, :40])
 
 
-# ---- scan ----
-
-
 def scan_by_hand(x: np.ndarray, group: int, floor: float) -> native.Scan:
     finite = np.where(np.isfinite(x), np.abs(x), 0).astype(np.float32)
     tops = np.maximum.reduceat(finite, np.arange(0, len(x), group)) if len(x) else np.zeros(1, np.float32)
@@ -257,3 +246,11 @@ def test_scan(group: int, rng: np.random.Generator) -> None:
         x[at] = value
         for threads in (1, 3):
             assert native.scan(x, group, floor, threads=threads) == scan_by_hand(x, group, floor)
+
+
+def test_a_kernel_is_chosen_and_all_are_listed() -> None:
+    names = [name for name, _, _ in native.kernels()]
+    assert names[-1] == "scalar"
+    for t in fmt.TYPES.values():
+        runs = [name for name, kind, supported in native.kernels() if kind == t.id and supported]
+        assert native.kernel_for(t) == runs[0]

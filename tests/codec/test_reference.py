@@ -16,7 +16,7 @@ from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
-from ptqtp_gguf.codec.tp2_1 import TP2_1, scale_from_float, scale_to_float
+from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.codec.unit import POW5, unpack_units
 from ptqtp_gguf.errors import InputError, QuantizeError
 
@@ -115,17 +115,6 @@ def test_every_word_that_no_packer_writes_is_named() -> None:
     blocks = np.zeros((1, 5 * 14), np.uint8)
     blocks[0, 3 * 14 + 4 : 3 * 14 + 6] = np.frombuffer(np.uint16(bad).tobytes(), np.uint8)
     assert packing.first_bad_block(TP2_1, blocks) == native.first_bad_block(TP2_1, blocks) == 3
-
-
-def test_scale_codes() -> None:
-    codes = np.arange(256, dtype=np.uint8)
-    values = scale_to_float(codes)
-    assert values[0] == 2.0**-15 and values[-1] == 1.9375
-    assert np.array_equal(values, [(1 + c % 16 / 16) * 2.0 ** (c // 16 - 15) for c in range(256)])
-    assert np.array_equal(scale_from_float(values), codes)
-    probe = np.concatenate([values, (values[1:] + values[:-1]) / 2, np.float32([0, -1, 1e-9, 5, np.inf])])
-    probe = np.concatenate([probe, np.nextafter(probe, np.float32(0)), np.nextafter(probe, np.float32(9))])
-    assert scale_from_float(probe).tolist() == [native.scale_from_float(float(x)) for x in probe]
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

@@ -9,8 +9,7 @@ import pytest
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tensor_type import TensorType
-from ptqtp_gguf.codec.tp2_1 import LEVELS
-from ptqtp_gguf.codec.unit import LAST, PAIR01, PAIR23, UNIT, UNIT_BYTES
+from ptqtp_gguf.codec.unit import UNIT, UNIT_BYTES
 from ptqtp_gguf.files import gguf as gguf_io
 
 
@@ -21,6 +20,11 @@ def test_sizes_agree(t: TensorType) -> None:
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(t.id)] == (t.block, t.size)
     assert gguf.GGMLQuantizationType(t.id).name == t.name
     assert t.bpw == 3.5
+
+
+def test_ids_are_free_in_gguf_py_and_high() -> None:
+    stock = [int(t) for t in gguf.GGMLQuantizationType if t.name not in fmt.BY_NAME]
+    assert max(stock) < min(fmt.TYPES)
 
 
 def test_the_c_table_has_the_same_rows() -> None:
@@ -44,17 +48,3 @@ def test_a_row_is_consistent(t: TensorType) -> None:
         assert np.array_equal(t.from_levels(t.to_levels(digits)), digits)
         assert t.reach == pytest.approx(t.max_level * 1.9375)
         assert not t.q4_0_twin or max(abs(v) for v in t.levels) <= 7
-
-
-def test_every_weight_of_a_unit_has_one_slot() -> None:
-    slots = [*np.ravel(PAIR01), *np.ravel(PAIR23), *LAST]
-    assert sorted(slots) == list(range(UNIT))
-
-
-def test_levels_follow_from_the_digits() -> None:
-    assert [3 * (d // 3 - 1) + 2 * (d % 3 - 1) for d in range(9)] == list(LEVELS)
-
-
-def test_ids_are_free_in_gguf_py_and_high() -> None:
-    stock = [int(t) for t in gguf.GGMLQuantizationType if t.name not in fmt.BY_NAME]
-    assert max(stock) < min(fmt.TYPES)

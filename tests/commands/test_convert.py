@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf.commands.common import parse_size
 from ptqtp_gguf.files.gguf import Reader
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -140,11 +139,6 @@ def test_memory_limit(cli: Cli, model: Path, tmp_path: Path) -> None:
     done = cli("convert", model, tmp_path / "c.gguf", "--max-memory", "10M")
     assert done.returncode == 1 and "--max-memory 10 MB: at least" in done.stderr
     assert cli("convert", model, tmp_path / "c.gguf", "--max-memory", "lots").returncode == 2
-
-
-def test_sizes() -> None:
-    given = {"500M": 500_000_000, "2g": 2 * 10**9, "1.5GiB": 3 << 29, "4096": 4096, "1KB": 1000}
-    assert {text: parse_size(text) for text in given} == given
 
 
 def test_model_card(cli: Cli, model: Path, tmp_path: Path) -> None:

@@ -14,14 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import write_gguf
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion import shares
 from ptqtp_gguf.conversion.loop import Job
 from ptqtp_gguf.conversion.records import JobRecord
-from ptqtp_gguf.distributed import ranks
 from ptqtp_gguf.distributed import run as distributed
 from ptqtp_gguf.errors import Interrupted, QuantizeError
 from ptqtp_gguf.files.journal import Journal, journal_path
@@ -110,14 +107,6 @@ def wait_for(folder: Path, n: int) -> None:
     while finished(folder) < n:
         assert time.monotonic() < deadline, sorted(p.name for p in folder.iterdir())
         time.sleep(0.01)
-
-
-@given(st.lists(st.integers(0, 1000), max_size=60), st.integers(1, 9))
-def test_shares_are_assigned_once_and_evenly(weights: list[int], n: int) -> None:
-    mine = shares.assign(weights, n)
-    assert sorted(i for m in mine for i in m) == list(range(len(weights))) and len(mine) == n
-    loads = [sum(weights[i] for i in m) for m in mine]
-    assert max(loads) - min(loads) <= max(weights, default=0)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -227,14 +216,6 @@ def test_a_checkpoint_that_only_the_first_rank_sees(tiny_checkpoint: Path, out: 
     ended(second)
     assert files(out.parent) == expected(bf16, tmp_path, Options())  # as from the checkpoint, without its converter
     assert not journal_path(bf16).exists()
-
-
-@pytest.mark.parametrize(("local", "device"), [(0, "4"), (1, "7"), (3, "7")])
-def test_each_rank_has_its_gpu(local: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    monkeypatch.setenv("LOCAL_RANK", str(local))
-    ranks.own_gpu()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 
 
 def test_calibration_does_not_divide(source: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import subprocess
@@ -81,9 +82,6 @@ def test_unknown_format_version_is_refused(tmp_path: Path, rng: np.random.Genera
         Reader(ours(tmp_path, rng, version))
 
 
-# ---- hostile headers: (what it tries, bytes, the message) ----
-
-
 def s(text: str | bytes) -> bytes:
     raw = text if isinstance(text, bytes) else text.encode()
     return struct.pack("<Q", len(raw)) + raw
@@ -99,6 +97,8 @@ def file(n_tensors: int = 0, n_kv: int = 0, body: bytes = b"", version: int = 3,
 
 
 U32 = struct.pack("<I", 4)
+
+
 HOSTILE = {
     "no magic": (b"GGML" + bytes(60), "not a GGUF"),
     "three bytes": (b"GGU", "truncated: magic"),
@@ -205,3 +205,29 @@ def test_a_stock_reader_refuses_our_type() -> None:
             [sys.executable, "-c", f"import gguf; gguf.GGUFReader({f.name!r})"], capture_output=True, text=True
         )
     assert done.returncode and re.search(r"251\)? is not a valid GGMLQuantizationType", done.stderr)
+
+
+@pytest.fixture
+def source(tmp_path: Path, rng: np.random.Generator) -> Path:
+    tensors = {f"blk.{i}.w.weight": (rng.normal(size=(64, 128)) * 0.05).astype(np.float32) for i in range(3)}
+    return write_gguf(tmp_path / "source.gguf", tensors)
+
+
+def test_a_file_that_is_cut_while_it_is_read(source: Path) -> None:
+    """Of a mapping, the lost page would end the process by SIGBUS."""
+    with Reader(source) as r:
+        os.truncate(source, 100)
+        with pytest.raises(InputError, match="has become shorter"):
+            r.rows_f32(r.tensors[0])
+
+
+def test_a_header_larger_than_the_first_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Reader(source) as r:
+        expected = r.header
+    monkeypatch.setattr("ptqtp_gguf.files.gguf.HEAD", 16)
+    with Reader(source) as r:
+        assert r.header == expected
+    data = source.read_bytes()
+    source.write_bytes(data[:200])
+    with pytest.raises(InputError, match="does not fit into the file"):
+        Reader(source)

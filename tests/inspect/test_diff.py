@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,10 @@ from helpers import rewritten, write_gguf
 
 from ptqtp_gguf.conversion.export import export_q4_0
 from ptqtp_gguf.conversion.pipeline import convert
-from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.files.gguf import TYPE_IDS, OutTensor, Reader, kv_string, kv_u32, write_stream
+from ptqtp_gguf.files.gguf import Reader, kv_string, kv_u32
 from ptqtp_gguf.inspect.diff import TensorError, difference, tensor_errors
-from ptqtp_gguf.inspect.tensor_error import Meter, decodable
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.roles import Role
-from ptqtp_gguf.source.gguf import GgufSource
 
 
 @pytest.fixture
@@ -112,52 +107,3 @@ def test_other_models(tiny_gguf: Path, weights: dict[str, np.ndarray], tmp_path:
     assert {r.name: r.rel_mse for r in tensor_errors(tiny_gguf, b)}["blk.0.ffn_down.weight"] is None
     none = write_gguf(tmp_path / "none.gguf", {"x.weight": np.ones((2, 32), np.float32)})
     assert difference(tiny_gguf, none).tensors == [] and difference(tiny_gguf, none).roles == []
-
-
-def test_values_without_an_error(tmp_path: Path) -> None:
-    """A reference of zeros, NaN, and types that nobody decodes: no number, and no crash."""
-    zero, one = np.zeros((4, 32), np.float32), np.ones((4, 32), np.float32)
-    nan = np.full((4, 32), np.nan, np.float32)
-    a = write_gguf(tmp_path / "a.gguf", {"a.weight": zero, "b.weight": zero, "c.weight": one, "d.weight": nan})
-    b = write_gguf(tmp_path / "b.gguf", {"a.weight": zero, "b.weight": one, "c.weight": nan, "d.weight": nan})
-    found = {t.name[0]: (t.rel_mse, t.max_abs, t.identical) for t in difference(a, b).tensors}
-    assert found == {"a": (0, 0, True), "b": (None, 1, False), "c": (None, None, False), "d": (None, 0, True)}
-    json.dumps(difference(a, b).as_dict(), allow_nan=False)
-    kind = TYPE_IDS["I32"]
-    assert not decodable(kind) and decodable(TYPE_IDS["Q4_K"]) and decodable(TYPE_IDS["TP2_0"])
-    for name, last in (("i", 0), ("j", 0), ("k", 1)):
-        with (tmp_path / f"{name}.gguf").open("wb") as f:
-            data = np.full((1, 32), last, "<i4").view(np.uint8)
-            list(
-                write_stream(
-                    f, [kv_string("general.architecture", "x")], [OutTensor("x", (32,), kind)], 32, iter([data])
-                )
-            )
-    same, other = (difference(tmp_path / "i.gguf", tmp_path / f"{x}.gguf") for x in "jk")
-    assert not same.differs and other.differs and other.tensors[0].rel_mse is None and other.roles[0].rel_mse is None
-    with GgufSource(tmp_path / "i.gguf") as x, Meter(1) as meter, pytest.raises(InputError, match="I32"):
-        meter.distance(x, x.tensors[0], x, x.tensors[0])
-
-
-def test_the_command(run: Callable[..., str], ours: Path, tiny_gguf: Path, tmp_path: Path) -> None:
-    shown = run("diff", tiny_gguf, ours, "--tensors")
-    for text in ("only in B", "ptqtp.method", "block matrix", "TP2_1", "relative squared error", "blk.0.odd.weight"):
-        assert text in shown
-    same = run("diff", ours, ours, "--exit-code")
-    assert "both are the same file" in same and "no difference" in same
-    events = [json.loads(x) for x in run("diff", tiny_gguf, ours, "--json").splitlines()]
-    assert events[-1]["event"] == "done" and len(events[-1]["tensors"]) == 7 and events[-1]["differs"]
-    far = write_gguf(tmp_path / "far.gguf", {"x.weight": np.ones((2, 32), np.float32)}, arch="qwen2")
-    shown = run("diff", far, ours)
-    assert "no tensor has the same name" in shown and "architectures differ" in shown
-    assert "only in A: x.weight (32 x 2, F32)" in shown
-    crowd = rewritten(ours, tmp_path / "crowd.gguf", [kv_u32(f"key.{i}", i) for i in range(150)])
-    assert "150 only in B" in (shown := run("diff", ours, crowd)) and "... and 50 more" in shown
-    assert "ptqtp-gguf diff" in run("diff", "--help")
-
-
-def test_exit_codes(cli: Callable, ours: Path, tiny_gguf: Path) -> None:  # type: ignore[type-arg]
-    different = cli("diff", tiny_gguf, ours, "--exit-code", "-q")
-    assert (different.returncode, different.stdout, different.stderr) == (1, "", "")
-    bad = cli("diff", ours, "absent.gguf")
-    assert bad.returncode == 1 and bad.stderr == "Error: absent.gguf: No such file or directory\n"

@@ -1,52 +1,30 @@
-"""The patched runtime, on real files: checkpoint to text, logits against float64, and what must be refused."""
+"""The patched runtime's numbers: logits against float64, kernels and row paths against each other."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPO
+from helpers import REPO, llama_tool
 from reference_llama import Llama as Reference
 
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.codec import types as fmt
-from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
-from ptqtp_gguf.codec.unit import POW5
 from ptqtp_gguf.conversion import pipeline as conversion
-from ptqtp_gguf.errors import CheckpointError, InputError, OutputError, RuntimeMissing
+from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.plan.options import Options
-from ptqtp_gguf.quantize.methods import find, quantize
-from ptqtp_gguf.serve.server import Server
-from ptqtp_gguf.source import checkpoint
 
 pytestmark = pytest.mark.runtime
 TEXT = "The tide table on the harbour wall is printed every December by the same small firm."
-
-
-def tool(name: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(install.tool(name)), *map(str, args)],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=600,
-        env={**os.environ, **(env or {})},
-    )
 
 
 def logits_of(path: Path, tokens: list[int]) -> np.ndarray:
@@ -67,51 +45,6 @@ def tokens_of(path: Path) -> list[int]:
     tokens = model.tokenize(TEXT.encode())
     model.close()
     return tokens
-
-
-# ---- the whole path ----
-
-
-def test_checkpoint_to_text(cli, demo_files: dict[str, Path]) -> None:
-    with Reader(demo_files["ours"]) as r:
-        matrices = [t for t in r.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
-        assert len(matrices) == 210 and {t.type_name for t in matrices} == {"TP2_1"}
-        assert {t.shape[0] for t in matrices} == {576, 1536}
-    done = cli("run", demo_files["ours"], "-p", "The capital of France is", "-n", "12", "--temp", "0")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("The capital of France is") and len(done.stdout.split()) > 8
-    # plain llama-cpp-python, nothing of ours imported: the same greedy text
-    code = (
-        "import sys; from llama_cpp import Llama;"
-        f"m = Llama({str(demo_files['ours'])!r}, n_ctx=2048, verbose=False);"
-        "print('The capital of France is' + m('The capital of France is', max_tokens=12, temperature=0)"
-        "['choices'][0]['text']); assert 'ptqtp_gguf' not in sys.modules"
-    )
-    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert plain.stdout.split() == done.stdout.split()
-
-
-def test_chat_and_serve_answer(cli, demo_files: dict[str, Path]) -> None:
-    question = "What is the capital of France?"
-    done = cli("chat", demo_files["ours"], "-p", question, "--temp", "0", "-n", "12")
-    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
-    with Server(demo_files["ours"], ctx=256) as server:
-        body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 12}
-        with urllib.request.urlopen(server.url + "/v1/chat/completions", json.dumps(body).encode()) as reply:
-            assert "Paris" in json.load(reply)["choices"][0]["message"]["content"]
-
-
-def test_two_pass_equals_the_kept_intermediate(demo_files: dict[str, Path], tmp_path: Path) -> None:
-    """A checkpoint and its bf16 GGUF give the same bytes: the converter adds nothing of the moment."""
-    conversion.convert(demo_files["bf16"], tmp_path / "again.gguf")
-    assert (tmp_path / "again.gguf").read_bytes() == demo_files["ours"].read_bytes()
-
-
-def test_random_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "tiny.gguf"
-    summary = conversion.convert(tiny_checkpoint, out)
-    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
-    assert summary.weights_by_type()["TP2_1"] == 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 192)
 
 
 # ---- logits ----
@@ -166,7 +99,7 @@ def mean_kld(a: Path, b: Path, folder: Path, *args: str, env: dict[str, str] | N
     base = folder / "logits"
     install.run_tool("llama-perplexity", "-m", str(a), *WINDOWS, "--kl-divergence-base", str(base))
     more = ["--kl-divergence-base", base, "--kl-divergence", *args]
-    done = tool("llama-perplexity", "-m", b, *WINDOWS, *more, env=env)
+    done = llama_tool("llama-perplexity", "-m", b, *WINDOWS, *more, env=env)
     assert done.returncode == 0, done.stderr[-800:]
     found = re.search(r"Mean\s+KLD:\s*([0-9.eE+-]+)", done.stdout + done.stderr)
     assert found
@@ -180,19 +113,14 @@ KERNELS = sorted({name for name, _, _ in native.kernels()} | {"neon_dotprod", "a
 def test_forced_kernels_agree(demo_files: dict[str, Path], kernel: str, tmp_path: Path) -> None:
     """Only the order of float sums differs between kernels; the runtime says which one it uses."""
     if not any(name == kernel and ok for name, _, ok in native.kernels()):
-        done = tool("llama-completion", "-m", demo_files["ours"], "-p", "x", "-n", "1", env={"PTQTP_KERNEL": kernel})
+        done = llama_tool(
+            "llama-completion", "-m", demo_files["ours"], "-p", "x", "-n", "1", env={"PTQTP_KERNEL": kernel}
+        )
         assert done.returncode != 0 and "PTQTP_KERNEL" in done.stderr
         return
     kld, log = mean_kld(demo_files["ours"], demo_files["ours"], tmp_path, env={"PTQTP_KERNEL": kernel})
     assert kld < SAME_LOGITS
     assert re.search(rf"PTQTP\w* = {kernel}\b", log)
-
-
-def test_an_unknown_kernel_is_an_error(demo_files: dict[str, Path]) -> None:
-    args = ["-m", demo_files["ours"], "-p", "x", "-n", "1", "-no-cnv"]
-    done = tool("llama-completion", *args, env={"PTQTP_KERNEL": "doesnotexist"})
-    assert done.returncode != 0
-    assert "PTQTP_KERNEL" in done.stderr and "doesnotexist" in done.stderr
 
 
 # ---- panels ----
@@ -231,39 +159,6 @@ def test_the_twin_has_the_same_logits(demo_files: dict[str, Path], tmp_path: Pat
     assert mean_kld(demo_files["bf16"], demo_files["ours"], tmp_path)[0] > 50 * SAME_LOGITS  # the measure measures
 
 
-def test_llama_quantize_makes_the_same_bytes(demo_files: dict[str, Path], tmp_path: Path) -> None:
-    """llama-quantize runs the same core, so each matrix that it turns into TP2_1 is ours byte for byte."""
-    out = tmp_path / "q.gguf"
-    install.run_tool("llama-quantize", str(demo_files["bf16"]), str(out), "TP2_1", "2")
-    with Reader(out) as theirs, Reader(demo_files["ours"]) as ours:
-        same = [t for t in theirs.tensors if t.type == TP2_1.id]
-        assert len(same) == 210
-        assert all(np.array_equal(theirs.bytes_of(t), ours.bytes_of(ours.by_name[t.name])) for t in same)
-        assert theirs.get("general.file_type") == 251
-
-
-def test_llama_quantize_lists_the_types_and_makes_tp2_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    page = tool("llama-quantize", "--help")
-    assert "TP2_0" in page.stdout + page.stderr and "TP2_1" in page.stdout + page.stderr
-    bf16, out = tmp_path / "bf16.gguf", tmp_path / "q.gguf"
-    conversion.convert(tiny_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=bf16))
-    install.run_tool("llama-quantize", str(bf16), str(out), "TP2_0", "2")
-    with Reader(out) as r, Reader(bf16) as source:
-        t = r.by_name["blk.0.attn_q.weight"]
-        assert t.type_name == "TP2_0"
-        w = source.rows_f32(source.by_name[t.name])
-        assert np.array_equal(r.bytes_of(t), quantize(TP2_0, find("search"), w))
-        # rows of 192 are no multiple of 128
-        assert r.by_name["blk.0.ffn_down.weight"].type_name == "Q8_0"
-
-
-def test_bench_names_the_type(demo_files: dict[str, Path]) -> None:
-    args = ["-m", str(demo_files["ours"]), "-p", "8", "-n", "2", "-r", "1", "-o", "json"]
-    out = install.run_tool("llama-bench", *args)
-    rows = json.loads(out[out.index("[\n") : out.rindex("]") + 1])
-    assert "TP2_1" in rows[0]["model_type"] and rows[0]["avg_ts"] > 0
-
-
 def test_embedding_and_head_in_tp2_1_run_too(demo_files: dict[str, Path], tmp_path: Path) -> None:
     """get_rows and the output product: everything in TP2_1."""
     out = tmp_path / "all.gguf"
@@ -290,92 +185,6 @@ def test_embedding_and_head_in_tp2_1_run_too(demo_files: dict[str, Path], tmp_pa
 # ---- what is refused ----
 
 
-def damaged(source: Path, target: Path, find: bytes, replace: bytes) -> Path:
-    raw = source.read_bytes()
-    assert raw.count(find) == 1
-    target.write_bytes(raw.replace(find, replace))
-    return target
-
-
-def refused(path: Path, *args: object) -> str:
-    """Standard error of llama-completion refusing a file, from the first run that shows any error line.
-
-    Upstream's tool logs from a thread of its own and often exits before the last lines are out; the exit code is sure.
-    """
-    text = ""
-    for _ in range(20):
-        done = tool("llama-completion", "-m", path, "-p", "x", "-n", "1", "-no-cnv", *args)
-        assert done.returncode != 0
-        text = done.stderr
-        if "error loading model" in text:
-            break
-    return text
-
-
-def test_loader_refuses_another_format_version(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    conversion.convert(tiny_checkpoint, path)
-    key = b"ptqtp.format_version" + (4).to_bytes(4, "little")
-    bad = damaged(path, tmp_path / "bad.gguf", key + fmt.FORMAT_VERSION.to_bytes(4, "little"), key + b"\x63\0\0\0")
-    text = refused(bad)
-    assert "format_version" in text and "99" in text
-
-
-def test_check_tensors_finds_a_word_that_no_packer_writes(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    conversion.convert(tiny_checkpoint, path)
-    good = tool("llama-completion", "-m", path, "-p", "x", "-n", "1", "--check-tensors", "-no-cnv")
-    assert good.returncode == 0, good.stderr[-500:]
-    with Reader(path) as r:
-        at = r.by_name["blk.1.ffn_up.weight"].offset + 5 * 14
-    raw = bytearray(path.read_bytes())
-    canonical = {-(-n * 65536 // POW5) for n in range(POW5)}
-    raw[at : at + 2] = next(w for w in range(65536) if w not in canonical).to_bytes(2, "little")
-    path.write_bytes(raw)
-    assert "invalid data" in refused(path, "--check-tensors")
-
-
-@pytest.fixture(scope="session")
-def stock_loader() -> Path:
-    """gguf_init_from_file of the pristine sdist, compiled from its own sources. Kept in build/stock."""
-    build = REPO / "build"
-    stock = build / "stock"
-    loader = stock / "load"
-    if loader.exists():
-        return loader
-    stock.mkdir(parents=True, exist_ok=True)
-    tree = stock / "tree"
-    if not tree.exists():
-        builder = [sys.executable, str(REPO / "tools" / "build" / "build_runtime.py"), "--build-dir", str(build)]
-        subprocess.run([*builder, "--pristine", str(tree)], check=True)
-    ggml = tree / "vendor" / "llama.cpp" / "ggml"
-    main = stock / "load.cpp"
-    main.write_text(
-        '#include "gguf.h"\nint main(int, char ** argv) { gguf_init_params p = { true, nullptr };\n'
-        "return gguf_init_from_file(argv[1], p) ? 0 : 1; }\n"
-    )
-    parts = "ggml.c ggml-quants.c ggml.cpp ggml-alloc.c ggml-backend.cpp ggml-backend-meta.cpp ggml-threading.cpp"
-    version = (ggml / "src" / "ggml-version.h.in").read_text()  # what its CMake would fill in
-    (stock / "ggml-version.h").write_text(re.sub("@[A-Z_]+@", "0", version))
-    flags = ["-O0", "-w", "-D_GNU_SOURCE", f"-I{stock}"]
-    flags += [f"-I{ggml / 'include'}", f"-I{ggml / 'src'}"]
-    objects = []
-    for source in [main, *(ggml / "src" / name for name in [*parts.split(), "gguf.cpp"])]:
-        objects.append(str(stock / f"{source.name}.o"))
-        compiler = "gcc" if source.suffix == ".c" else "g++"
-        subprocess.run([compiler, *flags, "-c", str(source), "-o", objects[-1]], check=True)
-    partial = stock / "load.partial"
-    subprocess.run(["g++", *objects, "-o", str(partial), "-lpthread", "-lm"], check=True)
-    return partial.rename(loader)
-
-
-def test_stock_llama_cpp_refuses_the_file(demo_files: dict[str, Path], stock_loader: Path) -> None:
-    ours = subprocess.run([str(stock_loader), str(demo_files["ours"])], capture_output=True, text=True)
-    assert ours.returncode == 1
-    assert re.search(r"invalid ggml type 251", ours.stderr)
-    assert subprocess.run([str(stock_loader), str(demo_files["twin"])], capture_output=True).returncode == 0
-
-
 def test_rpc_between_patched_peers(demo_files: dict[str, Path], tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -399,60 +208,8 @@ def test_rpc_between_patched_peers(demo_files: dict[str, Path], tmp_path: Path) 
     assert "Accepted client connection" in (tmp_path / "server.log").read_text(errors="replace")
 
 
-def test_unknown_architecture(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "odd"
-    shutil.copytree(tiny_checkpoint, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = ["FrobnicatorForCausalLM"]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="does not know the architecture FrobnicatorForCausalLM"):
-        conversion.convert(folder, tmp_path / "out.gguf")
-    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*"))
-
-
-def test_checkpoint_without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "mute"
-    shutil.copytree(tiny_checkpoint, folder)
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match="converter failed") as e:
-        conversion.convert(folder, tmp_path / "out.gguf")
-    assert "\n" not in str(e.value)
-    assert not list(tmp_path.glob("*out*"))
-
-
-def test_stock_bindings_are_named(monkeypatch: pytest.MonkeyPatch, demo_files: dict[str, Path]) -> None:
-    monkeypatch.setattr(install.importlib.metadata, "version", lambda _: "0.3.36")
-    with pytest.raises(RuntimeMissing, match=r"llama-cpp-python 0\.3\.36 is a stock build"):
-        runtime.load(demo_files["ours"])
-
-
 def test_a_file_that_the_runtime_cannot_load(tiny_gguf: Path, cli) -> None:
     with pytest.raises(InputError, match="the runtime cannot load this file"):
         runtime.load(tiny_gguf)
     done = cli("run", tiny_gguf, "-p", "x")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("Error: ")
-
-
-def test_keep_bf16_does_not_overwrite(demo_checkpoint: Path, demo_files: dict[str, Path], tmp_path: Path) -> None:
-    before = demo_files["bf16"].stat()
-    with pytest.raises(OutputError, match="exists already"):
-        conversion.convert(demo_checkpoint, tmp_path / "x.gguf", Options(keep_bf16=demo_files["bf16"]))
-    assert demo_files["bf16"].stat() == before
-    assert checkpoint.is_gguf(demo_files["bf16"])
-
-
-def test_nan_in_a_checkpoint_is_named_by_its_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path / "damaged"
-    shutil.copytree(tiny_checkpoint, folder)
-    shard = next(p for p in sorted(folder.glob("*.safetensors")) if any("mlp" in n for n in load_file(p)))
-    tensors = load_file(shard)
-    name = next(n for n in tensors if "down_proj" in n)
-    tensors[name][3, 4] = torch.nan
-    save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"damaged: tensor blk\.\d\.ffn_down\.weight holds nan at row 3, column 4"):
-        conversion.convert(folder, tmp_path / "out.gguf")
-    assert [p.name for p in tmp_path.iterdir()] == ["damaged"]

@@ -1,8 +1,7 @@
-"""Evaluation on real files: llama-perplexity's own figures, what is taken up again, what is refused, greedy text."""
+"""Evaluation on real files: llama-perplexity's own figures, what is taken up again, what is refused."""
 
 from __future__ import annotations
 
-import gzip
 import importlib.metadata
 import json
 from pathlib import Path
@@ -12,13 +11,12 @@ import pytest
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
-from ptqtp_gguf.files.writing import cache_folder
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.measure import evaluate_by_tool, generation
 from ptqtp_gguf.measure import quality as evaluation
 from ptqtp_gguf.measure.quality import evaluate
-from ptqtp_gguf.measure.text import BUILTIN_FILE, load_text, windows_of
+from ptqtp_gguf.measure.text import load_text, windows_of
 from ptqtp_gguf.plan.options import Options
 
 pytestmark = pytest.mark.runtime
@@ -170,37 +168,6 @@ def test_refusals_before_anything_is_loaded(
         generation.generate(None, [tmp_path / "is-not-even-looked-at.gguf"])
 
 
-# ---- generation ----
-
-
-def test_agreement_is_greedy_generation(tiny: dict[str, Path]) -> None:
-    """Feeding the reference's text finds the very token at which free writing differs."""
-    texts, limit = generation.prompts()[:10], 24
-    with runtime.Model(tiny["ours"]) as model:
-        told = np.array(generation.continued(model, texts, 2, limit=limit), np.int32).reshape(-1, limit)
-        assert generation.agreed(model, texts, told, 2) == [limit] * len(texts)
-    with runtime.Model(tiny["other"]) as model:
-        own = np.array(generation.continued(model, texts, 2, limit=limit), np.int32).reshape(-1, limit)
-        free = [int(np.argmin([*(own[i] == told[i]), False])) for i in range(len(texts))]
-        assert generation.agreed(model, texts, told, 2) == free
-    assert 0 < sum(free) < limit * len(texts)
-
-
-def test_questions_are_sound() -> None:
-    asked = generation.questions()
-    assert len(asked) == 60 and len({q.context for q in asked}) == 60 and len(set(generation.prompts())) == 24
-    assert all(len(set(q.endings)) == 4 and all(e[0] == " " and e[1] != " " for e in q.endings) for q in asked)
-    assert [sum(q.right == i for q in asked) for i in range(4)] == [15] * 4  # "always the first" gets a quarter
-
-
-def test_the_model_knows_the_answers(demo_files: dict[str, Path]) -> None:
-    """One who chose blindly would have 5 of 20 right, and 12 or more once in a thousand times."""
-    asked = generation.questions()[20:40]
-    with runtime.Model(demo_files["ours"]) as model:
-        answers = generation.answered(model, asked, 2)
-    assert sum(a == q.right for a, q in zip(answers, asked, strict=True)) >= 12
-
-
 # ---- command, text, cache ----
 
 
@@ -218,20 +185,3 @@ def test_command(cli, tiny: dict[str, Path], text: Path, tmp_path: Path) -> None
     assert again.returncode == 0 and "ours.gguf" in again.stdout and "+/-" in again.stdout and not again.stderr
     missing = cli("eval", tmp_path / "none.gguf")
     assert missing.returncode == 1 and len(missing.stderr.splitlines()) == 1 and "none.gguf" in missing.stderr
-
-
-def test_builtin_text_is_apart_from_the_calibration_text() -> None:
-    found = load_text(None)
-    assert found.builtin and 100_000 < len(found.text.encode()) < 150_000
-    calibration = gzip.decompress(BUILTIN_FILE.with_name("builtin.jsonl.gz").read_bytes()).decode()
-    learned = {s.strip() for line in calibration.splitlines() for s in json.loads(line)["text"].splitlines()}
-    lines = {s.strip() for s in found.text.splitlines()}
-    assert not {s for s in lines & learned if len(s) > 40}
-
-
-def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.delenv("PTQTP_CACHE", raising=False)
-    assert cache_folder("eval") == tmp_path / "xdg" / "ptqtp-gguf" / "eval"
-    monkeypatch.setenv("PTQTP_CACHE", str(tmp_path / "own"))
-    assert cache_folder("eval") == tmp_path / "own" / "eval" and (tmp_path / "own" / "eval").is_dir()

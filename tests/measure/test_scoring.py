@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.errors import BenchError, OutputError
-from ptqtp_gguf.measure import perplexity_tool
-from ptqtp_gguf.measure.cache import Job, Records, finite, keep, kept
 from ptqtp_gguf.measure.scoring import RECORD, Logits, Rows, alone, score, summarize
 
 
@@ -85,98 +81,3 @@ def test_summary() -> None:
     assert summarize(alone(rows), 4, False).ppl == q.ppl_reference
     rows["nll"] = 1e4
     assert summarize(rows, 4, False).as_dict()["ppl"] is None  # beyond float64; JSON has no infinity
-
-
-# ---- records ----
-
-JOB: Job = {"text": "x", "ctx": 8}
-
-
-def test_records_are_taken_up(tmp_path: Path) -> None:
-    first = Records(tmp_path / "state", JOB, 3)
-    for i in range(4):
-        first.add(i, some_rows(3 + 0 * i))
-    again = Records(tmp_path / "state", JOB, 3)
-    assert sorted(again.windows) == [0, 1, 2, 3] and np.array_equal(again.all(4), first.all(4))
-    assert not Records(tmp_path / "state", {**JOB, "ctx": 9}, 3).windows
-
-
-@pytest.mark.parametrize("how", ["flipped", "torn", "foreign", "garbage"])
-def test_damaged_records_are_thrown_away(tmp_path: Path, how: str) -> None:
-    records = Records(tmp_path, JOB, 3)
-    for i in range(3):
-        records.add(i, some_rows(3))
-    (path,) = tmp_path.iterdir()
-    raw = bytearray(path.read_bytes())
-    left = {0, 2}
-    if how == "flipped":
-        raw[len(raw) // 2] ^= 4
-    elif how == "torn":
-        raw, left = raw[:-5], {0, 1}
-    elif how == "foreign":  # the frames of another job, under this job's name
-        other = Records(tmp_path, {**JOB, "text": "y"}, 3)
-        other.add(1, some_rows(3))
-        third = len(raw) // 3
-        raw[third : 2 * third] = next(p for p in tmp_path.iterdir() if p != path).read_bytes()
-    else:
-        raw, left = bytearray(b"\0" * 1000), set()
-    path.write_bytes(raw)
-    again = Records(tmp_path, JOB, 3)
-    assert set(again.windows) == left
-    again.add(1 if how != "torn" else 2, some_rows(3))
-    assert set(Records(tmp_path, JOB, 3).windows) == left | {1 if how != "torn" else 2}
-
-
-def test_small_results_and_errors(tmp_path: Path) -> None:
-    keep(tmp_path, JOB, {"values": [1, 2]})
-    assert kept(tmp_path, JOB) == {"values": [1, 2]} and kept(tmp_path, {"ctx": 1}) is None
-    (path,) = tmp_path.iterdir()
-    path.write_text(path.read_text().replace("[1, 2]", "[1, 3]"))
-    assert kept(tmp_path, JOB) is None
-    assert kept(None, JOB) is None
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"file.*--state"):
-        Records(tmp_path / "file", JOB, 3)
-    bad = some_rows(3)
-    bad["kld"][1] = np.nan
-    assert finite(some_rows(3)) and not finite(bad)
-
-
-# ---- what llama-perplexity prints ----
-
-PRINTED = """
-Mean PPL(Q)                   :  19.040000 ±   0.840000
-Mean PPL(base)                :  18.000000 ±   0.800000
-Cor(ln(PPL(Q)), ln(PPL(base))):  99.90%
-Mean PPL(Q)/PPL(base)         :   1.057778 ±   0.004000
-Mean PPL(Q)-PPL(base)         :   1.040000 ±   0.070000
-
-Mean    KLD:   0.053570 ±   0.000900
-Maximum KLD:   4.100000
-99.9%   KLD:   1.010000
-99.0%   KLD:   0.300000
-Median  KLD:   0.034400
- 1.0%   KLD:   0.000100
-
-Mean    Δp: -0.100 ±  0.050 %
-RMS Δp    :  5.360 ±  0.090 %
-Same top p: 87.400 ±  0.370 %
-"""
-
-
-def test_llama_perplexity_is_read() -> None:
-    q = perplexity_tool.parse(PRINTED, 2, 510)
-    assert (q.ppl, q.ppl_se, q.ppl_reference, q.ppl_ratio, q.ppl_ratio_se) == (19.04, 0.84, 18.0, 1.057778, 0.004)
-    assert (q.kld, q.kld_se, q.kld_median, q.kld_99, q.kld_999, q.kld_max) == (0.05357, 0.0009, 0.0344, 0.3, 1.01, 4.1)
-    assert (q.rms_dp, q.rms_dp_se, q.same_top, q.same_top_se, q.windows, q.tokens) == (5.36, 0.09, 87.4, 0.37, 2, 510)
-    assert perplexity_tool.parse(PRINTED.replace("0.053570", "    -nan"), 2, 510).kld is None
-    with pytest.raises(BenchError, match=r"no figure for same_top; its last line: RMS .p"):
-        perplexity_tool.parse(PRINTED[: PRINTED.index("Same top")], 2, 510)
-    with pytest.raises(BenchError, match="no figure for ppl; its last line: nothing"):
-        perplexity_tool.parse("", 2, 510)
-
-
-def test_output_that_was_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    answers = ["", "Mean PPL(Q)", PRINTED]
-    monkeypatch.setattr(perplexity_tool.install, "run_tool", lambda *words: answers.pop(0))
-    assert perplexity_tool._figures(tmp_path, [], 2, 512).tokens == 510 and not answers

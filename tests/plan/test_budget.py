@@ -10,11 +10,25 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.errors import QuantizeError, RecipeError, RuntimeMissing
-from ptqtp_gguf.files.gguf import GGML_TYPES, TYPE_IDS, OutTensor, TensorInfo, build_header, total_size, type_name
+from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.errors import (
+    QuantizeError,
+    RecipeError,
+    RuntimeMissing,
+)
+from ptqtp_gguf.files.gguf import (
+    GGML_TYPES,
+    TYPE_IDS,
+    OutTensor,
+    TensorInfo,
+    build_header,
+    total_size,
+    type_name,
+)
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan.budget import Option, fit_budget, hull, spend, spread
 from ptqtp_gguf.plan.recipe import Choice, load
+from ptqtp_gguf.source.imatrix import Importance
 
 items = st.lists(
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=4), min_size=1, max_size=5
@@ -86,8 +100,6 @@ def test_a_sample_is_spread_evenly(rows: int, cols: int, n: int) -> None:
         assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
         assert abs(index[0] - (rows - 1 - index[-1])) <= 1
 
-
-# ---- a small model ----
 
 SHAPES = {"token_embd": (256, 300), "output_norm": (256,), "output": (256, 300)} | {
     f"blk.{i}.{name}": shape
@@ -210,3 +222,23 @@ def test_types_that_do_not_take_the_values(monkeypatch: pytest.MonkeyPatch) -> N
     assert "TP2_1" in got.values() and set(got.values()) <= {"TP2_1", "BF16", "Q4_0", "Q5_0", "Q8_0"}
     with pytest.raises(QuantizeError, match=r"tensor token_embd.weight: a value is not finite"):
         fit_budget(tensors, recipe, 5, 0, lambda t, n: np.full((1, t.shape[0]), np.nan, np.float32))
+
+
+def test_a_budget_goes_to_what_counts() -> None:
+    """Two tensors with the same weights: half of each row is held exactly; one of them uses only that half."""
+    tensors = [TensorInfo(f"blk.{i}.w.weight", (256, 64), TYPE_IDS["F32"], 0, 4 * 256 * 64) for i in range(2)]
+    rng = np.random.default_rng(3)
+    w = rng.normal(size=(64, 256)).astype(np.float32) * np.float32(0.05)
+    w[:, :128] = np.ldexp(rng.choice([-5, -3, -2, -1, 0, 1, 2, 3, 5], (64, 128)).astype(np.float32), -6)
+    recipe = load("default").bind("TP2_1")
+
+    def chosen(of: Callable[[TensorInfo, int], Importance | None]) -> list[int]:
+        got = fit_budget(tensors, recipe, 6.2, 0, lambda t, n: w[spread(64, 256, n)], importance=of)
+        return [got[t.name].type for t in tensors]
+
+    def of(t: TensorInfo, target: int) -> Importance:
+        h = np.where(np.arange(256) < 128, 1, 0) if t.name == "blk.0.w.weight" else np.ones(256)
+        return Importance(h[None].astype(np.float32), 64)
+
+    weighted, plain = chosen(of), chosen(lambda t, target: None)
+    assert weighted[0] == TP2_1.id != weighted[1] and plain != weighted

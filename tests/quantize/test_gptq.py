@@ -9,12 +9,12 @@ import pytest
 
 from ptqtp_gguf.calibrate.store import unpacked
 from ptqtp_gguf.codec import native
-from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, scale_from_float, scale_to_float
+from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize import gptq as calibrated
 from ptqtp_gguf.quantize import gptq_reference as blocks
 from ptqtp_gguf.quantize.gptq import Planes, Settings, calibrate
-from ptqtp_gguf.quantize.torch_codec import code_scales, scale_codes
+from ptqtp_gguf.quantize.torch_codec import code_scales
 
 torch = pytest.importorskip("torch")
 
@@ -141,14 +141,6 @@ def test_aim_moves_towards_the_target(rng: np.random.Generator) -> None:
     assert off[2] < 0.7 * off[1] < 0.7 * off[0]
     same = [calibrate(w, h, c, Settings(aim=a)) for c, a in ((None, 1.0), (cross, 0.0))]
     assert torch.equal(same[0].levels, same[1].levels) and torch.equal(same[0].codes, same[1].codes)
-
-
-def test_codes_and_scales_are_the_formats() -> None:
-    codes = np.arange(256, dtype=np.uint8)
-    assert np.array_equal(code_scales(torch.from_numpy(codes)).numpy(), scale_to_float(codes))
-    assert torch.equal(scale_codes(code_scales(torch.from_numpy(codes))), torch.from_numpy(codes))
-    s = np.random.default_rng(0).lognormal(-4, 3, 4000).clip(2.0**-15, 1.9).astype(np.float32)
-    assert np.array_equal(scale_codes(torch.from_numpy(s)).numpy(), scale_from_float(s))
 
 
 def numpy_at(t: torch.Tensor, row: int = 0, col: int = 0) -> np.ndarray:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import struct
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -77,3 +79,17 @@ def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
     """A safetensors file from a header (JSON or raw bytes) and data."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + data
+
+
+def llama_tool(name: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a tool of the patched runtime to its end."""
+    from ptqtp_gguf.llamacpp import install
+
+    return subprocess.run(
+        [str(install.tool(name)), *map(str, args)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=600,
+        env={**os.environ, **(env or {})},
+    )

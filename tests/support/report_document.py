@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from typing import Any
 
+from rich.console import Console
+
+from ptqtp_gguf.terminal.comparison import print_comparison
+
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+HOSTILE = "</svg></style></title>\"'><script>alert(1)</script>{{ 7*7 }}$x^2$\x00\u202e\ud800 #0a5fc2"
 
 
 def speed(tg: float, pp: float, size: int) -> list[dict[str, Any]]:
@@ -216,3 +222,33 @@ def gaps() -> dict[str, Any]:
         for key in set(r) - {"label", "kind", "size"}:
             del r[key]
     return doc
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """The example with another value at a path of keys and places."""
+    doc = example()
+    at: Any = doc
+    *way, last = path.split("/")
+    for key in way:
+        at = at[int(key) if isinstance(at, list) else key]
+    at[last] = value
+    return doc
+
+
+def attacked(value: Any, key: str = "") -> Any:
+    """The document with hostile text wherever text may stand."""
+    if isinstance(value, dict):
+        return {k: attacked(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [attacked(v, key) for v in value]
+    if not isinstance(value, str) or key == "kind" or (key == "name" and value.startswith("blk.")):
+        return value
+    return value + HOSTILE if key in ("label", "test") else HOSTILE
+
+
+def printed(document: dict[str, Any], encoding: str = "utf-8", width: int = 160) -> str:
+    """What the terminal shows of a document."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    print_comparison(document, Console(file=out, width=width, highlight=False, color_system=None))
+    out.flush()
+    return out.buffer.getvalue().decode(encoding)

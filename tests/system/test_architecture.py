@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,7 @@ DOORS = {  # _converter_child runs in the converter's process, with the converte
     "rich": {"terminal", "commands"},
     "typer": {"commands"},
 }
-TOP_LEVEL_TORCH = {"quantize.torch_codec", "tune.layers", "tune.student"}  # others import torch inside functions
+TOP_LEVEL_TORCH = {"tune.layers", "tune.student"}  # others import torch inside functions
 MAX_LINES = 500
 
 
@@ -155,6 +157,13 @@ def test_foreign_packages_come_through_their_doors(name: str) -> None:
         assert package not in foreign or {name, room_of(name)} & doors, f"{name} imports {package}; its door: {doors}"
     heavy = top & {"torch", "transformers"}
     assert not heavy or name in TOP_LEVEL_TORCH, f"{name} imports {heavy} when it is loaded"
+
+
+def test_the_command_line_starts_without_the_heavy_packages() -> None:
+    """It imports every face: without --calib nothing needs torch, and a plain command starts in half a second."""
+    code = "import sys, ptqtp_gguf.commands.app; print(*{'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stdout.split()
 
 
 @pytest.mark.parametrize("name", MODULES)

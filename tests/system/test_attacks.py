@@ -24,7 +24,7 @@ from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import journal_path
 from ptqtp_gguf.inspect.check import verify
 from ptqtp_gguf.llamacpp import install
-from ptqtp_gguf.plan import patterns, recipe
+from ptqtp_gguf.plan import recipe
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
 from ptqtp_gguf.source.checkpoint import to_bf16_gguf
 from ptqtp_gguf.source.gguf import GgufSource
@@ -222,19 +222,6 @@ def test_a_recipe_with_many_keys_is_refused_soon() -> None:
     with pytest.raises(RecipeError, match="key '7' stands twice"):
         recipe.parse(f'{{{keys},"7":0}}'.encode(), "r")
     assert time.monotonic() - started < SECONDS
-
-
-def test_patterns_that_people_write_are_taken() -> None:
-    usual = [
-        ".*",
-        "attn_v|attn_k",
-        "[qk]{1,2}",
-        r"(?<!x)\.\d{1,3}\.",
-        r"blk\.\d+\.ffn_(up|gate|down)(_exps|_shexp)?\.weight",
-        r"(enc\.)?blk\.(0|1|2|3|1[0-9])\..*(attn|ffn).*\.weight",
-    ]
-    for text in usual:
-        patterns.compile_bounded(text)
 
 
 def test_a_packed_line_without_end_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ docs/results/faults.md has the long runs of tools/stress/fault_test.py.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import resource
 import shutil
@@ -20,16 +19,12 @@ import numpy as np
 import pytest
 from helpers import REPO, safetensors_bytes, write_gguf
 
-from ptqtp_gguf.calibrate.store import PlaneStore
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion.export import export_q4_0
-from ptqtp_gguf.conversion.records import ConversionJournal
 from ptqtp_gguf.errors import InputError, OutputError
-from ptqtp_gguf.files import journal
 from ptqtp_gguf.files import writing as output
-from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.journal import Journal, journal_path
-from ptqtp_gguf.files.writing import check_target, partial_file, write_text
+from ptqtp_gguf.files.writing import check_target, write_text
 from ptqtp_gguf.plan.options import Options
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -63,53 +58,7 @@ def fails(path_part: str, code: int = errno.EIO) -> Callable[..., object]:
     return unlink
 
 
-class Stingy(io.FileIO):
-    """A file that reads and writes half of what it is asked for, as the system may; it fills up after `room` bytes."""
-
-    room = 1 << 30
-
-    def read(self, size: int | None = -1) -> bytes:
-        assert size is not None and size >= 0
-        return super().read(max(1, size // 2)) or b""
-
-    def write(self, data: object) -> int:
-        part = memoryview(data).cast("B")  # type: ignore[call-overload]
-        if not Stingy.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        n = super().write(part[: min(Stingy.room, max(1, len(part) // 2))])
-        Stingy.room -= n
-        return n
-
-
 # ---- the journal ----
-
-RECORD = {"type": 0, "nbytes": 4, "hash": 1, "source": 2, "error": 0.0, "power": 1.0}
-
-
-def test_a_journal_of_short_counts(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "open_locked", lambda path, _: Stingy(os.open(path, os.O_RDWR | os.O_CREAT), "r+"))
-    with ConversionJournal(out) as j:
-        j.append({"job": {"some": "thing" * 50}})
-        for i in range(20):
-            j.append(RECORD | {"tensor": i})
-    with ConversionJournal(out) as j:
-        assert j.found == 20
-        j.cut(3)
-    with ConversionJournal(out) as j:
-        assert j.found == 3
-
-
-def test_what_the_journal_could_not_take_is_not_counted(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "open_locked", lambda path, _: Stingy(os.open(path, os.O_RDWR | os.O_CREAT), "r+"))
-    monkeypatch.setattr(Stingy, "room", 30)
-    with pytest.raises(OSError), ConversionJournal(out) as j:
-        j.append({"job": {}})
-        assert j.job == {}
-        j.append(RECORD | {"tensor": 0, "why": "a line that does not fit"})
-    assert j.rows == []
-    monkeypatch.setattr(Stingy, "room", 1 << 30)
-    with ConversionJournal(out) as j:
-        assert j.job == {} and j.found == 0
 
 
 def test_the_first_error_is_told(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,36 +79,6 @@ def test_a_disk_that_lets_go_of_nothing(source: Path, out: Path, monkeypatch: py
 
 
 # ---- what else is written ----
-
-
-def test_a_partial_file_of_a_killed_process(out: Path) -> None:
-    left = out.with_name(".b.gguf.new")
-    left.write_bytes(b"of one that was killed" * 100)
-    write_text(out, "new")
-    assert out.read_text() == "new" and names(out) == ["b.gguf"]
-    assert out.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def test_one_writer_at_a_time(out: Path) -> None:
-    with partial_file(out) as first:
-        first.file.write(b"first")
-        with pytest.raises(OutputError, match="another process is writing this file"), partial_file(out):
-            pass
-        first.sync()
-        first.publish()
-    assert out.read_bytes() == b"first" and names(out) == ["b.gguf"]
-
-
-def test_a_full_disk_and_a_text(out: Path) -> None:
-    with pytest.raises(OutputError, match="No space left on device; nothing of it was left behind"), partial_file(out):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert names(out) == []
 
 
 def test_an_export_does_not_replace_what_came_in_between(
@@ -252,41 +171,6 @@ def test_killed_while_the_bf16_gets_its_name(source: Path, out: Path, monkeypatc
 
 def _stop() -> None:
     raise KeyboardInterrupt
-
-
-# ---- what is read ----
-
-
-def test_a_file_that_is_cut_while_it_is_read(source: Path) -> None:
-    """Of a mapping, the lost page would end the process by SIGBUS."""
-    with Reader(source) as r:
-        os.truncate(source, 100)
-        with pytest.raises(InputError, match="has become shorter"):
-            r.rows_f32(r.tensors[0])
-
-
-def test_a_header_larger_than_the_first_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Reader(source) as r:
-        expected = r.header
-    monkeypatch.setattr("ptqtp_gguf.files.gguf.HEAD", 16)
-    with Reader(source) as r:
-        assert r.header == expected
-    data = source.read_bytes()
-    source.write_bytes(data[:200])
-    with pytest.raises(InputError, match="does not fit into the file"):
-        Reader(source)
-
-
-def test_planes_that_are_cut(source: Path, out: Path) -> None:
-    with Reader(source) as r, PlaneStore(out, {"options": {}}) as store:
-        t = r.tensors[0]
-        store.put(t, np.ones((64, 128), np.int8), np.zeros((64, 4), np.uint8))
-        os.truncate(store.folder / "0.bin", 1000)
-        with pytest.raises(OutputError, match=r"0\.bin: damaged; begin anew with --restart"):
-            store.planes(t)
-        os.truncate(store.folder / "0.bin", 0)
-        with pytest.raises(OutputError, match=r"damaged; begin anew"):
-            store.raw(t)
 
 
 # ---- the command line ----

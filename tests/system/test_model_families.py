@@ -115,8 +115,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def logits(path: Path, tokens: list[int], repack: bool = True) -> np.ndarray:
     """Logits of every position in the runtime, float64 (T, vocabulary): most in one batch, the last ones alone.
 
-    repack: let ggml rearrange the weights. On a CPU with AMX it may not for stock types: its AMX buffers take DeepSeek's
-    3-D matrices, and then ggml aborts (ggml-backend.cpp, cur_backend_id), since their inputs are not contiguous.
+    repack: let ggml rearrange the weights. Not for stock types: on a CPU with AMX its buffers take DeepSeek's 3-D
+    matrices, and then ggml aborts (ggml-backend.cpp, cur_backend_id), since their inputs are not contiguous.
     """
     import llama_cpp
 

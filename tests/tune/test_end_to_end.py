@@ -14,12 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from ptqtp_gguf.codec.tp2_1 import LEVELS, scale_from_float, scale_to_float  # noqa: E402
+from ptqtp_gguf.codec.tp2_1 import LEVELS, scale_to_float  # noqa: E402
 from ptqtp_gguf.errors import OutputError, TuneError  # noqa: E402
 from ptqtp_gguf.plan.tuning import TuneSettings  # noqa: E402
 from ptqtp_gguf.quantize import search  # noqa: E402
 from ptqtp_gguf.quantize.gptq import Planes  # noqa: E402
-from ptqtp_gguf.quantize.torch_codec import code_scales, nearest_levels, scale_codes  # noqa: E402
 from ptqtp_gguf.tune.end_to_end import evaluate_kl, tune  # noqa: E402
 from ptqtp_gguf.tune.student import Student  # noqa: E402
 
@@ -192,23 +191,6 @@ def test_bf16_is_close_to_float32(family: str, models: Any, text: Any) -> None:
     assert kls[1] == pytest.approx(kls[0], rel=0.02)
     for exact, rounded in zip(*grads, strict=True):
         assert float(torch.cosine_similarity(exact, rounded, dim=0)) > 0.99
-
-
-def test_codes_and_levels_round_as_the_format_does() -> None:
-    codes = np.arange(256, dtype=np.uint8)
-    s = scale_to_float(codes)
-    assert np.array_equal(code_scales(torch.from_numpy(codes)).numpy(), s)
-    middle = (s[1:] + s[:-1]) / 2
-    rng = np.random.default_rng(0)
-    x = np.concatenate(
-        [s, middle, np.nextafter(middle, 9), np.nextafter(middle, 0), rng.lognormal(-4, 3, 4000), [0, 1e9]]
-    )
-    x = np.concatenate([x, [-1.0, 1e-30]]).astype(np.float32)
-    assert np.array_equal(scale_codes(torch.from_numpy(x)).numpy(), scale_from_float(x))
-    v = np.concatenate([rng.normal(size=2000) * 3, [0, 0.5, 1.5, 2.5, 4, 7]]).astype(np.float32)
-    v = np.concatenate([v, -v])
-    expected = np.sign(v) * search.nearest_level(np.abs(v)[:, None], np.ones(len(v), np.float32))[:, 0]
-    assert np.array_equal(nearest_levels(torch.from_numpy(v)).numpy(), expected)
 
 
 def test_levels_can_be_trained(models: Any, text: Any) -> None:

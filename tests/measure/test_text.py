@@ -1,0 +1,21 @@
+"""The text that quality is measured on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from ptqtp_gguf.measure.text import BUILTIN_FILE, load_text
+
+pytestmark = pytest.mark.runtime
+
+
+def test_builtin_text_is_apart_from_the_calibration_text() -> None:
+    found = load_text(None)
+    assert found.builtin and 100_000 < len(found.text.encode()) < 150_000
+    calibration = gzip.decompress(BUILTIN_FILE.with_name("builtin.jsonl.gz").read_bytes()).decode()
+    learned = {s.strip() for line in calibration.splitlines() for s in json.loads(line)["text"].splitlines()}
+    lines = {s.strip() for s in found.text.splitlines()}
+    assert not {s for s in lines & learned if len(s) > 40}
