@@ -1,5 +1,7 @@
 # make demo   set up, convert SmolLM2-135M, generate text, compare with Q4_0
 # make test   set up, native tests, test suite          make lint   ruff, mypy, clang-format
+# make dev    the package editable in .venv, without the runtime: an edit of Python is seen at once
+# make t ROOM=codec   the quick tests of one room, in seconds; without ROOM, those of all rooms
 # make test-arm   kernels under qemu-user (Debian: gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user)
 # make fuzz   a minute of native code, readers and loader on damaged input (docs/results/hardening.md)
 # make test-all   what else it must run on: compilers, sanitizers, instruction sets, emulated CPUs, Pythons (tools/matrix.py)
@@ -19,11 +21,13 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 DEPS := build/.deps
 RUNTIME := build/.runtime
 PACKAGE := build/.package
+DEV := build/.dev
 NATIVE := $(shell find native -type f)
 CFILES = $(filter %.c %.h %.cpp %.inc,$(NATIVE)) $(shell find tools -name '*.c')
 CMAKE_FLAGS := -G Ninja -DPTQTP_WERROR=ON
 
-.PHONY: demo test test-native test-arm test-all portable portable-arm lock audit fuzz lint format golden bench setup clean
+.PHONY: demo dev t test test-native test-arm test-all portable portable-arm lock audit fuzz lint format golden bench
+.PHONY: setup clean
 
 demo: setup
 	$(PY) tools/demo.py
@@ -54,7 +58,25 @@ $(RUNTIME): $(DEPS) tools/build/build_runtime.py $(wildcard patches/*) $(NATIVE)
 
 $(PACKAGE): $(RUNTIME) pyproject.toml CMakeLists.txt $(NATIVE) $(shell find ptqtp_gguf -type f ! -name '*.pyc')
 	$(PIP) install --no-deps --no-build-isolation --force-reinstall .
+	@rm -f $(DEV)
 	@touch $@
+
+# .venv has one ptqtp-gguf: the wheel, which `setup` installs (so `test`, `demo`, `fuzz`), or the clone, which `dev`
+# installs (so `t`). Each takes the other's place and removes its stamp: what a target tests does not depend on what was
+# made before. "inplace" is a .pth file with the path of the clone; the library is copied to where the package looks.
+# It is ignored by git, and therefore left out of wheels and sdists, which get the one that CMake builds for them.
+dev: $(DEV)
+
+$(DEV): $(DEPS) CMakeLists.txt $(NATIVE)
+	cmake -S . -B build/dev $(CMAKE_FLAGS) -DPTQTP_TESTS=OFF > build/dev.log
+	cmake --build build/dev
+	cmake --install build/dev --prefix . >> build/dev.log
+	$(PIP) install --no-deps --no-build-isolation --force-reinstall -C editable.mode=inplace -C wheel.cmake=false -e .
+	@rm -f $(PACKAGE)
+	@touch $@
+
+t: $(DEV)
+	$(VENV)/bin/pytest tests/$(ROOM) -n0 -m "not runtime and not hf and not slow" -q
 
 test-native: $(DEPS)
 	cmake -S . -B build/native $(CMAKE_FLAGS) > build/native.log
