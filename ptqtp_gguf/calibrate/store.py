@@ -39,7 +39,8 @@ def read_row(record: dict[str, Any]) -> dict[str, Any]:
             is_text(record["name"]) and record.get("file") == f"{record['tensor']}.bin" and is_count(record.get("hash"))
         )
     else:
-        good = is_text(record.get("said", "")) and is_text(record.get("mark", "")) and is_count(record.get("block", 0))
+        texts = all(is_text(record.get(key, "")) for key in ("said", "mark", "stage"))
+        good = texts and is_count(record.get("block", 0))
     if not good:
         raise ValueError("a damaged record")
     return record
@@ -89,9 +90,10 @@ class PlaneStore:
             )
         if then is None:
             self._journal.begin(job)
-        named = [r for r in self._journal.rows if "name" in r]
-        self._of: dict[str, dict[str, Any]] = {r["name"]: r for r in named}
-        self._first: dict[str, dict[str, Any]] = {r["name"]: r for r in reversed(named)}
+        self._of: dict[str, dict[str, Any]] = {}  # name -> its newest row
+        self._before: dict[str, dict[str, Any]] = {}  # as the stage that runs found it; or as it put it first
+        for record in self._journal.rows:
+            self._note_row(record)
 
     def __enter__(self) -> PlaneStore:
         return self
@@ -124,6 +126,22 @@ class PlaneStore:
         """Note that a step is done."""
         self._note(mark=what)
 
+    def end_stage(self, name: str) -> None:
+        """Note that a stage is done: the next one begins with the planes of now."""
+        self._note(stage=name)
+        self._note_row(self._journal.rows[-1])
+
+    def ended(self, name: str) -> bool:
+        """Whether `end_stage(name)` was called, in this run or an earlier one."""
+        return any(r.get("stage") == name for r in self._journal.rows)
+
+    def _note_row(self, record: dict[str, Any]) -> None:
+        if "name" in record:
+            self._of[record["name"]] = record
+            self._before.setdefault(record["name"], record)
+        elif "stage" in record:
+            self._before.update(self._of)
+
     def end_block(self, index: int) -> None:
         """Note that all of a block's tensors are here."""
         self._note(block=index)
@@ -139,8 +157,7 @@ class PlaneStore:
             partial.sync()
             partial.publish()
         self._note(name=name, file=file, **record)
-        self._of[name] = self._journal.rows[-1]
-        self._first.setdefault(name, self._of[name])
+        self._note_row(self._journal.rows[-1])
 
     def put(self, t: TensorInfo, levels: I8, codes: U8) -> None:
         """Planes of a whole tensor: levels int8 (R, C), codes uint8 (R, C/32)."""
@@ -157,12 +174,9 @@ class PlaneStore:
     def has(self, name: str) -> bool:
         return name in self._of
 
-    def raw(self, t: TensorInfo, first: bool = False) -> U8:
-        """What is kept of a tensor, from the disk: uint8 (R, bytes a row). Raises OutputError.
-
-        first: as it was put first, before tuning; else as it was put last.
-        """
-        return self._rows(t, (self._first if first else self._of)[t.name], 0, t.n_weights // t.shape[0])
+    def raw(self, t: TensorInfo) -> U8:
+        """The newest that is kept of a tensor, from the disk: uint8 (R, bytes a row). Raises OutputError."""
+        return self._rows(t, self._of[t.name], 0, t.n_weights // t.shape[0])
 
     def _rows(self, t: TensorInfo, record: dict[str, Any], start: int, n: int) -> U8:
         path, rows = self.folder / record["file"], t.n_weights // t.shape[0]
@@ -176,8 +190,9 @@ class PlaneStore:
             raise OutputError(f"{e}; begin anew with --restart") from None
 
     def planes(self, t: TensorInfo) -> tuple[I8, U8]:
-        """Levels int8 (R, C) and codes uint8 (R, C/32) of a tensor, as it was put first."""
-        return unpacked(self.kind, self.raw(t, first=True))
+        """Levels int8 (R, C) and codes uint8 (R, C/32) of a tensor, as the stage that runs found it: a stage that was
+        killed begins with the same again. Of a tensor that this stage was the first to put, as it was put first."""
+        return unpacked(self.kind, self._rows(t, self._before[t.name], 0, t.n_weights // t.shape[0]))
 
     def encode(self, t: TensorInfo, source: U8, first: int, threads: int = 0) -> Encoded:
         """A piece of a tensor: source uint8 (R, bytes a row) from weight `first` on -> the same rows of the planes, and

@@ -25,14 +25,15 @@ def prepared(
     Yields the store with the planes; its notes tell what did not go as it should.
     Raises CalibrationError, QuantizeError, TuneError, OutputError, ResumeError.
     """
-    job = {**fingerprint(source, request.calibration.decisive()), "tensors": _named(rows, request.kind.id)}
+    options = request.calibration.decisive() | {"--method": request.method.name}
+    job = {**fingerprint(source, options), "tensors": _named(rows, request.kind.id)}
     with PlaneStore(out, job, request.kind, request.options.restart) as store:
-        todo = [stage for stage in request.method.stages if not store.marked(stage)]
+        todo = [stage for stage in request.method.stages if not store.ended(stage)]
         if todo:
             work = Work(source, rows, request, store, progress)
             for stage in todo:
                 stage_of(stage)(work)
-                store.mark(stage)
+                store.end_stage(stage)
         yield store
 
 

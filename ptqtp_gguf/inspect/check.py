@@ -32,13 +32,12 @@ from ..files import (
     type_name,
 )
 from ..progress import Progress, no_progress
-from ..quantize import MASK, checksum
+from ..quantize import MASK, checksum, methods
 from ..source import GgufSource, Source, rows_together
 from .tensor_error import Meter
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
 GAP = 1 << 24  # bytes read at once between tensors, and behind the last
-TUNED = "tuned"  # method of files whose norms and biases are trained
 SAMPLE = 1 << 12  # weights of a tensor that numpy decodes too
 
 
@@ -217,7 +216,8 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
 
 def _compare(mine: Source, source: Source, verdict: Verdict, meter: Meter, progress: Progress) -> None:
     theirs = {t.name: t for t in source.tensors}
-    tuned = mine.get(Key.METHOD) == TUNED
+    method = methods.METHODS.get(str(mine.get(Key.METHOD)))
+    trained = method is not None and method.trains_vectors
     total, done = sum(t.n_weights for t in mine.tensors), 0
     verdict.faults += [
         f"tensor {name} of {source.path} is missing" for name in theirs.keys() - {t.name for t in mine.tensors}
@@ -234,7 +234,7 @@ def _compare(mine: Source, source: Source, verdict: Verdict, meter: Meter, progr
         verdict.errors.append(TensorError(t.name, type_name(t.type), error))
         if not error <= UNRELATED:
             verdict.faults.append(f"tensor {t.name}: relative squared error {error:.3g}; these are other weights")
-        elif tuned and t.type == F32_ID and len(t.shape) == 1:
+        elif trained and t.type == F32_ID and len(t.shape) == 1:
             continue  # tuning moves norms and biases; their distance is in the list
         elif t.type == other.type and t.type in FLOAT_IDS and error > 0:
             verdict.faults.append(f"tensor {t.name}: kept as {type_name(t.type)}, yet it differs from {source.path}")

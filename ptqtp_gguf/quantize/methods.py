@@ -35,6 +35,7 @@ class Method:
     whole_matrix      whether it looks at a whole matrix at once, so that pieces are whole tensors
     reference         its numpy reference; None for a method with stages
     stages            modules below ptqtp_gguf with `run(work)`, in order, e.g. "calibrate.run"
+    trains_vectors    whether norms and biases may differ from the source's afterwards
     rest              the data-free method of the tensors that the stages leave; "" for a data-free method
     """
 
@@ -45,6 +46,7 @@ class Method:
     whole_matrix: bool = False
     reference: Reference | None = None
     stages: tuple[str, ...] = ()
+    trains_vectors: bool = False
     rest: str = ""
 
     @property
@@ -87,6 +89,7 @@ METHODS = {
             _CALIBRATABLE,
             takes_importance=True,
             stages=("calibrate.run", "tune.run"),
+            trains_vectors=True,
             rest="search",
         ),
     )

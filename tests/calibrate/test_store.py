@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import write_gguf
 
-from ptqtp_gguf.calibrate.store import PlaneStore, remove_planes
+from ptqtp_gguf.calibrate.store import PlaneStore, remove_planes, unpacked
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.reference import pack
 from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, digits_of_levels, scale_to_float
@@ -89,3 +89,22 @@ def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
         assert not store.has(t.name) and not store.marked("tuned")
     remove_planes(out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_begins_with_what_the_one_before_it_left(tmp_path: Path) -> None:
+    """However often it is killed: what it put itself does not count. `raw` has the newest."""
+    out, t = tmp_path / "b.gguf", TensorInfo("blk.0.a.weight", (64, 4), TP2_1.id, 0, 0)
+    codes = np.full((4, 2), 100, np.uint8)
+    planes = [np.full((4, 64), level, np.int8) for level in (1, 2, 3)]
+    for stage in range(3):
+        with PlaneStore(out, {"options": {}}) as store:
+            if stage == 0:  # the first one reads what it put first
+                store.put(t, planes[0], codes)
+            assert np.array_equal(store.planes(t)[0], planes[max(0, stage - 1)])
+        with PlaneStore(out, {"options": {}}) as store:
+            store.put(t, planes[stage], codes)
+            assert np.array_equal(store.planes(t)[0], planes[max(0, stage - 1)])
+            assert np.array_equal(unpacked(TP2_1, store.raw(t))[0], planes[stage])
+            store.end_stage(f"stage {stage}")
+            assert store.ended(f"stage {stage}") and not store.ended("another")
+            assert np.array_equal(store.planes(t)[0], planes[stage])
