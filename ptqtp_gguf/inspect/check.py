@@ -219,9 +219,8 @@ def _compare(mine: Source, source: Source, verdict: Verdict, meter: Meter, progr
     method = methods.METHODS.get(str(mine.get(Key.METHOD)))
     trained = method is not None and method.trains_vectors
     total, done = sum(t.n_weights for t in mine.tensors), 0
-    verdict.faults += [
-        f"tensor {name} of {source.path} is missing" for name in theirs.keys() - {t.name for t in mine.tensors}
-    ]
+    held = {t.name for t in mine.tensors}
+    verdict.faults += [f"tensor {name} of {source.path} is missing" for name in theirs if name not in held]
     for t in mine.tensors:
         progress("comparing", done, total, t.name)
         done += t.n_weights
