@@ -202,7 +202,7 @@ def test_tuning(
     assert all(e < 0.08 for e in errors.values())
     assert not summary.notes  # every plane and every norm was found
     with Reader(out) as q:
-        told_of = q.get(fmt.Key.CALIBRATION)
+        told_of = str(q.get(fmt.Key.CALIBRATION))
         assert q.get(fmt.Key.METHOD) == "tuned" and "; tuned on at most 1024 tokens, 3 steps" in told_of
 
 
@@ -215,7 +215,7 @@ def test_tuning_on_other_text(folder: Path, how: Options, tiny_checkpoint: Path)
     told: list[str] = []
     convert(tiny_checkpoint, out, with_(how, **other), lambda stage, *_: told.append(stage))
     with Reader(out) as q:
-        assert "of other.txt, 2 steps" in q.get(fmt.Key.CALIBRATION)
+        assert "of other.txt, 2 steps" in str(q.get(fmt.Key.CALIBRATION))
     fox.write_text("The quick brown fox. " * 30)
     told.clear()
     with pytest.raises(CalibrationError, match=r"--tune: \d windows of 64 .* 16 are needed"):
@@ -323,7 +323,8 @@ def test_interrupted_again_and_again(
 
     go("calibrating block 0")
     assert "calibrating block 0" in go("calibrating block 1, self_attn.q_proj")  # not taken for finished
-    real, names = PlaneStore.put, []
+    real = PlaneStore.put
+    names: list[str] = []
 
     def put(self: PlaneStore, t: TensorInfo, *args: Any) -> None:
         if names:
@@ -377,7 +378,8 @@ def test_in_order_is_a_plain_model_with_what_was_replaced(tmp_path: Path) -> Non
     rng = np.random.default_rng(2)
     weights = {prefix.format(i): rng.uniform(0.2, 3, tokens.shape).astype(np.float32) for i in range(2)}
     (tmp_path / "work").mkdir()
-    stages, ended = [], []
+    stages: list[list[str]] = []
+    ended: list[int] = []
     for stage in in_order(found, tokens, name, wanted, tmp_path / "work", finished=ended.append, weights=weights):
         stages.append(list(stage.params))
         assert len(ended) == stage.index
@@ -494,7 +496,8 @@ def test_text_that_does_not_do(how: Options, tiny_checkpoint: Path, tmp_path: Pa
 
 
 def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
-    out, job = tmp_path / "m.gguf", {"header": "h", "options": {"--calib": ["a"], "--tune": False}}
+    out = tmp_path / "m.gguf"
+    job: dict[str, Any] = {"header": "h", "options": {"--calib": ["a"], "--tune": False}}
     t, norm = (
         TensorInfo("blk.0.exps.weight", (64, 6, 2), 0, 0, 3072),
         TensorInfo("blk.0.attn_norm.weight", (48,), 0, 0, 192),

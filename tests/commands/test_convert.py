@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_gguf
+from helpers import Cli, write_gguf
 
 from ptqtp_gguf.commands.common import parse_size
 from ptqtp_gguf.files.gguf import Reader
-
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def types(path: Path) -> dict[str, str]:
@@ -23,7 +20,7 @@ def types(path: Path) -> dict[str, str]:
         return {t.name: t.type_name for t in r.tensors}
 
 
-def events(done: subprocess.CompletedProcess[str]) -> list[dict]:  # type: ignore[type-arg]
+def events(done: subprocess.CompletedProcess[str]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

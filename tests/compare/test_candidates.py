@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,14 +28,14 @@ def reference(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def workshop(reference: Path, folder: Path, options: Options | None = None, **more: object) -> Workshop:
-    of = {"source": reference, "imatrix": None, "imatrix_sha": "", "progress": no_progress, **more}
+    of: dict[str, Any] = {"source": reference, "imatrix": None, "imatrix_sha": "", "progress": no_progress, **more}
     return Workshop(
         reference=reference,
         reference_sha=file_sha256(reference),
         store=Store(folder),
         options=options or Options(),
         **of,
-    )  # type: ignore[arg-type]
+    )
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, where: object, name: str) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from ptqtp_gguf.conversion import loop as transcode
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion.output_files import finish
 from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError
-from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader, quantize_plain
 from ptqtp_gguf.files.journal import Journal
 from ptqtp_gguf.plan.options import Options
@@ -183,8 +183,8 @@ def test_folder_without_rights(tiny_gguf: Path) -> None:
 
 
 def test_small_disk_is_refused_early(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = output.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match="0 MB free on the disk"):
         conversion.convert(tiny_gguf, tmp_path / "b.gguf")
 

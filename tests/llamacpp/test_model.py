@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPO
+from helpers import REPO, Cli
 from reference_llama import Llama as Reference
 
 from ptqtp_gguf.codec import native
@@ -72,7 +73,7 @@ def tokens_of(path: Path) -> list[int]:
 # ---- the whole path ----
 
 
-def test_checkpoint_to_text(cli, demo_files: dict[str, Path]) -> None:
+def test_checkpoint_to_text(cli: Cli, demo_files: dict[str, Path]) -> None:
     with Reader(demo_files["ours"]) as r:
         matrices = [t for t in r.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
         assert len(matrices) == 210 and {t.type_name for t in matrices} == {"TP2_1"}
@@ -91,7 +92,7 @@ def test_checkpoint_to_text(cli, demo_files: dict[str, Path]) -> None:
     assert plain.stdout.split() == done.stdout.split()
 
 
-def test_chat_and_serve_answer(cli, demo_files: dict[str, Path]) -> None:
+def test_chat_and_serve_answer(cli: Cli, demo_files: dict[str, Path]) -> None:
     question = "What is the capital of France?"
     done = cli("chat", demo_files["ours"], "-p", question, "--temp", "0", "-n", "12")
     assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
@@ -422,12 +423,12 @@ def test_checkpoint_without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_stock_bindings_are_named(monkeypatch: pytest.MonkeyPatch, demo_files: dict[str, Path]) -> None:
-    monkeypatch.setattr(install.importlib.metadata, "version", lambda _: "0.3.36")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.3.36")
     with pytest.raises(RuntimeMissing, match=r"llama-cpp-python 0\.3\.36 is a stock build"):
         runtime.load(demo_files["ours"])
 
 
-def test_a_file_that_the_runtime_cannot_load(tiny_gguf: Path, cli) -> None:
+def test_a_file_that_the_runtime_cannot_load(tiny_gguf: Path, cli: Cli) -> None:
     with pytest.raises(InputError, match="the runtime cannot load this file"):
         runtime.load(tiny_gguf)
     done = cli("run", tiny_gguf, "-p", "x")

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ptqtp_gguf.errors import BenchError, OutputError
+from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.measure import perplexity_tool
 from ptqtp_gguf.measure.cache import Job, Records, finite, keep, kept
 from ptqtp_gguf.measure.scoring import RECORD, Logits, Rows, alone, score, summarize
@@ -69,7 +70,11 @@ def test_summary() -> None:
     rows = some_rows(200)
     q = summarize(rows, 4, True)
     x, y, n = rows["nll"], rows["nll_ref"], 200
-    variance = lambda v, w: ((v * w).mean() - v.mean() * w.mean()) / (n - 1)  # noqa: E731
+
+    def variance(v: np.ndarray, w: np.ndarray) -> float:
+        return float((v * w).mean() - v.mean() * w.mean()) / (n - 1)
+
+    assert q.ppl is not None
     assert q.ppl == pytest.approx(math.exp(x.mean())) and q.ppl_se == pytest.approx(q.ppl * math.sqrt(variance(x, x)))
     ratio_se = math.sqrt(variance(x, x) + variance(y, y) - 2 * variance(x, y))
     assert q.ppl_ratio_se == pytest.approx(math.exp((x - y).mean()) * ratio_se)
@@ -178,5 +183,5 @@ def test_llama_perplexity_is_read() -> None:
 
 def test_output_that_was_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answers = ["", "Mean PPL(Q)", PRINTED]
-    monkeypatch.setattr(perplexity_tool.install, "run_tool", lambda *words: answers.pop(0))
+    monkeypatch.setattr(install, "run_tool", lambda *words: answers.pop(0))
     assert perplexity_tool._figures(tmp_path, [], 2, 512).tokens == 510 and not answers

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -113,7 +114,7 @@ def test_interval_of_a_median(n: int, low: int, high: int, confidence: float) ->
     samples = list(range(1, n + 1))
     random.Random(n).shuffle(samples)
     s = spread(samples)
-    assert (s.median, s.low, s.high, s.confidence) == ((n + 1) / 2, low, high, pytest.approx(confidence))
+    assert (s.median, s.low, s.high) == ((n + 1) / 2, low, high) and s.confidence == pytest.approx(confidence)
 
 
 def test_interval_holds_as_often_as_it_says() -> None:
@@ -266,7 +267,12 @@ def test_probe_reads_every_word(rng: np.random.Generator) -> None:
 def test_probe_of_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: set[int] = set()
     read = native.read_sum
-    monkeypatch.setattr(native, "read_sum", lambda data: calls.add(threading.get_ident()) or read(data))
+
+    def counted(data: np.ndarray) -> int:
+        calls.add(threading.get_ident())
+        return read(data)
+
+    monkeypatch.setattr(native, "read_sum", counted)
     monkeypatch.setattr(machine, "free_memory", lambda: 200 << 20)  # 25 MB a thread
     assert machine.read_bandwidth(2, 0.01) > 0 and len(calls) == 2
     with pytest.raises(BenchError, match="close other programs"):
@@ -287,10 +293,10 @@ def test_bytes_of_a_token(tmp_path: Path) -> None:
     head = 4 * VOCAB * WIDTH
     assert count("tied.gguf") == block + head  # the embedding is the head; norms are no matrices
     assert count("untied.gguf", {"output": (VOCAB, WIDTH)}) == block + head
-    experts = {"blk.0.ffn_up_exps": (8, FFN, WIDTH)}
+    experts: dict[str, tuple[int, ...]] = {"blk.0.ffn_up_exps": (8, FFN, WIDTH)}
     assert count("moe.gguf", experts, expert_count=8, expert_used_count=2) == block + head + 4 * 2 * FFN * WIDTH
     assert count("all.gguf", experts) == block + head + 4 * 8 * FFN * WIDTH
-    more = {"per_layer_token_embd": (VOCAB, 256), "blk.1.attn_q": (WIDTH, WIDTH)}
+    more: dict[str, tuple[int, ...]] = {"per_layer_token_embd": (VOCAB, 256), "blk.1.attn_q": (WIDTH, WIDTH)}
     assert count("mtp.gguf", more, block_count=2, nextn_predict_layers=1) == block + head
 
 
@@ -302,7 +308,12 @@ def test_bench_of_two_files_and_taking_up(files: list[Path], monkeypatch: pytest
     kept: list[rounds.Round] = []
     order: list[str] = []
     run = rounds._llama_bench
-    monkeypatch.setattr(rounds, "_llama_bench", lambda f, s, t: order.append(f.label) or run(f, s, t))
+
+    def noted(f: File, *how: Any) -> Any:
+        order.append(f.label)
+        return run(f, *how)
+
+    monkeypatch.setattr(rounds, "_llama_bench", noted)
     monkeypatch.setattr(machine, "PROBE_BYTES", 1 << 22)
     monkeypatch.setattr(machine, "MIN_PROBE_BYTES", 1 << 20)
     seen: list[tuple[int, int]] = []
@@ -323,15 +334,22 @@ def test_bench_of_two_files_and_taking_up(files: list[Path], monkeypatch: pytest
     assert data["rows"][0]["ratios"]["tiny-f32"].keys() == {"pp8 t1", "tg4 t1"}
 
     order.clear()
-    stored = json.loads(json.dumps(kept))
+    stored: list[Any] = json.loads(json.dumps(kept))
     again = bench(files, prompt=(8,), generate=(4,), threads=(1,), rounds=2, done=stored)
     assert not order and again.as_dict()["rows"] == b.as_dict()["rows"]  # nothing measured, the same figures
     stored[0]["sizes"]["tiny"] += 1
     del stored[1]["speed"]["tiny"]["tg4 t1"]
     last: list[rounds.Round] = []
+    nothing: Any = None
     with pytest.raises(KeyboardInterrupt):  # rounds of another file or setting do not count; Ctrl-C goes through
         bench(
-            files, prompt=(8,), generate=(4,), threads=(1,), rounds=1, done=[*stored, {}, None], keep=_interrupt(last)
+            files,
+            prompt=(8,),
+            generate=(4,),
+            threads=(1,),
+            rounds=1,
+            done=[*stored, {}, nothing],
+            keep=_interrupt(last),
         )
     assert last[0]["number"] == 0
 

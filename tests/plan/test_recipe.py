@@ -17,7 +17,7 @@ from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TensorInfo, type_name
 from ptqtp_gguf.llamacpp import install
-from ptqtp_gguf.plan import patterns
+from ptqtp_gguf.plan import patterns, roles
 from ptqtp_gguf.plan import recipe as recipes
 from ptqtp_gguf.plan.recipe import (
     MAX_BYTES,
@@ -104,8 +104,14 @@ def test_unknown_types() -> None:
 
 
 def model(layers: int = 16, width: int = 512) -> list[TensorInfo]:
-    shapes = {"attn_q": (width, width), "attn_k": (width, 64), "attn_v": (width, 64), "attn_output": (width, width)}
-    shapes |= {"ffn_up": (width, 1024), "ffn_gate": (width, 1024), "ffn_down": (1024, width), "attn_norm": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {"attn_q": (width, width), "attn_k": (width, 64), "attn_v": (width, 64)}
+    shapes |= {
+        "attn_output": (width, width),
+        "ffn_up": (width, 1024),
+        "ffn_gate": (width, 1024),
+        "ffn_down": (1024, width),
+        "attn_norm": (width,),
+    }
     found = [info(f"blk.{i}.{n}.weight", *s) for i in range(layers) for n, s in shapes.items()]
     return [info("token_embd.weight", width, 999), *found, info("output.weight", width, 999)]
 
@@ -226,7 +232,13 @@ def test_a_condition_goes_over_the_names_once(monkeypatch: pytest.MonkeyPatch) -
     """Not once a tensor: a file from outside may have a thousand rules and a model a hundred thousand tensors."""
     asked = Counter[str]()
     original = patterns.regex
-    monkeypatch.setattr(recipes, "_regex", lambda pattern: asked.update([pattern]) or original(pattern))
+
+    def counted(pattern: str) -> re.Pattern[str]:
+        asked[pattern] += 1
+        return original(pattern)
+
+    for module in (recipes, roles):
+        monkeypatch.setattr(module, "regex", counted)
     rules = tuple(Rule(".*", "Q8_0", "r", needs=needs) for needs in ("no", "none", "no"))
     recipe = Recipe("n", "d", rules)
     assert set(types(recipe, [info(f"blk.{i}.ffn_up.weight", 64, 8) for i in range(50)]).values()) == {"BF16"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 from helpers import REPO, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
@@ -64,7 +65,7 @@ def write_imatrix(
     return path
 
 
-def dat_bytes(entries: dict[str, tuple[int, np.ndarray]], tail: bytes = struct.pack("<ii", 7, 3) + b"a/b") -> bytes:
+def dat_bytes(entries: Mapping[str, tuple[int, ArrayLike]], tail: bytes = struct.pack("<ii", 7, 3) + b"a/b") -> bytes:
     parts = [struct.pack("<i", len(entries))]
     for name, (calls, values) in entries.items():
         raw = np.asarray(values, "<f4").tobytes()
