@@ -11,6 +11,7 @@ from helpers import Cli
 from ptqtp_gguf import __version__
 
 
+@pytest.mark.slow
 def test_help_names_every_command_with_an_example(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
@@ -22,6 +23,7 @@ def test_help_names_every_command_with_an_example(cli: Cli) -> None:
     assert cli("--version").stdout == f"ptqtp-gguf {__version__}\n"
 
 
+@pytest.mark.slow
 def test_convert_inspect_export(cli: Cli, tiny_gguf: Path, tmp_path: Path) -> None:
     out, twin = tmp_path / "out.gguf", tmp_path / "twin.gguf"
     done = cli("convert", tiny_gguf, out)

@@ -36,6 +36,7 @@ def model(tmp_path: Path, rng: np.random.Generator) -> Path:
     )
 
 
+@pytest.mark.runtime
 def test_dry_run_is_what_happens(cli: Cli, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     done = cli("convert", model, out, "--dry-run", "--recipe", "quality")
@@ -56,6 +57,7 @@ def test_dry_run_into_nowhere(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "does not exist" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.runtime
 def test_types_by_hand(cli: Cli, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     done = cli("convert", model, out, "--tensor-type", "attn_v=q6_k", "--tensor-type", "blk.3.*down=TP2_0")
@@ -84,6 +86,7 @@ def test_a_recipe_of_ones_own(cli: Cli, model: Path, tmp_path: Path) -> None:
         assert r.get("ptqtp.recipe") == "mine"
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(cli: Cli, model: Path, tmp_path: Path) -> None:
     sizes = []
     for bpw in ("3.8", "4.2", "4.4"):
@@ -99,6 +102,7 @@ def test_a_budget_is_kept(cli: Cli, model: Path, tmp_path: Path) -> None:
         assert done.returncode == 1 and message in done.stderr
 
 
+@pytest.mark.slow
 def test_metadata_overrides(cli: Cli, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     given = ["general.name=str:Other: name", "llama.block_count=int:4", "my.flag=bool:true", "my.rate=float:0.25"]

@@ -87,6 +87,8 @@ def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
     assert np.array_equal(both, np.concatenate(parts))
 
 
+@pytest.mark.runtime
+@pytest.mark.hf
 def test_an_untied_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Its embedding in Q4_0 beside an output in Q8_0, each with the bytes of gguf-py; without the output in Q8_0."""
     bf16 = tmp_path / "bf16.gguf"

@@ -185,6 +185,7 @@ def test_warnings_name_what_is_doubtful(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- the machine ----
 
 
+@pytest.mark.runtime
 def test_machine_from_a_made_up_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_allowed", lambda: [0, 1, 2, 3])
     assert machine.describe(tmp_path).governor is None  # nothing there: nulls, no error
@@ -362,6 +363,7 @@ def _interrupt(into: list[rounds.Round]) -> Callable[[rounds.Round], None]:
     return keep
 
 
+@pytest.mark.runtime
 def test_bad_arguments_and_files(files: list[Path], tmp_path: Path) -> None:
     for match, changes in (
         ("0 rounds", {"rounds": 0}),

@@ -285,6 +285,7 @@ def test_metadata_and_card(table: Path, tiny_gguf: Path, tmp_path: Path) -> None
         assert (c.get("quantize.imatrix.dataset"), c.get("ptqtp.calibration")) == ("old", "none")
 
 
+@pytest.mark.runtime
 def test_the_sums_scale_does_not_matter_and_cannot_overflow(tmp_path: Path, rng: np.random.Generator) -> None:
     name, w = "blk.0.a.weight", (rng.normal(size=(16, 256)) * 0.05).astype(np.float32)
     source = write_gguf(tmp_path / "source.gguf", {name: w, "blk.0.b.weight": w})
@@ -320,6 +321,7 @@ def test_types_that_need_importance(tmp_path: Path, rng: np.random.Generator) ->
                 )
 
 
+@pytest.mark.runtime
 def test_a_budget_goes_to_what_counts() -> None:
     """Two tensors with the same weights: half of each row is held exactly; one of them uses only that half."""
     tensors = [TensorInfo(f"blk.{i}.w.weight", (256, 64), TYPE_IDS["F32"], 0, 4 * 256 * 64) for i in range(2)]

@@ -355,6 +355,7 @@ def test_the_harness_sees_what_is_wrong(base: Any, tmp_path: Path) -> None:
     assert "tmpx lies there" in of(1, good)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="the layer is for Linux, made by cc")
 def test_random_faults() -> None:
     """A short run of tools/stress/fault_test.py."""
