@@ -75,8 +75,9 @@ $(DEV): $(DEPS) CMakeLists.txt $(NATIVE)
 	@rm -f $(PACKAGE)
 	@touch $@
 
+# status 5: all tests of the room are left out, as pytest says
 t: $(DEV)
-	$(VENV)/bin/pytest tests/$(ROOM) -n0 -m "not runtime and not hf and not slow" -q
+	$(VENV)/bin/pytest tests/$(ROOM) -n0 -m "not runtime and not hf and not slow" -q || test $$? = 5
 
 test-native: $(DEPS)
 	cmake -S . -B build/native $(CMAKE_FLAGS) > build/native.log

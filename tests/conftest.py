@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from helpers import copy_tokenizer, demo_folder, write_gguf
+from helpers import Cli, copy_tokenizer, demo_folder, write_gguf
 
 SHAPES = {  # (rows, columns) in numpy order
     "token_embd.weight": (40, 64),
@@ -45,12 +46,12 @@ def tiny_gguf(tmp_path: Path, weights: dict[str, np.ndarray]) -> Path:
 
 
 @pytest.fixture
-def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+def cli() -> Cli:
     """Run the installed console script as a user would."""
 
-    def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    def run(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         script = Path(sys.executable).with_name("ptqtp-gguf")
-        env = {**os.environ, "COLUMNS": "200", **kwargs.pop("env", {})}  # type: ignore[dict-item]
+        env = {**os.environ, "COLUMNS": "200", **kwargs.pop("env", {})}
         return subprocess.run(
             [str(script), *map(str, args)], capture_output=True, text=True, env=env, timeout=600, check=False, **kwargs
         )

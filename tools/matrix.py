@@ -149,7 +149,7 @@ def ctest(folder: Path, env: Mapping[str, str]) -> str:
 def chosen(folder: Path, prefix: Sequence[str], env: Mapping[str, str], wanted: str) -> str:
     """Whether `wanted` is the kernel in use; returns it, or "none" where the CPU has no such thing."""
     text = sh(cell_name.get(), *prefix, folder / "ptqtp-test", "--kernel", env=env)
-    found = set(re.findall(r"^\S+ (\w+)$", text, re.MULTILINE))
+    found: set[str] = set(re.findall(r"^\S+ (\w+)$", text, re.MULTILINE))
     if found != {wanted} and found != {"none"}:
         raise Failed(f"uses {', '.join(sorted(found))}, not {wanted}")
     return found.pop()
@@ -222,7 +222,7 @@ def portable_wheel(cpu: str | None) -> str:
     program.chmod(0o755)
     ask = ["-m", model, "-p", "The", "-n", "2", "--temp", "0", "-no-cnv", "-t", "1", "-c", "64", "--no-warmup"]
     text = sh(cell_name.get(), *(["qemu-x86_64", "-cpu", cpu] if cpu else []), program, *ask)
-    info = dict(re.findall(r"(\w+) = (\w+) \|", text))
+    info: dict[str, str] = dict(re.findall(r"(\w+) = (\w+) \|", text))
     if "PTQTP" not in info or not re.search(r"^The ?\S", text, re.MULTILINE):
         raise Failed("generates nothing, or without our kernel")
     if not cpu:

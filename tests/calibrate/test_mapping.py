@@ -60,7 +60,7 @@ def test_links(tmp_path: Path, name: str) -> None:
     build(family, tmp_path, [1, 5])
     get = parameters(family, tmp_path, name)
     with StreamSource(checkpoint.check(tmp_path), lambda line: None) as source:
-        links = {t.name: link(source, t, get) for t in source.tensors}  # type: ignore[arg-type]
+        links = {t.name: link(source, t, get) for t in source.tensors}
         to_gguf = names(family.arch, int(str(family.settings["num_hidden_layers"])))
         for t in source.tensors:
             found = links[t.name]

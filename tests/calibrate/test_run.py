@@ -210,7 +210,8 @@ def test_interrupted_again_and_again(
 
     go("calibrating block 0")
     assert "calibrating block 0" in go("calibrating block 1, self_attn.q_proj")  # not taken for finished
-    real, names = PlaneStore.put, []
+    real = PlaneStore.put
+    names: list[str] = []
 
     def put(self: PlaneStore, t: TensorInfo, *args: Any) -> None:
         if names:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import Cli
 
 from ptqtp_gguf import __version__
 
 
-def test_help_names_every_command_with_an_example(cli) -> None:
+@pytest.mark.slow
+def test_help_names_every_command_with_an_example(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
     for command in ("convert", "export-q4_0", "inspect", "run", "chat", "serve"):
@@ -21,7 +23,8 @@ def test_help_names_every_command_with_an_example(cli) -> None:
     assert cli("--version").stdout == f"ptqtp-gguf {__version__}\n"
 
 
-def test_convert_inspect_export(cli, tiny_gguf: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_convert_inspect_export(cli: Cli, tiny_gguf: Path, tmp_path: Path) -> None:
     out, twin = tmp_path / "out.gguf", tmp_path / "twin.gguf"
     done = cli("convert", tiny_gguf, out)
     assert done.returncode == 0, done.stderr
@@ -61,7 +64,7 @@ def test_convert_inspect_export(cli, tiny_gguf: Path, tmp_path: Path) -> None:
         (["--frobnicate"], 2, "No such option"),
     ],
 )
-def test_errors_are_one_line(cli, tiny_gguf: Path, args: list[str], code: int, message: str) -> None:
+def test_errors_are_one_line(cli: Cli, tiny_gguf: Path, args: list[str], code: int, message: str) -> None:
     folder = tiny_gguf.parent
     (folder / "noise.gguf").write_bytes(b"\xff" * 500)
     (folder / "cut.gguf").write_bytes(tiny_gguf.read_bytes()[:-500])

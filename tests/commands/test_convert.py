@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_gguf
+from helpers import Cli, write_gguf
 
 from ptqtp_gguf.files.gguf import Reader
-
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def types(path: Path) -> dict[str, str]:
@@ -22,7 +19,7 @@ def types(path: Path) -> dict[str, str]:
         return {t.name: t.type_name for t in r.tensors}
 
 
-def events(done: subprocess.CompletedProcess[str]) -> list[dict]:  # type: ignore[type-arg]
+def events(done: subprocess.CompletedProcess[str]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -38,6 +35,7 @@ def model(tmp_path: Path, rng: np.random.Generator) -> Path:
     )
 
 
+@pytest.mark.runtime
 def test_dry_run_is_what_happens(cli: Cli, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     done = cli("convert", model, out, "--dry-run", "--recipe", "quality")
@@ -58,6 +56,7 @@ def test_dry_run_into_nowhere(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "does not exist" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.runtime
 def test_types_by_hand(cli: Cli, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     done = cli("convert", model, out, "--tensor-type", "attn_v=q6_k", "--tensor-type", "blk.3.*down=TP2_0")
@@ -86,6 +85,7 @@ def test_a_recipe_of_ones_own(cli: Cli, model: Path, tmp_path: Path) -> None:
         assert r.get("ptqtp.recipe") == "mine"
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(cli: Cli, model: Path, tmp_path: Path) -> None:
     sizes = []
     for bpw in ("3.8", "4.2", "4.4"):
@@ -101,6 +101,7 @@ def test_a_budget_is_kept(cli: Cli, model: Path, tmp_path: Path) -> None:
         assert done.returncode == 1 and message in done.stderr
 
 
+@pytest.mark.slow
 def test_metadata_overrides(cli: Cli, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     given = ["general.name=str:Other: name", "llama.block_count=int:4", "my.flag=bool:true", "my.rate=float:0.25"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,14 +29,14 @@ def reference(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def workshop(reference: Path, folder: Path, options: Options | None = None, **more: object) -> Workshop:
-    of = {"source": reference, "imatrix": None, "imatrix_sha": "", "progress": no_progress, **more}
+    of: dict[str, Any] = {"source": reference, "imatrix": None, "imatrix_sha": "", "progress": no_progress, **more}
     return Workshop(
         reference=reference,
         reference_sha=file_sha256(reference),
         store=Store(folder),
         options=options or Options(),
         **of,
-    )  # type: ignore[arg-type]
+    )
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, where: object, name: str) -> Callable[[], None]:
@@ -45,6 +46,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, where: object, name: str) -> Callabl
     return lambda: monkeypatch.setattr(where, name, real)
 
 
+@pytest.mark.runtime
+@pytest.mark.hf
 def test_what_is_named(reference: Path, tmp_path: Path) -> None:
     ours = tmp_path / "b.gguf"
     conversion.convert(reference, ours)
@@ -74,6 +77,8 @@ def test_blocks_of_stock_types() -> None:
         peers.block_of("Q9_X")
 
 
+@pytest.mark.runtime
+@pytest.mark.hf
 def test_the_reference_of_a_checkpoint(
     tiny_checkpoint: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +94,8 @@ def test_the_reference_of_a_checkpoint(
     assert path.read_bytes() == reference.read_bytes()
 
 
+@pytest.mark.runtime
+@pytest.mark.hf
 def test_a_quantized_reference_is_refused(reference: Path, tmp_path: Path) -> None:
     conversion.convert(reference, tmp_path / "q.gguf")
     with pytest.raises(InputError, match=r"q\.gguf: is quantized \(TP2_1\); give the original"):
@@ -97,6 +104,8 @@ def test_a_quantized_reference_is_refused(reference: Path, tmp_path: Path) -> No
         reference_of(tmp_path / "absent", Store(tmp_path), no_progress)
 
 
+@pytest.mark.runtime
+@pytest.mark.hf
 def test_files_are_made_once(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[str, int, int]] = []
     shop = workshop(reference, tmp_path / "kept", progress=lambda *a: steps.append(a[:3]))
@@ -128,6 +137,8 @@ def test_files_are_made_once(reference: Path, tmp_path: Path, monkeypatch: pytes
         assert shop.make(items[0]) == made[0] and file_sha256(made[0].path) == made[0].sha256
 
 
+@pytest.mark.runtime
+@pytest.mark.hf
 def test_a_tool_that_fails_leaves_nothing(reference: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeMissing, match=r"llama-quantize failed with exit code \d+: "):
         workshop(reference, tmp_path).make(Item("Q4_9", "stock", "Q4_9"))
@@ -137,6 +148,8 @@ def test_a_tool_that_fails_leaves_nothing(reference: Path, tmp_path: Path) -> No
     lines.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.runtime
+@pytest.mark.hf
 def test_importance_of_a_text(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "calib.txt"
     text.write_text(" ".join(f"word{i} and then {i * i % 97}" for i in range(3000)))

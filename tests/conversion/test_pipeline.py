@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from ptqtp_gguf.conversion import loop as transcode
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion.output_files import finish
 from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError
-from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.gguf import Reader, quantize_plain
 from ptqtp_gguf.files.journal import Journal
 from ptqtp_gguf.plan.options import Options
@@ -87,6 +87,8 @@ def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
     assert np.array_equal(both, np.concatenate(parts))
 
 
+@pytest.mark.runtime
+@pytest.mark.hf
 def test_an_untied_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Its embedding in Q4_0 beside an output in Q8_0, each with the bytes of gguf-py; without the output in Q8_0."""
     bf16 = tmp_path / "bf16.gguf"
@@ -183,8 +185,8 @@ def test_folder_without_rights(tiny_gguf: Path) -> None:
 
 
 def test_small_disk_is_refused_early(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = output.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match="0 MB free on the disk"):
         conversion.convert(tiny_gguf, tmp_path / "b.gguf")
 

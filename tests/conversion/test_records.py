@@ -154,7 +154,7 @@ def test_lost_data_is_made_again(source: Path, out: Path, whole: bytes, monkeypa
         with monkeypatch.context() as m, pytest.raises(Interrupted):
             stop_after(6, m)
             conversion.convert(source, out)
-        damage(out.with_name(".b.gguf.partial"))  # type: ignore[operator]
+        damage(out.with_name(".b.gguf.partial"))
         assert conversion.convert(source, out).resumed < 6
         assert out.read_bytes() == whole
         out.unlink()
@@ -236,6 +236,7 @@ def test_split_output_goes_on_too(source: Path, out: Path, monkeypatch: pytest.M
     assert {p.name: p.read_bytes() for p in out.parent.iterdir()} == expected
 
 
+@pytest.mark.slow
 def test_one_conversion_to_a_target_at_a_time(
     cli: Callable[..., subprocess.CompletedProcess[str]], source: Path, out: Path
 ) -> None:
@@ -246,6 +247,7 @@ def test_one_conversion_to_a_target_at_a_time(
     assert cli("convert", source, out).returncode == 0
 
 
+@pytest.mark.slow
 def test_disk_full(cli: Callable[..., subprocess.CompletedProcess[str]], source: Path, out: Path, whole: bytes) -> None:
     """A real limit: no file may grow beyond 20 kB, so a write fails halfway with EFBIG."""
     code = (
@@ -263,6 +265,7 @@ def test_disk_full(cli: Callable[..., subprocess.CompletedProcess[str]], source:
     assert out.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_full_file_system(
     cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, rng: np.random.Generator
@@ -297,6 +300,7 @@ def test_full_file_system(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals(
     cli: Callable[..., subprocess.CompletedProcess[str]],
@@ -327,6 +331,7 @@ def test_signals(
     assert json.loads(done.stdout.splitlines()[-1])["resumed_tensors"] >= 1
 
 
+@pytest.mark.slow
 def test_random_kills(tmp_path: Path) -> None:
     """A short run of tools/stress/kill_test.py; docs/results/convert.md has the long one."""
     spec = importlib.util.spec_from_file_location("kill_test", REPO / "tools" / "stress" / "kill_test.py")

@@ -115,6 +115,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
     return stdout, stderr
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_bytes_of_one_process(source: Path, out: Path, tmp_path: Path) -> None:
     stdout, _ = ended(torchrun(3, source, out, "--json"))
     events = [json.loads(line) for line in stdout.splitlines()]
@@ -124,6 +125,7 @@ def test_torchrun_gives_the_bytes_of_one_process(source: Path, out: Path, tmp_pa
     assert files(out.parent) == expected(source, tmp_path, Options())
 
 
+@pytest.mark.slow
 def test_a_rank_of_torchrun_is_killed_and_two_go_on(slow_source: Path, out: Path, tmp_path: Path) -> None:
     limit = 1_200_000
     args = [slow_source, out, *SLOW, "-j", "1", "--split-max-size", limit]
@@ -147,6 +149,7 @@ def test_a_rank_of_torchrun_is_killed_and_two_go_on(slow_source: Path, out: Path
     assert files(out.parent) == expected(slow_source, tmp_path, options)
 
 
+@pytest.mark.slow
 def test_alone_then_two_then_alone(
     slow_source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

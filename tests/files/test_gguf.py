@@ -57,7 +57,7 @@ def ours(tmp_path: Path, rng: np.random.Generator, version: int | None = FORMAT_
     if version is not None:
         kvs.append(kv_u32("ptqtp.format_version", version))
     tensors = [OutTensor("a", (64, 5), TP2_1.id), OutTensor("b", (3,), gguf_io.F32_ID)]
-    return written(tmp_path, kvs, tensors, [packed, np.float32([1, 2, 3]).view(np.uint8)[None]])
+    return written(tmp_path, kvs, tensors, [packed, np.array([1, 2, 3], np.float32).view(np.uint8)[None]])
 
 
 def test_gguf_py_reads_what_we_write(tmp_path: Path, rng: np.random.Generator) -> None:

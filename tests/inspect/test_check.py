@@ -174,7 +174,7 @@ def test_split_files_and_files_without_checksums(files: tuple[Path, Path], tmp_p
     assert verify(files[0]).good and not verify(files[0]).checksums  # a stock file
 
 
-def test_the_command(cli: Callable, files: tuple[Path, Path], tmp_path: Path) -> None:  # type: ignore[type-arg]
+def test_the_command(cli: Callable, files: tuple[Path, Path], tmp_path: Path) -> None:
     source, ours = files
     done = cli("verify", ours, "--against", source)
     assert done.returncode == 0 and "sound" in done.stdout and "sha256" in done.stdout

@@ -79,7 +79,7 @@ def test_the_command(run: Callable[..., str], converted: Path) -> None:
     assert json.loads(run("inspect", converted, "--json", "--kvs"))["chat_template"] == template
 
 
-def test_a_terminal_without_unicode(cli: Callable, converted: Path) -> None:  # type: ignore[type-arg]
+def test_a_terminal_without_unicode(cli: Callable, converted: Path) -> None:
     done = cli("inspect", converted, "-H", "-K", env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "#" * 40 in done.stdout and "\\xfc" in done.stdout
 

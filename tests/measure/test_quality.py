@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers import Cli
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
@@ -55,11 +57,12 @@ def test_llama_perplexity_agrees(demo_files: dict[str, Path], text: Path, tmp_pa
     reference, ours = tmp_path / "q8.gguf", demo_files["ours"]
     install.run_tool("llama-quantize", str(demo_files["bf16"]), str(reference), "Q8_0", "2")
     found = evaluate(reference, [ours], text=text, ctx=CTX, windows=WINDOWS, threads=2)
-    how = {"text": text, "ctx": CTX, "windows": WINDOWS, "threads": 2}
+    how: dict[str, Any] = {"text": text, "ctx": CTX, "windows": WINDOWS, "threads": 2}
     told = evaluate_by_tool(reference, [ours], **how, state=tmp_path / "logits")
     assert told.text == found.text and told.sha256 == found.sha256
     assert [p.suffix for p in (tmp_path / "logits").iterdir()] == [".logits"]
-    theirs, q = told.quality[0].as_dict(), found.quality[0].as_dict()
+    theirs: dict[str, Any] = told.quality[0].as_dict()
+    q: dict[str, Any] = found.quality[0].as_dict()
     assert told.reference and told.reference.ppl == theirs["ppl_reference"]
     h = 8 / 65535 + 4e-6
     b, close = bounds(reference, ours, text, h)
@@ -171,7 +174,7 @@ def test_refusals_before_anything_is_loaded(
 # ---- command, text, cache ----
 
 
-def test_command(cli, tiny: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def test_command(cli: Cli, tiny: dict[str, Path], text: Path, tmp_path: Path) -> None:
     args = ["eval", tiny["ours"], "--reference", tiny["bf16"], "--text", text, "--ctx", 32, "--windows", 2, "-j", 2]
     args += ["--state", tmp_path]
     done = cli(*args, "--json")

@@ -65,7 +65,11 @@ def test_summary() -> None:
     rows = some_rows(200)
     q = summarize(rows, 4, True)
     x, y, n = rows["nll"], rows["nll_ref"], 200
-    variance = lambda v, w: ((v * w).mean() - v.mean() * w.mean()) / (n - 1)  # noqa: E731
+
+    def variance(v: np.ndarray, w: np.ndarray) -> float:
+        return float((v * w).mean() - v.mean() * w.mean()) / (n - 1)
+
+    assert q.ppl is not None
     assert q.ppl == pytest.approx(math.exp(x.mean())) and q.ppl_se == pytest.approx(q.ppl * math.sqrt(variance(x, x)))
     ratio_se = math.sqrt(variance(x, x) + variance(y, y) - 2 * variance(x, y))
     assert q.ppl_ratio_se == pytest.approx(math.exp((x - y).mean()) * ratio_se)

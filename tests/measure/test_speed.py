@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_models import FFN, HERE, VOCAB, WIDTH, made_up, write_llama
@@ -93,10 +94,10 @@ def test_bytes_of_a_token(tmp_path: Path) -> None:
     head = 4 * VOCAB * WIDTH
     assert count("tied.gguf") == block + head  # the embedding is the head; norms are no matrices
     assert count("untied.gguf", {"output": (VOCAB, WIDTH)}) == block + head
-    experts = {"blk.0.ffn_up_exps": (8, FFN, WIDTH)}
+    experts: dict[str, tuple[int, ...]] = {"blk.0.ffn_up_exps": (8, FFN, WIDTH)}
     assert count("moe.gguf", experts, expert_count=8, expert_used_count=2) == block + head + 4 * 2 * FFN * WIDTH
     assert count("all.gguf", experts) == block + head + 4 * 8 * FFN * WIDTH
-    more = {"per_layer_token_embd": (VOCAB, 256), "blk.1.attn_q": (WIDTH, WIDTH)}
+    more: dict[str, tuple[int, ...]] = {"per_layer_token_embd": (VOCAB, 256), "blk.1.attn_q": (WIDTH, WIDTH)}
     assert count("mtp.gguf", more, block_count=2, nextn_predict_layers=1) == block + head
 
 
@@ -108,7 +109,12 @@ def test_bench_of_two_files_and_taking_up(files: list[Path], monkeypatch: pytest
     kept: list[rounds.Round] = []
     order: list[str] = []
     run = rounds._llama_bench
-    monkeypatch.setattr(rounds, "_llama_bench", lambda f, s, t: order.append(f.label) or run(f, s, t))
+
+    def noted(f: File, *how: Any) -> Any:
+        order.append(f.label)
+        return run(f, *how)
+
+    monkeypatch.setattr(rounds, "_llama_bench", noted)
     monkeypatch.setattr(machine, "PROBE_BYTES", 1 << 22)
     monkeypatch.setattr(machine, "MIN_PROBE_BYTES", 1 << 20)
     seen: list[tuple[int, int]] = []
@@ -129,15 +135,22 @@ def test_bench_of_two_files_and_taking_up(files: list[Path], monkeypatch: pytest
     assert data["rows"][0]["ratios"]["tiny-f32"].keys() == {"pp8 t1", "tg4 t1"}
 
     order.clear()
-    stored = json.loads(json.dumps(kept))
+    stored: list[Any] = json.loads(json.dumps(kept))
     again = bench(files, prompt=(8,), generate=(4,), threads=(1,), rounds=2, done=stored)
     assert not order and again.as_dict()["rows"] == b.as_dict()["rows"]  # nothing measured, the same figures
     stored[0]["sizes"]["tiny"] += 1
     del stored[1]["speed"]["tiny"]["tg4 t1"]
     last: list[rounds.Round] = []
+    nothing: Any = None
     with pytest.raises(KeyboardInterrupt):  # rounds of another file or setting do not count; Ctrl-C goes through
         bench(
-            files, prompt=(8,), generate=(4,), threads=(1,), rounds=1, done=[*stored, {}, None], keep=_interrupt(last)
+            files,
+            prompt=(8,),
+            generate=(4,),
+            threads=(1,),
+            rounds=1,
+            done=[*stored, {}, nothing],
+            keep=_interrupt(last),
         )
     assert last[0]["number"] == 0
 
@@ -150,6 +163,7 @@ def _interrupt(into: list[rounds.Round]) -> Callable[[rounds.Round], None]:
     return keep
 
 
+@pytest.mark.runtime
 def test_bad_arguments_and_files(files: list[Path], tmp_path: Path) -> None:
     for match, changes in (
         ("0 rounds", {"rounds": 0}),

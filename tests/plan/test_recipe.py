@@ -104,8 +104,14 @@ def test_unknown_types() -> None:
 
 
 def model(layers: int = 16, width: int = 512) -> list[TensorInfo]:
-    shapes = {"attn_q": (width, width), "attn_k": (width, 64), "attn_v": (width, 64), "attn_output": (width, width)}
-    shapes |= {"ffn_up": (width, 1024), "ffn_gate": (width, 1024), "ffn_down": (1024, width), "attn_norm": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {"attn_q": (width, width), "attn_k": (width, 64), "attn_v": (width, 64)}
+    shapes |= {
+        "attn_output": (width, width),
+        "ffn_up": (width, 1024),
+        "ffn_gate": (width, 1024),
+        "ffn_down": (1024, width),
+        "attn_norm": (width,),
+    }
     found = [info(f"blk.{i}.{n}.weight", *s) for i in range(layers) for n, s in shapes.items()]
     return [info("token_embd.weight", width, 999), *found, info("output.weight", width, 999)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from ptqtp_gguf.quantize import gptq_reference as blocks
 from ptqtp_gguf.quantize.gptq import Planes, Settings, calibrate
 from ptqtp_gguf.quantize.torch_codec import code_scales
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 
 PLAIN_GPTQ = Settings(passes=(0, 0))  # and least squares, which can only help it
 
@@ -36,7 +40,7 @@ def cost(w: torch.Tensor, h: torch.Tensor, planes: Planes) -> torch.Tensor:
 
 
 def search(w: torch.Tensor) -> Planes:
-    return Planes(*map(torch.from_numpy, unpacked(native.quantize(TP2_1, "search", w.numpy(), None, 1))))
+    return Planes(*map(torch.from_numpy, unpacked(TP2_1, native.quantize(TP2_1, "search", w.numpy(), None, 1))))
 
 
 def valid(planes: Planes, rows: int, cols: int) -> bool:

@@ -38,7 +38,7 @@ def run(what: str, x: np.ndarray, m: np.ndarray, planes: Any, window: int, pad: 
     inputs = [padded(a, pad) for a in (x, m)]
     getattr(native, what)(rows, cols, *map(matrix, inputs), *map(matrix, outputs), window, threads)
     for a in (*inputs, *outputs):
-        assert (a.base[:, a.shape[1] :] == 77).all() and (a.base[-1] == 77).all()
+        assert a.base is not None and (a.base[:, a.shape[1] :] == 77).all() and (a.base[-1] == 77).all()
     return outputs[0], outputs[1], outputs[2]
 
 
@@ -62,7 +62,7 @@ def assert_both_same(
 ) -> None:
     native_gptq = run("gptq_block", x, u, no_planes(*x.shape), window, pad, threads)
     assert_same(native_gptq, gptq_block(x, u, window))
-    assert_same(run("cd_block", x, h, planes, window, pad, threads), cd_block(x, h, *planes, window))
+    assert_same(run("cd_block", x, h, planes, window, pad, threads), cd_block(x, h, planes[0], planes[1], window))
 
 
 def problem(rng: np.random.Generator, cols: int) -> tuple[np.ndarray, np.ndarray]:

@@ -72,7 +72,7 @@ def experts(moe_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             tensors[name] = tensors[name] * 1.001  # no bf16 any more: rounding counts
     embedding = tensors["model.embed_tokens.weight"]
     embedding[5, 7], embedding[6, 1] = torch.nan, -torch.inf
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(3):
         part = {name: tensors[name] for name in sorted(tensors)[i::3]}
         save_file(part, folder / f"model-{i}.safetensors")
@@ -84,7 +84,8 @@ def experts(moe_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def written(experts: Path, unhookable: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bf16 GGUF of the checkpoint, written in two passes, through the stream's fallback."""
-    path, lines = tmp_path_factory.mktemp("two-pass") / "moe.gguf", []
+    path = tmp_path_factory.mktemp("two-pass") / "moe.gguf"
+    lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(install, "converter", lambda: unhookable)
         with ConverterStream(check(experts), lines.append, path) as stream:
@@ -131,7 +132,7 @@ def test_bin_checkpoint_is_its_safetensors_twin(experts: Path, written: bytes, t
 
     folder = tmp_path / experts.name
     folder.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(sorted(experts.glob("*.safetensors"))):
         tensors = load_file(shard)
         in_order = {

@@ -21,7 +21,7 @@ from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.source.imatrix import Imatrix, read
 
 
-def dat_bytes(entries: dict[str, tuple[int, np.ndarray]], tail: bytes = struct.pack("<ii", 7, 3) + b"a/b") -> bytes:
+def dat_bytes(entries: Mapping[str, tuple[int, ArrayLike]], tail: bytes = struct.pack("<ii", 7, 3) + b"a/b") -> bytes:
     parts = [struct.pack("<i", len(entries))]
     for name, (calls, values) in entries.items():
         raw = np.asarray(values, "<f4").tobytes()

@@ -8,12 +8,17 @@ import os
 import struct
 import subprocess
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 
+if TYPE_CHECKING:
+    from ptqtp_gguf.files.gguf import KV
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -38,7 +43,7 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], kind: str = "F32", ar
     return path
 
 
-def rewritten(source: Path, out: Path, change: list, rename: dict[str, str] | None = None) -> Path:
+def rewritten(source: Path, out: Path, change: list[KV], rename: dict[str, str] | None = None) -> Path:
     """A copy of a GGUF with other metadata and names, its tensors' bytes the same."""
     from ptqtp_gguf.files.gguf import OutTensor, Reader, write_stream
 

@@ -8,6 +8,7 @@ weights are rounded first, as the runtime does: to Q8_0, or for TP2_1 (panels) t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,10 @@ class Llama:
 
     def __init__(self, path: Path) -> None:
         with Reader(path) as r:
-            get = lambda key: r.get(f"llama.{key}")  # noqa: E731
+
+            def get(key: str) -> Any:
+                return r.get(f"llama.{key}")
+
             self.heads = int(get("attention.head_count"))
             self.kv_heads = int(get("attention.head_count_kv"))
             self.layers = int(get("block_count"))

@@ -171,6 +171,7 @@ except PtqtpError as e:
 """
 
 
+@pytest.mark.slow
 def test_large_files_take_no_memory_by_what_they_claim(tmp_path: Path) -> None:
     """Sparse files of gigabytes, read with a limit on memory."""
     a = ATTACKS

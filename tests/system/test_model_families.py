@@ -95,13 +95,14 @@ class Made:
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Made]]:
     """The families of this run, made once, two at a time: most of a conversion is one process importing torch."""
     here = [item for item in request.session.items if item.path == Path(__file__)]
-    wanted = {item.callspec.params["name"] for item in here}
+    wanted = {str(item.callspec.params["name"]) for item in here if isinstance(item, pytest.Function)}
     futures: dict[str, Future[Made]] = {name: Future() for name in wanted}
     with ThreadPoolExecutor(2) as pool:
         for name in FAMILIES:
             if name in wanted:  # transformers stays in this thread, for it sets warning filters
                 family, folder = FAMILIES[name], tmp_path_factory.mktemp(name)
-                tokens = np.random.default_rng(5).integers(3, family.settings["vocab_size"], N_TOKENS).tolist()
+                vocabulary = int(str(family.settings["vocab_size"]))
+                tokens = np.random.default_rng(5).integers(3, vocabulary, N_TOKENS).tolist()
                 try:
                     expected = build(family, folder / "checkpoint", tokens)
                 except Exception as e:  # fails the tests of this family alone

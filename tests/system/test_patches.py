@@ -80,6 +80,7 @@ def test_a_version_without_patches_is_refused() -> None:
     assert done.returncode == 1 and f"only for {PINNED}" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", UPSTREAMS)
 def test_the_patches_apply(version: str, tmp_path: Path) -> None:
     """To the pristine sdist, without fuzz. A hunk that is not at its line must fit there alone: the same switch cases

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPO
+from helpers import REPO, Cli
 
 BIG = "import sys; sys.byteorder = 'big'; sys.argv[0] = 'ptqtp-gguf'; from ptqtp_gguf.__main__ import main; main()"
 
@@ -47,7 +47,7 @@ def test_a_big_endian_machine_is_refused_by_the_compiler() -> None:
     assert done.returncode != 0 and "little-endian machines only" in errors[0]
 
 
-def test_a_big_endian_file_is_refused(cli, tmp_path: Path) -> None:
+def test_a_big_endian_file_is_refused(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "big.gguf"
     path.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(64))
     for args in (["inspect", path], ["convert", path, tmp_path / "out.gguf"], ["run", path, "-p", "x"]):

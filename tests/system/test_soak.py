@@ -9,6 +9,7 @@ import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import REPO
@@ -56,7 +57,7 @@ def test_connections_that_say_nothing_block_nobody(ours: Path, monkeypatch: pyte
 def test_a_server_that_dies_is_seen(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a client that gets another answer, and a leak."""
 
-    def kills(c: object) -> str:
+    def kills(c: Any) -> str:
         for folder in Path("/proc").iterdir():
             try:
                 if folder.name.isdigit() and f"--port\0{c.port}\0".encode() in (folder / "cmdline").read_bytes():

@@ -10,11 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +18,11 @@ import pytest
 from helpers import REPO
 
 from ptqtp_gguf.llamacpp import install
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 LOCKS = sorted((REPO / "requirements").glob("*.lock"))
 TOKEN = "hf_SecretSecretSecretSecretSecretSec"

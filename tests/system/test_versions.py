@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
 from helpers import REPO
 
 import ptqtp_gguf
 from ptqtp_gguf.codec import FORMAT_VERSION
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 UPSTREAM = dict(re.findall(r"^(\w+) = (.+)$", (REPO / "patches" / "UPSTREAM").read_text(), re.MULTILINE))

@@ -102,7 +102,7 @@ class Work:
         self.failed = 0
 
     def program(self, name: str, ours: bool = False) -> Path:
-        folder = self.args.bin_ours if ours else self.args.bin
+        folder: Path = self.args.bin_ours if ours else self.args.bin
         path = folder / name
         if not path.is_file():
             raise Stop(f"{'--bin-ours' if ours else '--bin'} {folder} holds no {name}; name the folder of the tools")
@@ -213,7 +213,8 @@ class Work:
     def measure(self, model: Model, item: Item) -> None:
         """Make the file, measure it on the texts that have no row yet, and delete it unless it was given or is kept."""
         missing = [t for t in self.texts if not self.results.done(self.key(model, item, t))]
-        base = {"model": model.name, "label": item.label, "kind": item.kind, "type": item.type, "make": item.make}
+        base: dict[str, str | None] = {"model": model.name, "label": item.label, "kind": item.kind}
+        base |= {"type": item.type, "make": item.make}
         base |= {"imatrix": sha256(item.imatrix) if item.imatrix else None, "commit": commit(), "machine": machine()}
         try:
             path = self.make_file(model, item)

@@ -230,13 +230,13 @@ def place(sizes: Sequence[Point], at: Sequence[Point], taken: list[Box], area: B
     """
     corners = []
     for (w, h), (x, y) in zip(sizes, at, strict=True):
-        tries = []
+        tries: list[tuple[int, int, Box]] = []
         for gap in (7, 12, 18, 26, 36, 48, 62, 78, 96, 120):
             for angle in (0, 180, 90, 270, 30, -30, 150, 210, 60, -60, 120, 240):
                 c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
                 left = x + gap * c - (0 if c > 0.3 else w if c < -0.3 else w / 2)
                 low = y + gap * s - (0 if s > 0.6 else h if s < -0.6 else h / 2)
-                box = (left, low, left + w, low + h)
+                box: Box = (left, low, left + w, low + h)
                 inside = area[0] <= box[0] and area[1] <= box[1] and box[2] <= area[2] and box[3] <= area[3]
                 tries.append((sum(overlaps(box, t) for t in taken) + (0 if inside else 100), len(tries), box))
         box = min(tries)[2]
@@ -283,7 +283,7 @@ def figure(rows: list[Row], model: str, path: Path) -> None:
     for name, group, marker, colour, size in styles:
         xy = [(r["bpw"], r["kld"]) for r in group]
         if xy:
-            look = {"s": size, "marker": marker, "c": colour, "lw": 0.8, "ec": "white"}
+            look: dict[str, Any] = {"s": size, "marker": marker, "c": colour, "lw": 0.8, "ec": "white"}
             ax.scatter(*zip(*xy, strict=True), label=name, zorder=3, **look)
         for r in group:
             by_type.setdefault(r["type"] or r["label"], []).append(r)
@@ -329,13 +329,14 @@ def figure(rows: list[Row], model: str, path: Path) -> None:
         anchors.append(tuple(ax.transData.transform((r["bpw"], r["kld"]))))
     boxes = [t.get_window_extent() for t in texts]
     points = [ax.transData.transform((r["bpw"], r["kld"])) for r in shown]
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
+    taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
     taken.append(legend.get_window_extent().extents)
     corners = place([(b.width + 2, b.height + 2) for b in boxes], anchors, taken, tuple(ax.bbox.extents))
     to_axes = ax.transAxes.inverted()
     for text, box, (x, y), (px, py) in zip(texts, boxes, corners, anchors, strict=True):
         text.set_transform(ax.transAxes)  # so that it stays where it is whatever the resolution
-        text.set_position(to_axes.transform((x + 1, y + 1 - box.y0)))
+        at = to_axes.transform((x + 1, y + 1 - box.y0))
+        text.set_position((at[0], at[1]))
         nearest = (min(max(px, x), x + box.width), min(max(py, y), y + box.height))
         if math.dist(nearest, (px, py)) > 14:
             ends = to_axes.transform([nearest, (px, py)])

@@ -15,6 +15,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import gguf
 import numpy as np
@@ -87,7 +89,7 @@ def on_cpu(target: int, method: str, w: np.ndarray) -> np.ndarray:
     return native.to_q8_0(w)
 
 
-def check_equality(encoder: cuda.CudaEncoder, n: int) -> list[dict]:
+def check_equality(encoder: cuda.CudaEncoder, n: int) -> list[dict[str, Any]]:
     """Blocks that differ, of all."""
     out = []
     for name, source, raw, w in samples(n):
@@ -123,7 +125,7 @@ def repeat(seconds: float, f: Callable[[], None], settle: Callable[[], None]) ->
     return (time.perf_counter() - start) / times
 
 
-def speed(encoder: cuda.CudaEncoder, seconds: float) -> list[dict]:
+def speed(encoder: cuda.CudaEncoder, seconds: float) -> list[dict[str, Any]]:
     """Gweights/s of a piece of bf16 weights."""
     rng = np.random.default_rng(3)
     w = 0.02 * rng.standard_normal((PIECE // 2 // COLUMNS, COLUMNS), np.float32)
@@ -142,25 +144,24 @@ def speed(encoder: cuda.CudaEncoder, seconds: float) -> list[dict]:
         kernel = cuda.KERNELS[target, method]
         extra = (slot.moved.address,) if method == "paper" else ()
 
-        def alone(kernel=kernel, slot=slot, groups=groups, threads=threads, stats=stats, extra=extra) -> None:
-            piece = (slot.source.address, np.int32(BF16), np.uint32(groups))
-            device.launch(kernel, threads, *piece, np.uint64(0), slot.out.address, stats, *extra)
-
+        piece = (slot.source.address, np.int32(BF16), np.uint32(groups))
+        place = (np.uint64(0), slot.out.address, stats)
+        alone = partial(device.launch, kernel, threads, *piece, *place, *extra)
         alone_s = repeat(seconds, alone, lambda: call(device.driver.cuStreamSynchronize(device.compute)))
 
         flying: deque[cuda.Pending] = deque()
 
-        def settle(flying=flying) -> None:
+        def settle(flying: deque[cuda.Pending] = flying) -> None:
             while flying:
                 flying.popleft().result()
 
-        def pinned(target=target, method=method, flying=flying) -> None:
+        def pinned(target: int = target, method: str = method, flying: deque[cuda.Pending] = flying) -> None:
             buffer = encoder.buffer(*raw.shape)
             flying.append(encoder.submit(buffer, BF16, target, method))
             if len(flying) > 1:
                 flying.popleft().result(copy=False)
 
-        def ordinary(target=target, method=method, flying=flying) -> None:
+        def ordinary(target: int = target, method: str = method, flying: deque[cuda.Pending] = flying) -> None:
             flying.append(encoder.submit(raw, BF16, target, method))
             if len(flying) > 1:
                 flying.popleft().result()
@@ -171,8 +172,8 @@ def speed(encoder: cuda.CudaEncoder, seconds: float) -> list[dict]:
         pinned_s = repeat(seconds, pinned, settle)
         ordinary_s = repeat(seconds, ordinary, settle)
         rows = len(values) if target != TP2_0.id else len(values) // 4
-        cpu_s = min(timed(lambda t=target, m=method, k=rows: on_cpu(t, m, values[:k])) for _ in range(2))
-        row = {
+        cpu_s = min(timed(partial(on_cpu, target, method, values[:rows])) for _ in range(2))
+        row: dict[str, Any] = {
             "method": name_of(target, method),
             "kernel": w.size / alone_s / 1e9,
             "pinned": w.size / pinned_s / 1e9,
@@ -196,7 +197,7 @@ def timed(f: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def model(encoder: cuda.CudaEncoder, target: int, method: str, layers: int) -> dict:
+def model(encoder: cuda.CudaEncoder, target: int, method: str, layers: int) -> dict[str, Any]:
     """Every tensor of the model through the encoder: seconds, and bytes each way."""
     rng = np.random.default_rng(5)
     tile = to_bf16(0.02 * rng.standard_normal(1 << 25, np.float32))
@@ -255,7 +256,7 @@ def main() -> None:
     start = time.perf_counter()
     with cuda.CudaEncoder() as encoder:
         print(f"{encoder.device.name}, kernels compiled in {time.perf_counter() - start:.1f} s", flush=True)
-        report: dict = {"device": encoder.device.name, "cpus": os.cpu_count()}
+        report: dict[str, Any] = {"device": encoder.device.name, "cpus": os.cpu_count()}
 
         def save() -> None:
             if args.json:

@@ -141,7 +141,7 @@ def write_seeds(target: str, seed: int, corpus: Path) -> None:
 # ---- running ----
 
 
-def run_native(target: str, home: Path, seconds: int, seed: int, folder: Path) -> dict[str, object]:
+def run_native(target: str, home: Path, seconds: int, seed: int, folder: Path) -> dict[str, Any]:
     """One native target. libFuzzer counts seconds of the clock, our driver those of computing."""
     corpus, findings = folder / "corpus" / target, folder / "findings"
     write_seeds(target, seed, corpus)
@@ -168,7 +168,7 @@ def run_native(target: str, home: Path, seconds: int, seed: int, folder: Path) -
     }
 
 
-def run_script(name: str, seconds: int, seed: int, folder: Path) -> list[dict[str, object]]:
+def run_script(name: str, seconds: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     """fuzz_readers.py or fuzz_loader.py: a line of JSON a result."""
     command = [sys.executable, str(REPO / "tools" / "fuzz" / f"fuzz_{name}.py"), "--seed", str(seed)]
     command += ["--seconds", str(seconds), "--corpus", str(folder / "corpus")]
@@ -199,7 +199,7 @@ def main() -> int:
     compiler = args.compiler or default_compiler()
     native = [t for t in targets if t in (*NATIVE, "gguf")]
     home = build(folder, compiler, native) if native else folder
-    results: list[dict[str, object]] = []
+    results: list[dict[str, Any]] = []
     for target in targets:
         started = time.monotonic()
         if target in native:
@@ -210,7 +210,7 @@ def main() -> int:
             print(json.dumps(result), f"{time.monotonic() - started:.0f} s", flush=True)
         results += found
     (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
-    findings = sum(len(r["findings"]) for r in results)  # type: ignore[arg-type]
+    findings = sum(len(r["findings"]) for r in results)
     print(f"{findings} findings" + (f", see {folder / 'findings'}" if findings else ""))
     return 1 if findings else 0
 

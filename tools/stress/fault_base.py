@@ -151,6 +151,7 @@ class Layer:
                 resource.setrlimit(what, (value, value))
 
         with open(out, "wb") as o, open(err, "wb") as e:
+            process: _Forked | _Executed
             if fork:
                 process = _Forked(args, env, o.fileno(), e.fileno(), limit)
             else:

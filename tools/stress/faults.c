@@ -1,5 +1,5 @@
-// A fault layer for tools/stress/fault_test.py: LD_PRELOADed, it counts the system calls on paths below a folder and lets one
-// of them, or some, or all from one on, fail. Linux, 64 bits, glibc.
+// A fault layer for tools/stress/fault_test.py: LD_PRELOADed, it counts the system calls on paths below a folder and
+// lets one of them, or some, or all from one on, fail. Linux, 64 bits, glibc.
 //
 //   FAULTS_FOLDER  only paths below it count; an absolute path without links
 //   FAULTS_STATE   a file of sizeof(struct state) bytes, shared by all processes of a run

@@ -151,7 +151,7 @@ def _child(path: str, server: str | None, layers: int, rows: bool, out: str) -> 
         lib.llama_model_default_params = without_panels
     if server:
         model.use_servers([server])
-    model = llama_cpp.Llama(
+    loaded = llama_cpp.Llama(
         path,
         n_ctx=256,
         logits_all=True,
@@ -161,11 +161,11 @@ def _child(path: str, server: str | None, layers: int, rows: bool, out: str) -> 
         n_gpu_layers=layers if server else 0,
     )
     together, alone = FEED
-    tokens = model.tokenize(TEXT.encode())[: together + alone]
-    model.eval(tokens[:together])
+    tokens = loaded.tokenize(TEXT.encode())[: together + alone]
+    loaded.eval(tokens[:together])
     for token in tokens[together:]:
-        model.eval([token])
-    np.save(out, model.scores[: len(tokens)])
+        loaded.eval([token])
+    np.save(out, loaded.scores[: len(tokens)])
 
 
 def command(on: Hosts, *arguments: object) -> list[str]:
