@@ -45,7 +45,8 @@ def test_in_order_is_a_plain_model_with_what_was_replaced(tmp_path: Path) -> Non
     rng = np.random.default_rng(2)
     weights = {prefix.format(i): rng.uniform(0.2, 3, tokens.shape).astype(np.float32) for i in range(2)}
     (tmp_path / "work").mkdir()
-    stages, ended = [], []
+    stages: list[list[str]] = []
+    ended: list[int] = []
     for stage in in_order(found, tokens, name, wanted, tmp_path / "work", finished=ended.append, weights=weights):
         stages.append(list(stage.params))
         assert len(ended) == stage.index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def test_planes_that_are_cut(source: Path, out: Path) -> None:
 
 
 def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
-    out, job = tmp_path / "m.gguf", {"header": "h", "options": {"--calib": ["a"], "--tune": False}}
+    out = tmp_path / "m.gguf"
+    job: dict[str, Any] = {"header": "h", "options": {"--calib": ["a"], "--tune": False}}
     t, norm = (
         TensorInfo("blk.0.exps.weight", (64, 6, 2), 0, 0, 3072),
         TensorInfo("blk.0.attn_norm.weight", (48,), 0, 0, 192),

@@ -18,6 +18,6 @@ def test_scale_codes() -> None:
     assert values[0] == 2.0**-15 and values[-1] == 1.9375
     assert np.array_equal(values, [(1 + c % 16 / 16) * 2.0 ** (c // 16 - 15) for c in range(256)])
     assert np.array_equal(scale_from_float(values), codes)
-    probe = np.concatenate([values, (values[1:] + values[:-1]) / 2, np.float32([0, -1, 1e-9, 5, np.inf])])
+    probe = np.concatenate([values, (values[1:] + values[:-1]) / 2, np.array([0, -1, 1e-9, 5, np.inf], np.float32)])
     probe = np.concatenate([probe, np.nextafter(probe, np.float32(0)), np.nextafter(probe, np.float32(9))])
     assert scale_from_float(probe).tolist() == [native.scale_from_float(float(x)) for x in probe]

@@ -37,7 +37,7 @@ def test_the_command(run: Callable[..., str], ours: Path, tiny_gguf: Path, tmp_p
     assert "ptqtp-gguf diff" in run("diff", "--help")
 
 
-def test_exit_codes(cli: Callable, ours: Path, tiny_gguf: Path) -> None:  # type: ignore[type-arg]
+def test_exit_codes(cli: Callable, ours: Path, tiny_gguf: Path) -> None:
     different = cli("diff", tiny_gguf, ours, "--exit-code", "-q")
     assert (different.returncode, different.stdout, different.stderr) == (1, "", "")
     bad = cli("diff", ours, "absent.gguf")

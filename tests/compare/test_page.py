@@ -270,7 +270,9 @@ def test_in_a_browser(browser: Any, folder: Path, tmp_path: Path, size: tuple[in
     page.screenshot(path=tmp_path / "page.png", full_page=True, timeout=180_000)  # 30 s are too few on a busy machine
     image = Image.open(tmp_path / "page.png").convert("RGB")
     assert image.width == size[0] and len(image.getcolors(1 << 24) or []) > 100
-    corner = sum(image.getpixel((2, 2)))
+    pixel = image.getpixel((2, 2))
+    assert isinstance(pixel, tuple)
+    corner = sum(pixel)
     assert corner > 700 if theme == "light" else corner < 100
     figure = page.query_selector("#kld-over-size svg").screenshot()
     colours = Image.open(io.BytesIO(figure)).convert("RGB").getcolors(1 << 24) or []
@@ -282,7 +284,12 @@ def test_in_a_browser(browser: Any, folder: Path, tmp_path: Path, size: tuple[in
 def test_hostile_page_runs_nothing(browser: Any, hostile: tuple[Path, dict[str, Any]]) -> None:
     page = browser.new_page()
     said: list[str] = []
-    page.on("dialog", lambda d: (said.append(d.message), d.dismiss()))
+
+    def dismiss(dialog: Any) -> None:
+        said.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", dismiss)
     page.on("console", lambda m: said.append(m.text))
     page.goto((hostile[0] / "index.html").as_uri())
     assert not said and page.evaluate("document.scripts.length") == 0

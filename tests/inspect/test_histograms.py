@@ -26,7 +26,7 @@ def counted_by_numpy(data: np.ndarray, kind: str) -> tuple[list[int], np.ndarray
     """Digits' counts and the |scales| that are not of an empty group, by the reference decoder."""
     if kind == "TP2_1":
         digits, codes = packing.unpack(TP2_1, data)
-        scales = scale_to_float(codes).reshape(-1)
+        scales = scale_to_float(codes.astype(np.uint8)).reshape(-1)
         empty = (digits.reshape(-1, 32) == 4).all(axis=1) & (codes.reshape(-1) == 0)
         scales = scales[~empty]
     else:
@@ -64,6 +64,7 @@ def test_digits_and_scales_of_a_file(kind: str, tmp_path: Path, rng: np.random.G
     convert(source, out, Options(type=kind, tensor_types=(f"token_embd={kind}",)))
     seen: list[tuple[str, int, int, str]] = []
     found = plane_statistics(out, lambda *x: seen.append(x))
+    assert found.total
     assert seen[-1][1] == seen[-1][2] == found.total.weights == sum(tensors[n].size for n in found.tensors)
     assert found.tensors.keys() == tensors.keys() - {"blk.0.attn_norm.weight"}
     with Reader(out) as r:
@@ -91,7 +92,7 @@ def test_any_bytes_are_counted_as_they_decode(rng: np.random.Generator) -> None:
     assert np.array_equal(counts[0], np.bincount(words[:, :6].reshape(-1), minlength=65536))
     assert np.array_equal(counts[1], np.bincount(words[:, 6], minlength=65536))
     with pytest.raises(QuantizeError, match="15 bytes; units have 14"):
-        native.count_words(np.zeros(15, np.uint8), *counts[:2])
+        native.count_words(np.zeros(15, np.uint8), counts[0], counts[1])
     with pytest.raises(QuantizeError, match="65536 contiguous uint64"):
         native.count_words(data, counts[0][:5], counts[1])
 

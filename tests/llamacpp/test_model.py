@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +209,9 @@ def test_rpc_between_patched_peers(demo_files: dict[str, Path], tmp_path: Path) 
     assert "Accepted client connection" in (tmp_path / "server.log").read_text(errors="replace")
 
 
-def test_a_file_that_the_runtime_cannot_load(tiny_gguf: Path, cli) -> None:
+def test_a_file_that_the_runtime_cannot_load(
+    tiny_gguf: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     with pytest.raises(InputError, match="the runtime cannot load this file"):
         runtime.load(tiny_gguf)
     done = cli("run", tiny_gguf, "-p", "x")

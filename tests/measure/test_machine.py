@@ -6,6 +6,7 @@ import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,12 @@ def test_probe_reads_every_word(rng: np.random.Generator) -> None:
 def test_probe_of_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: set[int] = set()
     read = native.read_sum
-    monkeypatch.setattr(native, "read_sum", lambda data: calls.add(threading.get_ident()) or read(data))
+
+    def noted(data: Any) -> int:
+        calls.add(threading.get_ident())
+        return read(data)
+
+    monkeypatch.setattr(native, "read_sum", noted)
     monkeypatch.setattr(machine, "free_memory", lambda: 200 << 20)  # 25 MB a thread
     assert machine.read_bandwidth(2, 0.01) > 0 and len(calls) == 2
     with pytest.raises(BenchError, match="close other programs"):

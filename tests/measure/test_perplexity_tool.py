@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ptqtp_gguf.errors import BenchError
+from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.measure import perplexity_tool
 
 PRINTED = """
@@ -43,5 +44,5 @@ def test_llama_perplexity_is_read() -> None:
 
 def test_output_that_was_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answers = ["", "Mean PPL(Q)", PRINTED]
-    monkeypatch.setattr(perplexity_tool.install, "run_tool", lambda *words: answers.pop(0))
+    monkeypatch.setattr(install, "run_tool", lambda *words: answers.pop(0))
     assert perplexity_tool._figures(tmp_path, [], 2, 512).tokens == 510 and not answers

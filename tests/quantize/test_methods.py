@@ -14,7 +14,7 @@ from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, scale_to_float
 from ptqtp_gguf.conversion.prepare import stage_of
 from ptqtp_gguf.errors import QuantizeError
-from ptqtp_gguf.quantize.methods import METHODS, direct, find, quantize
+from ptqtp_gguf.quantize.methods import METHODS, Method, direct, find, quantize
 
 SEARCH, PAPER = METHODS["search"], METHODS["paper"]
 CASES = [(t, m) for m in METHODS.values() if m.reference for t in m.types]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ PAPER = METHODS["paper"]
 
 def sample(kind: str, n: int, seed: int = 7) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    x = {"gaussian": rng.normal, "laplace": rng.laplace, "t5": lambda size: rng.standard_t(5, size)}[kind](
-        size=(n, 1024)
-    )
+    draw: dict[str, Any] = {
+        "gaussian": rng.normal,
+        "laplace": rng.laplace,
+        "t5": lambda size: rng.standard_t(5, size),
+    }
+    x = draw[kind](size=(n, 1024))
     return (0.02 * x).astype(np.float32)
 
 

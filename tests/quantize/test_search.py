@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -22,9 +24,12 @@ def rel_mse(t: TensorType, w: np.ndarray, packed: np.ndarray) -> float:
 
 def sample(kind: str, n: int, seed: int = 7) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    x = {"gaussian": rng.normal, "laplace": rng.laplace, "t5": lambda size: rng.standard_t(5, size)}[kind](
-        size=(n, 1024)
-    )
+    draw: dict[str, Any] = {
+        "gaussian": rng.normal,
+        "laplace": rng.laplace,
+        "t5": lambda size: rng.standard_t(5, size),
+    }
+    x = draw[kind](size=(n, 1024))
     return (0.02 * x).astype(np.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from helpers import REPO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from imatrix_files import make_imatrix, tiny_table, write_imatrix
+from numpy.typing import ArrayLike
 
 from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.errors import (

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from ptqtp_gguf.source import checkpoint
 pytestmark = pytest.mark.runtime
 
 
-def test_checkpoint_to_text(cli, demo_files: dict[str, Path]) -> None:
+def test_checkpoint_to_text(cli: Callable[..., subprocess.CompletedProcess[str]], demo_files: dict[str, Path]) -> None:
     with Reader(demo_files["ours"]) as r:
         matrices = [t for t in r.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
         assert len(matrices) == 210 and {t.type_name for t in matrices} == {"TP2_1"}
@@ -40,7 +41,9 @@ def test_checkpoint_to_text(cli, demo_files: dict[str, Path]) -> None:
     assert plain.stdout.split() == done.stdout.split()
 
 
-def test_chat_and_serve_answer(cli, demo_files: dict[str, Path]) -> None:
+def test_chat_and_serve_answer(
+    cli: Callable[..., subprocess.CompletedProcess[str]], demo_files: dict[str, Path]
+) -> None:
     question = "What is the capital of France?"
     done = cli("chat", demo_files["ours"], "-p", question, "--temp", "0", "-n", "12")
     assert done.returncode == 0 and "Paris" in done.stdout, done.stderr

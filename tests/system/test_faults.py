@@ -21,10 +21,10 @@ from helpers import REPO, Cli, safetensors_bytes, write_gguf
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.conversion.export import export_q4_0
-from ptqtp_gguf.errors import InputError, OutputError
+from ptqtp_gguf.errors import InputError, Interrupted, OutputError
 from ptqtp_gguf.files import writing as output
 from ptqtp_gguf.files.journal import Journal, journal_path
-from ptqtp_gguf.files.writing import check_target, write_text
+from ptqtp_gguf.files.writing import write_text
 from ptqtp_gguf.plan.options import Options
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ptqtp_gguf.codec import TritPlanes
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

@@ -73,7 +73,7 @@ def test_tuning(folder: Path, how: Options, bf16: Path, tiny_checkpoint: Path, m
     assert all(e < 0.08 for e in errors.values())
     assert not summary.notes  # every plane and every norm was found
     with Reader(out) as q:
-        told_of = q.get(fmt.Key.CALIBRATION)
+        told_of = str(q.get(fmt.Key.CALIBRATION))
         assert q.get(fmt.Key.METHOD) == "tuned" and "; tuned on at most 1024 tokens, 3 steps" in told_of
 
 
@@ -86,7 +86,7 @@ def test_tuning_on_other_text(folder: Path, how: Options, tiny_checkpoint: Path)
     told: list[str] = []
     convert(tiny_checkpoint, out, with_(how, **other), lambda stage, *_: told.append(stage))
     with Reader(out) as q:
-        assert "of other.txt, 2 steps" in q.get(fmt.Key.CALIBRATION)
+        assert "of other.txt, 2 steps" in str(q.get(fmt.Key.CALIBRATION))
     fox.write_text("The quick brown fox. " * 30)
     told.clear()
     with pytest.raises(CalibrationError, match=r"--tune: \d windows of 64 .* 16 are needed"):

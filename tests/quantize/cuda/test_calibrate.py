@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +21,18 @@ Arrays = tuple[np.ndarray, ...]
 EYE = np.eye(32, dtype=np.float32)
 
 
+def whole(a: np.ndarray) -> np.ndarray:
+    """The array that a view is cut out of."""
+    assert a.base is not None
+    return a.base
+
+
 class HostGroups:
     """Its kernels on the CPU."""
 
     def __init__(self, library: Path) -> None:
-        p, i64 = ctypes.c_void_p, ctypes.c_int64
+        p: Any = ctypes.c_void_p
+        i64 = ctypes.c_int64
         self.lib = ctypes.CDLL(str(library))
         self.lib.run.argtypes = [ctypes.c_char_p, *[p, i64] * 5, ctypes.c_int, ctypes.c_int]
 
@@ -41,7 +49,7 @@ class GpuGroups:
 
     def run(self, kernel: str, rows: int, matrices: Arrays, window: int) -> None:
         wait = self.device.driver.cuCtxSynchronize
-        memory = [(m.base.view(np.uint8).reshape(-1), nvidia.Buffer(self.device)) for m in matrices]
+        memory = [(whole(m).view(np.uint8).reshape(-1), nvidia.Buffer(self.device)) for m in matrices]
         places = []
         for m, (raw, buffer) in zip(matrices, memory, strict=True):
             buffer.reserve(raw.size)
@@ -83,7 +91,7 @@ def assert_same(
     inputs, outputs = [padded(a, 3) for a in (x, m)], [padded(a, 5) for a in (*planes, np.full_like(x, 99))]
     groups.run(kernel, len(x), (*inputs, *outputs), window)
     for a in (*inputs, *outputs):
-        assert (a.base[:, a.shape[1] :] == 77).all() and (a.base[-1] == 77).all()
+        assert (whole(a)[:, a.shape[1] :] == 77).all() and (whole(a)[-1] == 77).all()
     assert np.array_equal(outputs[0], want[0]) and np.array_equal(outputs[1], want[1])
     got, moved = outputs[2].copy().view(np.uint32), want[2].view(np.uint32)
     assert ((got == moved) | (np.isnan(outputs[2]) & np.isnan(want[2]))).all()  # the sign of zero included
