@@ -84,7 +84,7 @@ def test_the_reference_of_a_checkpoint(
     store = Store(tmp_path)
     path, sha = reference_of(tiny_checkpoint, store, no_progress)
     assert path.read_bytes() == reference.read_bytes() and sha == file_sha256(reference)
-    allow = refuse(monkeypatch, conversion, "make_bf16")
+    allow = refuse(monkeypatch, peers, "make_bf16")
     assert reference_of(tiny_checkpoint, store, no_progress) == (path, sha)
     assert reference_of(reference, store, no_progress) == (reference, sha)
     allow()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import Cli
 
+from ptqtp_gguf.calibrate.texts import BUILTIN_FILE as CALIBRATION_FILE
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
 from ptqtp_gguf.files.writing import cache_folder
@@ -20,7 +21,7 @@ from ptqtp_gguf.llamacpp import model as runtime
 from ptqtp_gguf.measure import evaluate_by_tool, generation
 from ptqtp_gguf.measure import quality as evaluation
 from ptqtp_gguf.measure.quality import evaluate
-from ptqtp_gguf.measure.text import BUILTIN_FILE, load_text, windows_of
+from ptqtp_gguf.measure.text import load_text, windows_of
 from ptqtp_gguf.plan.options import Options
 
 pytestmark = pytest.mark.runtime
@@ -226,7 +227,7 @@ def test_command(cli: Cli, tiny: dict[str, Path], text: Path, tmp_path: Path) ->
 def test_builtin_text_is_apart_from_the_calibration_text() -> None:
     found = load_text(None)
     assert found.builtin and 100_000 < len(found.text.encode()) < 150_000
-    calibration = gzip.decompress(BUILTIN_FILE.with_name("builtin.jsonl.gz").read_bytes()).decode()
+    calibration = gzip.decompress(CALIBRATION_FILE.read_bytes()).decode()
     learned = {s.strip() for line in calibration.splitlines() for s in json.loads(line)["text"].splitlines()}
     lines = {s.strip() for s in found.text.splitlines()}
     assert not {s for s in lines & learned if len(s) > 40}
