@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Cli, copy_tokenizer, demo_folder, write_gguf
+from helpers import Cli, demo_folder, write_gguf
+from tiny_models import SPM_VOCAB, write_tokenizer
 
 SHAPES = {  # (rows, columns) in numpy order
     "token_embd.weight": (40, 64),
@@ -76,13 +77,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers with the demo model's tokenizer, sharded, saved by transformers."""
+    """A random Llama of two layers with a tokenizer of its own, sharded, saved by transformers."""
     import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
     config = transformers.LlamaConfig(
-        vocab_size=49152,
+        vocab_size=SPM_VOCAB,
         hidden_size=128,
         intermediate_size=192,
         num_hidden_layers=2,
@@ -96,21 +97,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="8MB")
-    copy_tokenizer(folder)
+    model.save_pretrained(folder, max_shard_size="250KB")
+    write_tokenizer(folder)
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 
 
 @pytest.fixture(scope="session")
 def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Mixtral of two layers, four experts of which two are used, with the demo model's tokenizer."""
+    """A random Mixtral of two layers, four experts of which two are used, with a tokenizer of its own."""
     import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-moe"
     config = transformers.MixtralConfig(
-        vocab_size=49152,
+        vocab_size=SPM_VOCAB,
         hidden_size=128,
         intermediate_size=224,
         num_hidden_layers=2,
@@ -126,7 +127,7 @@ def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(0)
     transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    copy_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 

@@ -70,7 +70,7 @@ def test_a_comparison(tiny_checkpoint: Path, reference: Path, settings: Settings
         ("TP2_0", "ours"),
         ("Q4_0", "stock"),
     ]
-    assert doc.model.weights == inspect(reference).weights and doc.model.vocab == 49152
+    assert doc.model.weights == inspect(reference).weights and doc.model.vocab == 384
     rows = {r.label: r for r in doc.rows}
     files = {p.name: p for p in settings.cache.rglob("*.gguf")} if settings.cache else {}
     for row in doc.rows:
@@ -84,8 +84,7 @@ def test_a_comparison(tiny_checkpoint: Path, reference: Path, settings: Settings
     for row in doc.rows[1:]:
         assert [s.test for s in row.speed] == ["pp16", "tg4"] and all(s.median > 0 for s in row.speed)
         assert set(row.ratios) == set(rows) - {row.label, "reference"} and row.peak_memory
-        worst = [t.rel_mse for t in row.tensors if t.role == "block matrix"][-1]
-        assert worst and 0 < worst < 0.1
+        assert 0 < max(t.rel_mse or 0 for t in row.tensors if t.role == "block matrix") < 0.1
     assert rows["TP2_1"].digits and sum(rows["TP2_1"].digits.counts) == sum(
         t.weights for t in rows["TP2_1"].tensors if t.type == "TP2_1"
     )

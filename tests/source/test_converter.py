@@ -141,7 +141,7 @@ def test_bin_checkpoint_is_its_safetensors_twin(experts: Path, written: bytes, t
         torch.save(in_order, folder / f"pytorch_model-{i}.bin")
         weight_map |= dict.fromkeys(tensors, f"pytorch_model-{i}.bin")
     (folder / BIN_INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    for path in experts.glob("*.json"):
+    for path in (*experts.glob("*.json"), experts / "tokenizer.model"):
         if path.name != INDEX:
             shutil.copy(path, folder)
     found = check(folder)

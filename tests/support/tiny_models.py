@@ -188,14 +188,19 @@ def build(family: Family, folder: Path, tokens: list[int]) -> np.ndarray:
         # read again, because .to(bfloat16) rounded tables too (rope frequencies), for good
         model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         logits: np.ndarray = model(torch.tensor([tokens]), use_cache=False).logits[0].double().numpy()
-    _add_tokenizer(family, folder)
+    if family.bpe:
+        copy_tokenizer(folder)
+    else:
+        write_tokenizer(folder)
     return logits
 
 
-def _add_tokenizer(family: Family, folder: Path) -> None:
-    if family.bpe:
-        copy_tokenizer(folder)
-        return
+def write_tokenizer(folder: Path) -> None:
+    """Give a checkpoint a SentencePiece tokenizer of SPM_VOCAB pieces, trained on the spot in a moment.
+
+    A byte-level BPE cannot be made so: the converter knows one by the hash of its tokens of a long text, that is by its
+    vocabulary. Where an architecture must have one, the demo model's is copied.
+    """
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
