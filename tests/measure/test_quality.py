@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from helpers import Cli
 
-from ptqtp_gguf.calibrate.texts import BUILTIN_FILE as CALIBRATION_FILE
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import InputError, Interrupted, RuntimeMissing
 from ptqtp_gguf.llamacpp import install
