@@ -39,7 +39,7 @@ ARM_CPUS = {
     "neoverse-n1": "neon_dotprod",
     "max": "neon_i8mm",
 }
-X86_KERNELS = ("scalar", "ssse3", "avx", "avx2", "avxvnni", "avx512bw", "avx512vnni", "amx")
+KERNELS = REPO / "native" / "kernels" / "kernels.inc"
 # the variant of ggml-cpu that a portable wheel must load: told by its features; and our kernel in it
 WHEEL_CPUS = {
     "qemu64": ("x64", set(), "scalar"),
@@ -303,6 +303,13 @@ class _Name:
 cell_name = _Name()
 
 
+def x86_kernels() -> list[str]:
+    """The instruction sets of the one list of kernels that can run here, the scalar one among them."""
+    text = KERNELS.read_text()
+    here = re.sub(r"#ifdef PTQTP_ARM64\n.*?#endif\n", "", text, flags=re.DOTALL)
+    return re.findall(r"^PTQTP_PANEL_KERNEL\((\w+)\)$", here, flags=re.MULTILINE)
+
+
 def cells() -> list[Cell]:
     sanitize = ("-DPTQTP_SANITIZE=ON", "-DPTQTP_OPTIMIZE=-O0")
     table = []
@@ -311,7 +318,7 @@ def cells() -> list[Cell]:
         what = f"native tests, {cc} -O0, address and undefined behaviour"
         table.append(Cell(f"{cc}-sanitize", what, functools.partial(compiler, cc, cxx, *sanitize)))
     if X86:
-        for name in X86_KERNELS:
+        for name in x86_kernels():
             table.append(Cell(f"kernel-{name}", f"native tests, {name} forced", functools.partial(forced, name)))
         for cpu, kernel in X86_CPUS.items():
             what = f"native tests under qemu, a {cpu}: {kernel}"
