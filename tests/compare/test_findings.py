@@ -454,6 +454,35 @@ def test_any_number_is_borne(seed: int, tmp_path: Path) -> None:
     assert printed(doc)
 
 
+@needs_page
+def test_labels_of_many_points_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptqtp_gguf.compare import plots
+
+    boxes: list[Any] = []
+    finish = plots._finish
+
+    def measured(figure: Any, *words: str) -> Any:
+        axes = figure.axes[0]
+        boxes.extend(t.get_window_extent() for t in axes.texts if t.get_text())
+        boxes.append(figure.bbox.frozen())
+        return finish(figure, *words)
+
+    monkeypatch.setattr(plots, "_finish", measured)
+    rng = random.Random(1)
+    rows = [
+        {"kind": "stock" if i % 4 else "ours", "label": f"Type {i} imatrix"[: 6 + i % 10], "size": int(size * 1e6)}
+        | {"quality": {"kld": math.exp(rng.gauss(9 - size / 10, 0.4))}}
+        for i, size in enumerate(rng.uniform(60, 140) for _ in range(18))
+    ]
+    rows = [row | {"label": f"{row['label']}{i}"} for i, row in enumerate(rows)]
+    doc = {"schema": 1, "model": {"name": "tiny"}, "machine": {"cpu": "any"}, "rows": rows}
+    plots.draw(read_document(doc), [plots.kld_over_size])
+    *boxes, frame = boxes
+    assert len(boxes) == 18
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
+
+
 def test_experts_of_a_block_are_one_cell() -> None:
     from ptqtp_gguf.compare.plots import block_errors
 
