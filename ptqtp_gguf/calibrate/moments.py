@@ -35,7 +35,6 @@ _MEANING = {  # of the fingerprint's entries, for messages
     "model": "another model",
     "tokens": "another text",
     "shape": "other windows",
-    "sequential": "other settings",
     "tensors": "other tensors",
 }
 
@@ -58,10 +57,8 @@ class Moment:
         return [i for i, n in enumerate(self.counts) if n < minimum]
 
 
-def fingerprint(
-    found: Checkpoint, tokens: NDArray[np.int64], sequential: str, wanted: list[str] | None
-) -> dict[str, Any]:
-    """What decides the moments: config, shards' headers and a sample of their data, tokens, and the caller's tag."""
+def fingerprint(found: Checkpoint, tokens: NDArray[np.int64], wanted: list[str] | None) -> dict[str, Any]:
+    """What decides the moments: config, shards' headers and a sample of their data, and tokens."""
     model = hashlib.sha256((found.folder / "config.json").read_bytes())
     for shard in found.shards:
         with open_regular(shard, CalibrationError) as f:
@@ -76,7 +73,6 @@ def fingerprint(
         "model": model.hexdigest(),
         "tokens": text,
         "shape": list(tokens.shape),
-        "sequential": sequential,
         "tensors": tensors,
     }
 

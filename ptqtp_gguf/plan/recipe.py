@@ -271,11 +271,6 @@ def _target(name: str, where: str) -> str:
     return name.upper()
 
 
-def default_rules(block_type: TensorType) -> list[Rule]:
-    """Rules of the recipe `default`: every block matrix in block_type; see `recipes/default.json` for the rest."""
-    return list(load("default").bind(block_type.name).rules)
-
-
 def rule_for(t: TensorInfo, rules: Sequence[Rule], model: Model) -> Rule | None:
     """The rule that decides on a tensor of the model; None for one that is kept."""
     if always_kept(t):

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TensorInfo, type_name
 from ptqtp_gguf.llamacpp import install
-from ptqtp_gguf.plan import patterns
+from ptqtp_gguf.plan import patterns, roles
 from ptqtp_gguf.plan import recipe as recipes
 from ptqtp_gguf.plan.recipe import (
     MAX_BYTES,
@@ -27,7 +28,6 @@ from ptqtp_gguf.plan.recipe import (
     Rule,
     block_type,
     choose,
-    default_rules,
     fall_back,
     fit,
     load,
@@ -38,6 +38,10 @@ from ptqtp_gguf.plan.roles import Model
 
 def info(name: str, *shape: int, kind: str = "BF16") -> TensorInfo:
     return TensorInfo(name, shape, TYPE_IDS[kind], 0, 0)
+
+
+def default_rules(kind: TensorType) -> list[Rule]:
+    return list(load("default").bind(kind.name).rules)
 
 
 def alone(t: TensorInfo, rules: Sequence[Rule]) -> Choice:
@@ -226,7 +230,8 @@ def test_a_condition_goes_over_the_names_once(monkeypatch: pytest.MonkeyPatch) -
     """Not once a tensor: a file from outside may have a thousand rules and a model a hundred thousand tensors."""
     asked = Counter[str]()
     original = patterns.regex
-    monkeypatch.setattr(recipes, "_regex", lambda pattern: asked.update([pattern]) or original(pattern))
+    for module in (recipes, roles):
+        monkeypatch.setattr(module, "regex", lambda pattern: asked.update([pattern]) or original(pattern))
     rules = tuple(Rule(".*", "Q8_0", "r", needs=needs) for needs in ("no", "none", "no"))
     recipe = Recipe("n", "d", rules)
     assert set(types(recipe, [info(f"blk.{i}.ffn_up.weight", 64, 8) for i in range(50)]).values()) == {"BF16"}
