@@ -154,7 +154,7 @@ class Recipe:
                         f"{rule.reason}: matches no tensor; 'ptqtp-gguf inspect --tensors' lists the names"
                     )
                 if all(always_kept(t) for t in found):
-                    raise RecipeError(f"{rule.reason}: all that it matches, as {found[0].name}, is always kept")
+                    raise RecipeError(f"{rule.reason}: all that it matches, e.g. {found[0].name}, is always kept")
 
 
 def require_importance(
@@ -302,7 +302,7 @@ def fit(t: TensorInfo, target: int, reason: str) -> Choice:
         if t.shape[0] % type_block(type_id) == 0:
             if type_id == target:
                 return Choice(type_id, reason)
-            why = f"rows of {t.shape[0]} are no multiple of {type_block(target)} ({type_name(target)})"
+            why = f"rows of {t.shape[0]} are not a multiple of {type_block(target)} ({type_name(target)})"
             return Choice(type_id, why, fallback=True)
     raise AssertionError("F16 has blocks of one")
 

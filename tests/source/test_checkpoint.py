@@ -62,7 +62,7 @@ HEADERS = {
     "four bytes": (b"\x01\0\0\0", "damaged or truncated"),
     "not JSON": (safetensors_bytes(b"{nope"), "not valid JSON"),
     "deep JSON": (safetensors_bytes(b'{"a":' * 200_000), "not valid JSON"),
-    "a list": (safetensors_bytes([1]), "no JSON object"),
+    "a list": (safetensors_bytes([1]), "not a JSON object"),
     "not UTF-8": (safetensors_bytes(b'{"\xff\xfe": 1}'), "not valid JSON"),
     "name twice": (safetensors_bytes(b'{"a": {}, "a": {}}'), "'a' stands twice"),
     "no entry": (safetensors_bytes({"a": 3}), "tensor a: damaged header entry"),
@@ -76,7 +76,7 @@ HEADERS = {
     ),
     "a million dimensions": (safetensors_bytes(entry(shape=[9] * 10**6), bytes(16)), "damaged shape"),
     "99 MB of garbage": (safetensors_bytes(b"{" + b"\x13" * 99_000_000), "not valid JSON"),
-    "99 MB of a list": (safetensors_bytes(b"[" + b"1," * 49_000_000), "no JSON object"),
+    "99 MB of a list": (safetensors_bytes(b"[" + b"1," * 49_000_000), "not a JSON object"),
     "empty": (b"", "damaged or truncated: the header claims 0 bytes, the file has 0"),
     "name of a megabyte": (
         safetensors_bytes({"a\n" * 500_000: {"dtype": "F3"}}),
@@ -289,10 +289,10 @@ PICKLES = {
     "an allowed call with wrong arguments": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01tR.", "damaged"),
     "memory without end": (b"\x80\x02K\x01r\xff\xff\xff\xff.", "keeps entry 4294967295 after 0 others"),
     "no dictionary": (b"\x80\x02]q\0.", "holds no dictionary of tensors"),
-    "a key nested deep": (P + b"})" + b"\x85" * 300_000 + b"K\x01s.", "keys are no names of tensors"),
+    "a key nested deep": (P + b"})" + b"\x85" * 300_000 + b"K\x01s.", "keys are not names of tensors"),
     "an attribute set": (P + b"ctorch._utils\n_rebuild_parameter\n}b.", "attributes of what has none"),
     "a dictionary of a list": (P + b"ccollections\nOrderedDict\n]\x85R.", "made in an unusual way"),
-    "a number for a tensor": (b"\x80\x02}X\x01\0\0\0aK\x01s.", "entry 'a' is no tensor"),
+    "a number for a tensor": (b"\x80\x02}X\x01\0\0\0aK\x01s.", "entry 'a' is not a tensor"),
     "cut": (b"\x80\x02}X\xff", "damaged"),
     "nothing": (b"", "damaged"),
     "a storage that is absent": (P + STORAGE.replace(b"\x000X", b"\x009X") + b".", "storage '9' is missing"),
@@ -305,7 +305,7 @@ PICKLES = {
     "zero-size": (P + REBUILD + STORAGE + b"K\0K\0\x85K\x01\x85\x89NtR.", "which holds nothing"),
     "a class of ours called": (b"\x80\x02ctorch\nFloatStorage\n)R.", "damaged"),
     "eval": (b"\x80\x02cbuiltins\neval\nX\x01\0\0\x001\x85R.", "holds 'builtins.eval'"),
-    "a name with a line break": (b"\x80\x02X\x03\0\0\0a\nbq\0}h\0K\x01s.", r"entry 'a\\nb' is no tensor"),
+    "a name with a line break": (b"\x80\x02X\x03\0\0\0a\nbq\0}h\0K\x01s.", r"entry 'a\\nb' is not a tensor"),
 }
 
 
@@ -400,7 +400,7 @@ def test_tensor_in_two_shards(folder: Path) -> None:
 @pytest.mark.parametrize("shard", ["../one.safetensors", "/etc/passwd", "..", "", 7, "x/one.safetensors"])
 def test_index_cannot_lead_out_of_the_folder(folder: Path, shard: object) -> None:
     index(folder, {"a": shard})
-    with pytest.raises(CheckpointError, match="no plain file name"):
+    with pytest.raises(CheckpointError, match="not a plain file name"):
         check(folder)
 
 
@@ -408,7 +408,7 @@ def test_index_cannot_lead_out_of_the_folder(folder: Path, shard: object) -> Non
     ("text", "message"),
     [
         ("{}", "no 'weight_map'"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("{", "not valid JSON"),
         ('{"weight_map": []}', "weight_map"),
     ],

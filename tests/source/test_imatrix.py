@@ -385,7 +385,7 @@ def test_error_lines(table: Path, tiny_gguf: Path, tmp_path: Path) -> None:
     for name, says in (
         ("short", "blk.0.attn_q.weight has 32 values, the model's tensor 64 inputs; make an imatrix with this model"),
         ("experts", "blk.0.ffn_gate_exps.weight has 128 values, the model's tensor 3 x 64 inputs"),
-        ("stranger", "none of its 1 tensors, as blk.7.attn_q.weight, is in the model"),
+        ("stranger", "none of its 1 tensors, e.g. blk.7.attn_q.weight, is in the model"),
         ("empty", "an imatrix without a tensor"),
         ("nothing", "the file is empty"),
         ("model", "a GGUF, but no imatrix; llama-imatrix makes one"),
