@@ -74,7 +74,7 @@ def walk(
     tokens      int64 (N, T): N windows of T tokens, each on its own
     arch        general.architecture of the GGUF, whose names are used
     wanted      GGUF tensors of interest; None = all that are found. output.weight: the output matrix, tied or not
-    folder      where moments are kept and found; a walk that was killed goes on with its first missing layer, one that
+    folder      where moments are kept and found; a walk that was killed resumes with its first missing layer, one that
                 is complete runs no model. None = nothing is kept
     Raises CalibrationError, OutputError.
     """
@@ -157,7 +157,7 @@ class _Walk:
     def _check_states(self, path: Path) -> None:
         width = self.blocks.config.get_text_config().hidden_size
         if path.stat().st_size != self.tokens.size * width * self.blocks.dtype.itemsize:
-            raise CalibrationError(f"{path}: not of the size that it should have; remove the folder to begin anew")
+            raise CalibrationError(f"{path}: not of the size that it should have; remove the folder to start over")
 
     def _gather(self, i: int, source: Path, out: Path) -> dict[str, Moment]:
         """Moments of block i; its outputs go to the file `out`."""
@@ -202,7 +202,7 @@ class _Walk:
         """Every window through a step, (B, T, C) -> (B, T, C), and the results to the file `out`.
 
         source  file of the windows' states; None: the step is given their tokens, (B, T)
-        make    gives the step; once more when memory ran out on the way, and all begins anew with smaller batches
+        make    gives the step; once more when memory ran out on the way, and all starts over with smaller batches
         """
         import torch
 
@@ -214,7 +214,7 @@ class _Walk:
             except (torch.OutOfMemoryError, MemoryError):
                 pass  # leave the handler first: its traceback holds the tensors
             except OSError as e:
-                raise OutputError(f"{out}: {e.strerror or e}; run again to go on") from None
+                raise OutputError(f"{out}: {e.strerror or e}; run again to resume") from None
             self.batches.halve(detail)
 
     def _once(self, detail: str, source: Path | None, file: Any, step: Step) -> None:

@@ -127,7 +127,7 @@ class Store:
         self.n = self.n or len(layers)
         self._layers = layers[: self.n]
         if not self.complete and self.done and not self.states(self.done).exists():
-            self._layers = []  # begun anew: where the next layer's inputs are lost, they come from the first
+            self._layers = []  # started over: where the next layer's inputs are lost, they come from the first
 
     def states(self, layer: int) -> Path:
         return self.folder / f"states.{layer}.bin"
@@ -183,7 +183,7 @@ def open_moments(folder: Path) -> Iterator[dict[str, Moment]]:
     if not store.done:
         raise CalibrationError(f"{folder}: holds no second moments; give --calib TEXT to gather them there")
     if any(folder.glob("states.*.bin")):
-        raise CalibrationError(f"{folder}: was not finished; give --calib TEXT as before to go on with it")
+        raise CalibrationError(f"{folder}: was not finished; give --calib TEXT as before to resume it")
     for layer in range(store.n):
         yield store.load(layer)
 
@@ -199,11 +199,11 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise OutputError(f"{folder}: writing failed: {e.strerror or e}; run again to go on") from None
+        raise OutputError(f"{folder}: writing failed: {e.strerror or e}; run again to resume") from None
     except Exception as e:
         if type(e).__name__ != "SafetensorError":
             raise
-        raise OutputError(f"{folder}: writing failed: {e}; run again to go on") from None
+        raise OutputError(f"{folder}: writing failed: {e}; run again to resume") from None
 
 
 def validate(moments: dict[str, Moment], where: str) -> None:
@@ -226,4 +226,4 @@ def validate(moments: dict[str, Moment], where: str) -> None:
             if not bool(torch.isfinite(part).all()):
                 raise CalibrationError(f"{where}: {name} holds values that are not finite; is the model damaged?")
             if bool((diagonal < 0).any()) or bool((part - part.T).abs().max() > SYMMETRIC * diagonal.max()):
-                raise CalibrationError(f"{where}: {name} is no sum of squares; remove the folder")
+                raise CalibrationError(f"{where}: {name} is not a sum of squares; remove the folder")
