@@ -37,7 +37,7 @@ class QuantizeError(PtqtpError):
 
 
 class TuneError(QuantizeError):
-    """Tuning cannot begin or go on: planes that do not fit the model, text, memory, values that are not finite."""
+    """Tuning cannot begin or continue: planes that do not fit the model, text, memory, values that are not finite."""
 
 
 class RecipeError(PtqtpError):
@@ -65,7 +65,7 @@ class OutputError(PtqtpError):
 
 
 class ResumeError(OutputError):
-    """An unfinished conversion lies beside the target, and it was begun in another way."""
+    """An unfinished conversion exists beside the target, and it was begun in another way."""
 
 
 class RankError(OutputError):

@@ -8,12 +8,11 @@ block to block lies in a file: tokens times hidden size, in the model's type, tw
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,32 +51,12 @@ class Layer:
 
     index    of the block; the number of blocks: the output matrix
     moments  by GGUF tensor name
-    done     True: from the folder of an earlier run, replacing has no effect any more
+    done     from the folder of an earlier run
     """
 
     index: int
     moments: dict[str, Moment]
     done: bool = False
-    _module: Any = None
-    _prefix: str = ""
-    _new: dict[str, Any] = field(default_factory=dict)
-
-    def parameter(self, name: str) -> torch.Tensor:
-        """A weight of this block as it is now, by the full name that transformers has for it. Raises KeyError."""
-        inside = name.removeprefix(self._prefix)
-        if self._module is None or not name.startswith(self._prefix):
-            raise KeyError(name)
-        held: torch.Tensor = dict(self._module.named_parameters())[inside]
-        return held
-
-    def replace(self, weights: dict[str, torch.Tensor]) -> None:
-        """Let the next layers' inputs come from these weights: {full name: tensor of the same shape}."""
-        for name, w in weights.items():
-            if self.done:
-                continue
-            if self.parameter(name).shape != w.shape:
-                raise ValueError(f"{name}: shape {tuple(w.shape)}, not {tuple(self.parameter(name).shape)}")
-            self._new[name.removeprefix(self._prefix)] = w
 
 
 def walk(
@@ -88,7 +67,6 @@ def walk(
     *,
     device: str = "cpu",
     folder: Path | None = None,
-    sequential: str = "",
     progress: Progress = no_progress,
 ) -> Iterator[Layer]:
     """Run tokens through a model and yield each layer with the moments of its matrices' inputs.
@@ -96,16 +74,14 @@ def walk(
     tokens      int64 (N, T): N windows of T tokens, each on its own
     arch        general.architecture of the GGUF, whose names are used
     wanted      GGUF tensors of interest; None = all that are found. output.weight: the output matrix, tied or not
-    folder      where moments are kept and found; a walk that was killed goes on with its first missing layer, one that
+    folder      where moments are kept and found; a walk that was killed resumes with its first missing layer, one that
                 is complete runs no model. None = nothing is kept
-    sequential  "" unless the caller calls Layer.replace; then whatever decides what it replaces by, for the folder
-    Before the next layer is asked for, Layer.replace may give a block new weights.
     Raises CalibrationError, OutputError.
     """
     require_transformers()
     import transformers
 
-    key = fingerprint(found, tokens, sequential, None if wanted is None else list(wanted))
+    key = fingerprint(found, tokens, None if wanted is None else list(wanted))
     with contextlib.ExitStack() as stack:
         with _config_errors(found):
             config = transformers.AutoConfig.from_pretrained(
@@ -152,7 +128,6 @@ class _Walk:
 
     def layers(self) -> Iterator[Layer]:
         """The layers from the first that is missing on."""
-        import torch
 
         blocks, store = self.blocks, self.store
         blocks.load(-1)
@@ -168,17 +143,8 @@ class _Walk:
             moments = self._gather(i, source, out)
             store.returns = blocks.returns
             record = store.save(i, moments)
-            layer = Layer(i, moments, False, blocks.blocks[i], f"{blocks.prefix}.{i}.")
+            yield Layer(i, moments)
             del moments
-            yield layer
-            if layer._new:
-                held = dict(blocks.blocks[i].named_parameters())
-                with torch.no_grad():
-                    for name, w in layer._new.items():
-                        held[name].copy_(w)
-                del held
-                self._pass(f"block {i}, replaced", source, out, lambda: functools.partial(blocks.run, i))  # noqa: B023
-            del layer
             blocks.unload(i)
             gc.collect()  # frames of passes that were stopped by an exception still hold the moments
             store.advance(record)
@@ -191,7 +157,7 @@ class _Walk:
     def _check_states(self, path: Path) -> None:
         width = self.blocks.config.get_text_config().hidden_size
         if path.stat().st_size != self.tokens.size * width * self.blocks.dtype.itemsize:
-            raise CalibrationError(f"{path}: not of the size that it should have; remove the folder to begin anew")
+            raise CalibrationError(f"{path}: not of the size that it should have; remove the folder to start over")
 
     def _gather(self, i: int, source: Path, out: Path) -> dict[str, Moment]:
         """Moments of block i; its outputs go to the file `out`."""
@@ -236,7 +202,7 @@ class _Walk:
         """Every window through a step, (B, T, C) -> (B, T, C), and the results to the file `out`.
 
         source  file of the windows' states; None: the step is given their tokens, (B, T)
-        make    gives the step; once more when memory ran out on the way, and all begins anew with smaller batches
+        make    gives the step; once more when memory ran out on the way, and all starts over with smaller batches
         """
         import torch
 
@@ -248,7 +214,7 @@ class _Walk:
             except (torch.OutOfMemoryError, MemoryError):
                 pass  # leave the handler first: its traceback holds the tensors
             except OSError as e:
-                raise OutputError(f"{out}: {e.strerror or e}; run again to go on") from None
+                raise OutputError(f"{out}: {e.strerror or e}; run again to resume") from None
             self.batches.halve(detail)
 
     def _once(self, detail: str, source: Path | None, file: Any, step: Step) -> None:

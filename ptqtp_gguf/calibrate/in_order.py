@@ -80,8 +80,8 @@ def in_order(
     name     from parameters to GGUF tensors (mapping.names)
     wanted   GGUF tensors to be quantized
     folder   exists; for the streams between blocks
-    first    the block to go on with, after an earlier run; its streams lie in the folder
-    finished is called with each block when the streams behind it are on the disk: the one to go on with is the next
+    first    the block to continue with, after an earlier run; its streams lie in the folder
+    finished is called with each block when the streams behind it are on the disk: the one to continue with is the next
     weights  of tokens (sensitivity.token_weights), by the first linear layer of those with one input
     Raises CalibrationError, OutputError.
     """
@@ -89,7 +89,7 @@ def in_order(
     try:
         yield from work.blocks_from(first)
     except OSError as e:
-        raise OutputError(f"{folder}: {e.strerror or e}; run again to go on") from None
+        raise OutputError(f"{folder}: {e.strerror or e}; run again to resume") from None
 
 
 def has_streams(folder: Path, index: int) -> bool:

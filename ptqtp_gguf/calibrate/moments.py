@@ -35,7 +35,6 @@ _MEANING = {  # of the fingerprint's entries, for messages
     "model": "another model",
     "tokens": "another text",
     "shape": "other windows",
-    "sequential": "other settings",
     "tensors": "other tensors",
 }
 
@@ -58,10 +57,8 @@ class Moment:
         return [i for i, n in enumerate(self.counts) if n < minimum]
 
 
-def fingerprint(
-    found: Checkpoint, tokens: NDArray[np.int64], sequential: str, wanted: list[str] | None
-) -> dict[str, Any]:
-    """What decides the moments: config, shards' headers and a sample of their data, tokens, and the caller's tag."""
+def fingerprint(found: Checkpoint, tokens: NDArray[np.int64], wanted: list[str] | None) -> dict[str, Any]:
+    """What decides the moments: config, shards' headers and a sample of their data, and tokens."""
     model = hashlib.sha256((found.folder / "config.json").read_bytes())
     for shard in found.shards:
         with open_regular(shard, CalibrationError) as f:
@@ -76,7 +73,6 @@ def fingerprint(
         "model": model.hexdigest(),
         "tokens": text,
         "shape": list(tokens.shape),
-        "sequential": sequential,
         "tensors": tensors,
     }
 
@@ -131,7 +127,7 @@ class Store:
         self.n = self.n or len(layers)
         self._layers = layers[: self.n]
         if not self.complete and self.done and not self.states(self.done).exists():
-            self._layers = []  # begun anew: where the next layer's inputs are lost, they come from the first
+            self._layers = []  # started over: where the next layer's inputs are lost, they come from the first
 
     def states(self, layer: int) -> Path:
         return self.folder / f"states.{layer}.bin"
@@ -187,7 +183,7 @@ def open_moments(folder: Path) -> Iterator[dict[str, Moment]]:
     if not store.done:
         raise CalibrationError(f"{folder}: holds no second moments; give --calib TEXT to gather them there")
     if any(folder.glob("states.*.bin")):
-        raise CalibrationError(f"{folder}: was not finished; give --calib TEXT as before to go on with it")
+        raise CalibrationError(f"{folder}: was not finished; give --calib TEXT as before to resume it")
     for layer in range(store.n):
         yield store.load(layer)
 
@@ -203,11 +199,11 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise OutputError(f"{folder}: writing failed: {e.strerror or e}; run again to go on") from None
+        raise OutputError(f"{folder}: writing failed: {e.strerror or e}; run again to resume") from None
     except Exception as e:
         if type(e).__name__ != "SafetensorError":
             raise
-        raise OutputError(f"{folder}: writing failed: {e}; run again to go on") from None
+        raise OutputError(f"{folder}: writing failed: {e}; run again to resume") from None
 
 
 def validate(moments: dict[str, Moment], where: str) -> None:
@@ -230,4 +226,4 @@ def validate(moments: dict[str, Moment], where: str) -> None:
             if not bool(torch.isfinite(part).all()):
                 raise CalibrationError(f"{where}: {name} holds values that are not finite; is the model damaged?")
             if bool((diagonal < 0).any()) or bool((part - part.T).abs().max() > SYMMETRIC * diagonal.max()):
-                raise CalibrationError(f"{where}: {name} is no sum of squares; remove the folder")
+                raise CalibrationError(f"{where}: {name} is not a sum of squares; remove the folder")

@@ -46,7 +46,7 @@ def run(work: Work) -> None:
     if work.how.tune:
         missing = [n for n in missing if not _begin(work, work.tensors[n])]
     if missing:
-        n = f"{len(missing)} tensors, as {missing[0]}" if len(missing) > 1 else missing[0]
+        n = f"{len(missing)} tensors, e.g. {missing[0]}" if len(missing) > 1 else missing[0]
         work.store.say(f"{n}: not seen by the calibration, or not fit for {work.kind.name}; left to search")
 
 
@@ -81,7 +81,7 @@ def _in_order(work: Work) -> None:
     tokens = work.tokens()
     first = work.store.blocks
     if first and not has_streams(work.store.folder, first):
-        raise CalibrationError(f"{work.store.folder}: the streams of block {first} are lost; begin anew with --restart")
+        raise CalibrationError(f"{work.store.folder}: the streams of block {first} are lost; start over with --restart")
     weights = _token_weights(work, found, tokens)
     name = mapping.names(work.arch, work.layers)
     for stage in in_order(
@@ -113,9 +113,9 @@ def _token_weights(work: Work, found: Checkpoint, tokens: NDArray[np.int64]) -> 
         with np.load(path) as held:
             return {k: held[k] for k in held.files}
     except OSError as e:
-        raise OutputError(f"{path}: {e.strerror or 'damaged'}; begin anew with --restart") from None
+        raise OutputError(f"{path}: {e.strerror or 'damaged'}; start over with --restart") from None
     except (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile):
-        raise OutputError(f"{path}: damaged; begin anew with --restart") from None
+        raise OutputError(f"{path}: damaged; start over with --restart") from None
 
 
 def _quantize(work: Work, moments: dict[str, Moment], cross: torch.Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """Planes that calibration and tuning have made, kept in a folder until a conversion takes them up.
 
 .NAME.planes/             beside the target; removed when the target is complete
-  .planes.journal         one JSON line a finished tensor or block (journal.py): a killed run goes on behind it
+  .planes.journal         one JSON line a finished tensor or block (journal.py): a killed run resumes after it
   N.bin                   packed rows of a tensor, or float32 values that replace a norm or bias
 """
 
@@ -85,8 +85,8 @@ class PlaneStore:
             self._journal.__exit__(None, None, None)
             changed = _changed(then, job)
             raise ResumeError(
-                f"{out}: unfinished calibration lies beside it, begun with another {changed}; finish it as it was "
-                "begun, or begin anew with --restart"
+                f"{out}: unfinished calibration exists beside it, begun with another {changed}; finish it as it was "
+                "begun, or start over with --restart"
             )
         if then is None:
             self._journal.begin(job)
@@ -110,7 +110,7 @@ class PlaneStore:
         return [r["said"] for r in self._journal.rows if "said" in r]
 
     def say(self, text: str) -> None:
-        """Keep something that the user should be told at the end."""
+        """Keep something that the user should read at the end."""
         self._note(said=text)
 
     @property
@@ -187,7 +187,7 @@ class PlaneStore:
                     raise InputError(f"{path}: damaged")
                 return read_bytes(f, start * width, n * width, str(path)).reshape(n, width)
         except InputError as e:
-            raise OutputError(f"{e}; begin anew with --restart") from None
+            raise OutputError(f"{e}; start over with --restart") from None
 
     def planes(self, t: TensorInfo) -> tuple[I8, U8]:
         """Levels int8 (R, C) and codes uint8 (R, C/32) of a tensor, as the stage that runs found it: a stage that was

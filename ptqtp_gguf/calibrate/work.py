@@ -74,7 +74,7 @@ class Work:
     def tokens(self) -> NDArray[np.int64]:
         """Windows to calibrate on, int64 (N, window)."""
         if self.how.tune:
-            self.tune_tokens()  # too little of it should be told before anything long begins
+            self.tune_tokens()  # too little of it should be reported before anything long begins
         most = max(self.n_tokens, self.how.tune_tokens if self.how.tune and not self.how.tune_texts else 0)
         return self._windows("tokens", self.texts, most)[: max(1, self.n_tokens // self.how.window)]
 
@@ -102,7 +102,7 @@ class Work:
             self.store.mark(name)
         raw = read_whole(path, MAX_TOKENS, OutputError)
         if not raw or len(raw) % (8 * self.how.window):
-            raise OutputError(f"{path}: damaged; begin anew with --restart")
+            raise OutputError(f"{path}: damaged; start over with --restart")
         held: NDArray[np.int64] = np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, self.how.window)
         return held
 

@@ -296,11 +296,6 @@ def to_q8_0(x: F32, threads: int = 0) -> U8:
     return _from_float(8, x, threads)
 
 
-def to_f16(x: F32, threads: int = 0) -> U8:
-    """float32 (R, C) -> uint8 (R, 2*C), fp16 to nearest even."""
-    return _from_float(1, x, threads)
-
-
 def to_bf16(x: F32, threads: int = 0) -> U8:
     """float32 (R, C) -> uint8 (R, 2*C), bf16 to nearest even."""
     return _from_float(30, x, threads)

@@ -77,7 +77,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     if isinstance(
         sys.stdout, io.TextIOWrapper
-    ):  # a name out of a file that the terminal cannot show is no reason to end
+    ):  # a name out of a file that the terminal cannot show is not a reason to end
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)

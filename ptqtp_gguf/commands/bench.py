@@ -77,7 +77,7 @@ def print_bench(b: Bench) -> None:
         cells += [_cell(b.start(f, what), digits, factor) for what, _, digits, factor in starts]
         table.add_row(f.label, f"{f.size / 1e6:.1f}", *cells)
     out_console.print(table)
-    compared = f"; in brackets: times as fast as {first.label}, paired by round, ? = cannot be told from 1"
+    compared = f"; in brackets: times as fast as {first.label}, paired by round, ? = no clear difference from 1"
     line(
         f"median of {len(b.rounds)} round{'s' * (len(b.rounds) > 1)}{compared if len(b.files) > 1 else ''}; "
         f"first token after a prompt of {s.first}"

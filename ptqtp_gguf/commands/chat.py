@@ -46,7 +46,7 @@ def chat(
     """Talk with a file, by its own chat template.
 
     /help lists what can be typed besides messages. Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does. If
-    the input is no terminal each line of it is a message, and an error ends the run.
+    the input is not a terminal each line of it is a message, and an error ends the run.
 
     Examples:
 
@@ -116,12 +116,12 @@ class _Shell:
             "/reset": ("forget all messages; the system message stays", lambda _: chat.reset()),
             "/system": ("TEXT: tell the model this before all messages; without a text, nothing", self.system),
             "/save": ("FILE: write the conversation", lambda name: chat.save(self.file(name))),
-            "/load": ("FILE: go on with a saved one", lambda name: chat.load(self.file(name))),
+            "/load": ("FILE: continue a saved one", lambda name: chat.load(self.file(name))),
             "/undo": ("take back the last message and its answer", self.undo),
             "/stats": ("speed and room", self.stats),
             "/quit": ("leave; Ctrl-C and Ctrl-D do, too", self.leave),
         }
-        if hasattr(sys.stdin, "reconfigure"):  # bytes that are no UTF-8 must not end a conversation
+        if hasattr(sys.stdin, "reconfigure"):  # bytes that are not UTF-8 must not end a conversation
             sys.stdin.reconfigure(errors="replace")
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")

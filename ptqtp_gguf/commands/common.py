@@ -12,7 +12,7 @@ import typer
 from ..errors import OutputError
 from ..terminal import Bar, JsonLines, err_console, event
 
-EXIT_CODES = "Exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted."
+EXIT_CODES = "Exit codes: 0 done; 1 an error, in one line; 2 wrong usage; 130 interrupted."
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
@@ -34,14 +34,14 @@ TrustCode = Annotated[
 ]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_json_lines = False  # whether errors are told as JSON too
+_json_lines = False  # whether errors are printed as JSON too
 
 
 def parse_size(text: str) -> int:
     """ "2G", "500M", "1.5GiB", "4000000" -> bytes. Raises typer.BadParameter."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     if not match or match[2] not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2]])):
-        raise typer.BadParameter(f"{text!r} is no size; write 500M, 2G or 1.5GiB")
+        raise typer.BadParameter(f"{text!r} is not a size; write 500M, 2G or 1.5GiB")
     return size
 
 
@@ -54,7 +54,7 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 def reporter(quiet: bool, as_json: bool) -> Bar | JsonLines:
-    """What shows the progress of a command; errors are told in the same way from here on."""
+    """What shows the progress of a command; errors are shown in the same way from here on."""
     global _json_lines
     _json_lines = as_json
     return JsonLines() if as_json else Bar(quiet)

@@ -56,7 +56,7 @@ def compare(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of what is made and measured, kept for the next time.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make and measure all anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make and measure everything again.")] = False,
     trust_remote_code: TrustCode = False,
     threads: Threads = 0,
     force: Force = False,
@@ -66,7 +66,7 @@ def compare(
     """Is it better than my Q4? Make ours and stock types of one model, measure all here, write a report.
 
     Size, perplexity, KL divergence, same-top, tokens a second, memory. What is made lies in the cache; a comparison
-    that was stopped goes on when the same command is run again.
+    that was stopped resumes when the same command is run again.
 
     Examples:
 

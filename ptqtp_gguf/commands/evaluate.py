@@ -27,7 +27,7 @@ def evaluate_files(
         bool, typer.Option("--generation/--no-generation", help="Also greedy agreement and questions.")
     ] = True,
     state: Annotated[
-        Path | None, typer.Option(help="Folder for what is measured, to go on from; else the user's cache.")
+        Path | None, typer.Option(help="Folder for what is measured, to resume from; else the user's cache.")
     ] = None,
     threads: Threads = 0,
     quiet: Quiet = False,
@@ -35,7 +35,7 @@ def evaluate_files(
 ) -> None:
     """Measure perplexity and, against a reference, KL divergence, as llama-perplexity does; and what files write.
 
-    Windows that were measured before cost nothing: an evaluation that was stopped goes on where it was.
+    Windows that were measured before cost nothing: an evaluation that was stopped resumes where it was.
 
     Examples:
 

@@ -37,7 +37,8 @@ from ..progress import Progress
 from ..source import checkpoint
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
-NOMINAL = {"IQ3_M": "IQ3_S", "IQ2_M": "IQ2_S"}  # mixtures whose name is no type; Q4_K_M's and the like begins with one
+# mixtures whose name is not a type; that of Q4_K_M and the like begins with one
+NOMINAL = {"IQ3_M": "IQ3_S", "IQ2_M": "IQ2_S"}
 SHARED_LINES = 0.01  # of the calibration text's long lines; licence headers are shared by chance, articles are not
 LONG_LINE = 60  # characters
 MAX_NOTE = 1 << 24  # bytes
@@ -131,13 +132,13 @@ class Store:
     """Kept files. Raises OutputError where the folder cannot be written."""
 
     def __init__(self, folder: Path, fresh: bool = False) -> None:
-        """fresh: make everything anew."""
+        """fresh: make everything again."""
         self.folder, self.fresh = folder, fresh
 
     def keep(self, key: dict[str, object], name: str, make: Callable[[Path], None]) -> tuple[Path, str]:
         """The file that `key` decides, made by make(path) unless it is there, and its SHA-256.
 
-        make writes the file whole or not at all, or so that it goes on when it is called again.
+        make writes the file whole or not at all, or so that it resumes when it is called again.
         """
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         path = self.folder / digest[:16] / name

@@ -100,7 +100,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Scales:
-    """Histogram: len(counts) + 1 edges. empty: blocks whose scales are all 0; damaged: scales that are no number."""
+    """Histogram: len(counts) + 1 edges. empty: blocks whose scales are all 0; damaged: scales that are not a number."""
 
     edges: list[float]
     counts: list[int]

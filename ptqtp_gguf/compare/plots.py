@@ -30,6 +30,15 @@ PALETTE = {
     "line": "#8a94a1",
 }
 MAX_BLOCKS = 512
+SIDES = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
+# of a label: offset in points, and its end that is there; nearest first, beside the point rather than above or below
+PLACES = [
+    (dx * far, dy * far, SIDES[dx][0], SIDES[dy][1])
+    for far in (8, 20, 34, 50, 68)
+    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+]
+FAR = 25  # points; a label farther off has a thin line to its point
+FEW = 8  # points that a figure of the usual height has room for
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 
@@ -181,18 +190,6 @@ def _points(figure: Any, canvas: Any, axes: Any, points: list[tuple[float, float
         Bbox([[min(a[0], b[0]) - 1, min(a[1], b[1]) - 1], [max(a[0], b[0]) + 1, max(a[1], b[1]) + 1]])
         for a, b in pairwise(run)
     ]
-    places = [
-        (8, 0, "left", "center"),
-        (-8, 0, "right", "center"),
-        (0, 8, "center", "bottom"),
-        (0, -8, "center", "top"),
-        (7, 7, "left", "bottom"),
-        (-7, 7, "right", "bottom"),
-        (7, -7, "left", "top"),
-        (-7, -7, "right", "top"),
-        (0, 20, "center", "bottom"),
-        (0, -20, "center", "top"),
-    ]
     for i, (x, y, row) in enumerate(points):
         text = axes.annotate(
             _short(row.label),
@@ -218,7 +215,11 @@ def _points(figure: Any, canvas: Any, axes: Any, points: list[tuple[float, float
             outside = b.x0 < frame.x0 or b.x1 > frame.x1 or b.y0 < frame.y0 or b.y1 > frame.y1
             return float(hits + 3 * outside)
 
-        taken.append(box(min(places, key=cost)))  # the first of the best
+        best = min(PLACES, key=cost)  # the first of the best
+        taken.append(box(best))
+        if math.hypot(*best[:2]) > FAR:
+            thin = {"arrowstyle": "-", "linewidth": 0.5, "color": PALETTE["line"], "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", (x, y), xytext=best[:2], textcoords="offset points", arrowprops=thin).set_in_layout(False)
 
 
 def _padded(values: list[float], share: float = 0.25) -> tuple[float, float]:
@@ -247,7 +248,7 @@ def kld_over_size(doc: Document) -> Plot | None:
     ]
     if len(points) < 2:
         return None
-    figure, canvas = _figure()
+    figure, canvas = _figure(3.1 + 0.12 * max(0, len(points) - FEW))
     axes = figure.add_subplot()
     axes.set_yscale("log")
     best, frontier = math.inf, []

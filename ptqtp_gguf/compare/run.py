@@ -2,7 +2,7 @@
 
 Steps: the files (candidates.py), perplexity and divergence, generation, errors of tensors, speed. Each keeps what it
 has finished: files and windows in the cache, rounds of the benchmark beside the report; a comparison that was stopped
-goes on when it is begun again.
+resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Settings:
     generation  also greedy agreement and cloze questions
     prompt, generate, threads, rounds   of the benchmark, see bench.bench; rounds 0 = none; threads () = all cores
     imatrix     importance matrix for all that is made; else it is made of the options' calibration text
-    cache       folder of files and records, None = cache_folder("compare"); fresh: make and measure all anew
+    cache       folder of files and records, None = cache_folder("compare"); fresh: make and measure everything again
     """
 
     against: tuple[str, ...] = PEERS
@@ -132,7 +132,7 @@ def compare(
         _tensors(run)
         _speed(run)
     except KeyboardInterrupt:
-        kept = "what is finished is kept; run the same command again to go on"
+        kept = "what is finished is kept; run the same command again to resume"
         raise Stopped(f"interrupted; {kept}", run.document) from None
     run.document.finished = True
     return run.document

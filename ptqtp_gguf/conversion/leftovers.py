@@ -46,7 +46,7 @@ def _kept(out: Path, journal: ConversionJournal) -> str:
             return "nothing was left behind"
         what = f"{n} finished tensors are" if n else "what calibration has finished is"
         what = "what several processes have finished is" if divided else what
-        return f"{what} kept; run the same command again to go on"
+        return f"{what} kept; run the same command again to resume"
     except OSError:  # a disk that takes nothing any more
         return "run the same command again"
 

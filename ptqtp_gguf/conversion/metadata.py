@@ -48,7 +48,7 @@ def parse_override(text: str, old: KV | None) -> KV:
             number, default = float(value), FLOAT32
         return kv_scalar(key, old.type if old else default, number)
     except (KeyError, ValueError, struct.error):
-        raise RecipeError(f"--override-kv {key}: {value!r} is no {kind} that the entry can hold") from None
+        raise RecipeError(f"--override-kv {key}: {value!r} is not of type {kind}, or does not fit the entry") from None
 
 
 def build(

@@ -131,7 +131,7 @@ def _front_matter(origin: Origin, files: Sequence[OutFile]) -> str:
         if origin.license.lower() == "other":
             lines += [f"license_name: {_yaml(origin.license_name)}"] if origin.license_name else []
             lines += [f"license_link: {_yaml(origin.license_link)}"] if origin.license_link else []
-    # the hub refuses a card with a language that is no code
+    # the hub refuses a card with a language that is not a code
     languages = dict.fromkeys(code for code in origin.languages if re.fullmatch("[a-z]{2,3}", code))
     tags = dict.fromkeys(["gguf", "ptqtp", "quantized", *origin.tags])
     for key, values in (("language", languages), ("tags", tags)):

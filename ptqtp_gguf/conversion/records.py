@@ -242,6 +242,6 @@ def _sizes(job: JobRecord) -> list[list[Any]]:
 
 def _refusal(out: Path, what: str) -> ResumeError:
     return ResumeError(
-        f"{out}: an unfinished conversion lies beside it, begun with {what}; finish it as it was begun, or begin anew "
-        "with --restart"
+        f"{out}: an unfinished conversion exists beside it, begun with {what}; finish it as it was begun, or start "
+        "over with --restart"
     )

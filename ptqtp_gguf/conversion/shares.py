@@ -5,7 +5,7 @@
 
 Of a split output the shares are its parts, in place. Of a single file they are some whole tensors each, and are joined
 at the end. Which tensors a share holds depends on the plan alone, not on who works: whoever comes later, one process or
-several, goes on with what lies there.
+several, resumes from what is there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def shares_of(out: Path, source: Source, plan: list[list[Any]], parts: list[Part
 
 
 def left(out: Path) -> bool:
-    """Whether unfinished shares of a target lie beside it."""
+    """Whether unfinished shares of a target exist beside it."""
     return any(p.suffix == ".journal" for p in share_files(out))
 
 
@@ -85,7 +85,7 @@ def seed(share: Share, of: str, records: list[TensorRecord]) -> None:
 
 @contextlib.contextmanager
 def opened(share: Share, of: str) -> Iterator[ConversionJournal]:
-    """The journal of a share, begun anew where it is another output's. Raises OutputError if another process has it."""
+    """The journal of a share, emptied where it is another output's. Raises OutputError if another process has it."""
     with ConversionJournal(share.part.path) as journal:
         if journal.job != _mark(share, of):
             journal.clear()

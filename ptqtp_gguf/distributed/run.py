@@ -2,7 +2,7 @@
 
 Source and output folder are seen by all. Rank 0 plans and has the output's journal; what the ranks have made it joins,
 or, of a split output, names. The bytes are those of one process, and so is what is left when it is stopped: the same
-command goes on, with as many ranks as one likes, or with none. docs/distributed.md is the page for users.
+command resumes, with as many ranks as one likes, or with none. docs/distributed.md is the page for users.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from ..quantize import make_encoder
 from ..source import GgufSource, Imatrix, Source, changed_option, fingerprint, hub, local, open_source
 from .ranks import Ranks, number, own_gpu
 
-KEPT = "what is finished is kept; run the same command again to go on"
+KEPT = "what is finished is kept; run the same command again to resume"
 
 
 def convert_on_ranks(

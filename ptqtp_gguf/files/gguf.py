@@ -153,7 +153,7 @@ def parse_header(data: memoryview, where: str, size: int | None = None) -> Heade
     if (kv := h.kvs.get("general.alignment")) is not None:
         value = kv.value()
         if kv.type != UINT32 or not isinstance(value, int) or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
-            raise c.fail(f"general.alignment {value} is no power of two from 8 to {MAX_ALIGNMENT}")
+            raise c.fail(f"general.alignment {value} is not a power of two from 8 to {MAX_ALIGNMENT}")
         h.alignment = value
 
     relative: list[TensorInfo] = []
@@ -214,7 +214,7 @@ def _tensor_info(c: Cursor, alignment: int) -> TensorInfo:
     if shape[0] % block:
         raise c.fail(f"tensor {name}: rows of {shape[0]} weights; {type_name_} needs a multiple of {block}")
     if offset % alignment:
-        raise c.fail(f"tensor {name}: offset {offset} is no multiple of the alignment {alignment}")
+        raise c.fail(f"tensor {name}: offset {offset} is not a multiple of the alignment {alignment}")
     return TensorInfo(name, shape, kind, offset, n // block * size)
 
 

@@ -126,7 +126,7 @@ class Journal(Generic[Row]):
     def damaged(self) -> OutputError:
         """What to say of a journal that cannot be one of ours."""
         return OutputError(
-            f"{self.path}: damaged; begin anew with --restart, or remove it and the .partial file beside it"
+            f"{self.path}: damaged; start over with --restart, or remove it and the .partial file beside it"
         )
 
     def _checked(self, record: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What is in a GGUF file: tensors, types, sizes by role, metadata, tokenizer, and what was used to make it.
 
-Only headers are read; how digits and scales are distributed is told by histograms.py.
+Only headers are read; how digits and scales are distributed is in histograms.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..files import KV, TensorInfo
 from ..plan import Role, layer_of, role_of
 from ..source import GgufSource
 
-FEW = 8  # entries up to which an array is told whole
-LONG = 1000  # characters up to which a text is told whole
+FEW = 8  # entries up to which an array is shown whole
+LONG = 1000  # characters up to which a text is shown whole
 TEMPLATE = "tokenizer.chat_template"
 _SPECIAL = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
 
@@ -86,7 +86,7 @@ class Report:
         return {kind: n / count.total() for kind, n in count.most_common()}
 
     def fell_back(self, block: int) -> float:
-        """Share of the weights in the blocks' matrices whose rows are no multiple of `block` weights."""
+        """Share of the weights in the blocks' matrices whose rows are not a multiple of `block` weights."""
         short = sum(t.n_weights for t in self._matrices if t.shape[0] % block)
         return short / max(1, sum(t.n_weights for t in self._matrices))
 

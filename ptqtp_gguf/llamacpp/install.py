@@ -110,7 +110,7 @@ def ggml_library() -> ctypes.CDLL:
 def run_tool(name: str, *args: str, timeout: float | None = None, codes: tuple[int, ...] = (0,)) -> str:
     """Run a tool and return its standard output and error together. Raises RuntimeMissing if it fails.
 
-    codes: exit codes that are no failure
+    codes: exit codes that are not a failure
     """
     done = subprocess.run(
         [str(tool(name)), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False

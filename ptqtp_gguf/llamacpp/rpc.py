@@ -23,13 +23,13 @@ HOW = "start the patched runtime's rpc-server there"
 
 
 def endpoints(texts: Sequence[str]) -> list[str]:
-    """["a:1", "b:2,c:3"] -> ["a:1", "b:2", "c:3"]. Raises ServerError where one is no host:port."""
+    """["a:1", "b:2,c:3"] -> ["a:1", "b:2", "c:3"]. Raises ServerError where one is not host:port."""
     found = []
     for text in (part.strip() for given in texts for part in given.split(",")):
         host, _, port = text.rpartition(":")
         if not (host and ":" not in host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
             raise ServerError(
-                f"--rpc {text!r}: is no host:port; give a name or an IPv4 address, as in 192.168.1.2:50052"
+                f"--rpc {text!r}: is not host:port; give a name or an IPv4 address, as in 192.168.1.2:50052"
             )
         if text not in found:
             found.append(text)
@@ -47,7 +47,7 @@ def check(endpoint: str, timeout: float = CONNECT_SECONDS) -> tuple[int, int, in
             s.sendall(struct.pack("<BQ", HELLO, len(CAPABILITIES)) + CAPABILITIES)
             size = struct.unpack("<Q", _exactly(s, 8))[0]
             if not 3 <= size <= 256:
-                raise ServerError(f"{endpoint}: what listens there is no RPC server; {HOW}")
+                raise ServerError(f"{endpoint}: what listens there is not an RPC server; {HOW}")
             major, minor, patch = _exactly(s, size)[:3]
     except socket.gaierror:
         raise ServerError(f"{endpoint}: no such host; give a name or an IPv4 address") from None

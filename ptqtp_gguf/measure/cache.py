@@ -1,4 +1,4 @@
-"""What an evaluation has measured, kept on disk, so that a killed one goes on and a finished one costs nothing.
+"""What an evaluation has measured, kept on disk, so that a killed one can be resumed and a finished one costs nothing.
 
 A job is a dictionary of everything that decides the figures; its hash names the file. `HASH.windows` holds frames of
 one size, each a window's records behind their CRC, which begins with the job's hash: a frame that is damaged, torn or

@@ -145,7 +145,7 @@ def generate(
             _of_file(f, told, texts, asked, build, base.sha256 if base else "", state, threads, step) for f in rest
         ]
     except KeyboardInterrupt:
-        what = "what files have finished is kept; run the same command again to go on" if state else "nothing was kept"
+        what = "what files have finished is kept; run the same command again to resume" if state else "nothing was kept"
         raise Interrupted(f"interrupted; {what}") from None
     right = [q.right for q in asked]
     return [Generation(agreed if base else None, answers, right, told_answers) for agreed, answers in results]

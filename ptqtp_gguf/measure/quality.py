@@ -2,7 +2,7 @@
 
 Window by window: the reference's logits of a window are computed once, every file is compared with them, and they are
 thrown away. So the disk holds no logits, and memory those of one window (ctx / 2 x vocabulary float32) and of a batch.
-The files stay open, mapped; a context of the runtime is made anew for each window, which costs a hundredth of it.
+The files stay open, mapped; a context of the runtime is made for each window, which costs a hundredth of it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def evaluate(
     ctx       tokens a window; its second half is scored
     windows   at most so many, 0 = all that the text holds
     threads   0 = all cores
-    state     folder where records are kept, so that a killed evaluation goes on; None: nothing is kept
+    state     folder where records are kept, so that a killed evaluation can be resumed; None: nothing is kept
     progress  stage "evaluating", windows times files
 
     Raises InputError, before anything is loaded, for a file that is damaged, of an unknown ptqtp.format_version, or of
@@ -97,7 +97,7 @@ def evaluate(
         _measure(base, rest, records, tokens, threads or cores(), progress)
     except KeyboardInterrupt:
         n = sum(len(r.windows) for r in records)
-        kept = f"{n} windows are kept; run the same command again to go on" if state else "nothing was kept"
+        kept = f"{n} windows are kept; run the same command again to resume" if state else "nothing was kept"
         raise Interrupted(f"interrupted; {kept}") from None
     n = len(tokens)
     rows = [r.all(n) for r in records]

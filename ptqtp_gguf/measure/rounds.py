@@ -153,7 +153,7 @@ def parse(text: str, settings: Settings, threads: int, path: Path) -> dict[str, 
         results = {(r["n_prompt"], r["n_gen"]): float(r["avg_ts"]) for r in json.loads(text)}
         return {f"{name} t{threads}": results[n_prompt, n_gen] for name, n_prompt, n_gen in settings.tests}
     except (ValueError, KeyError, TypeError) as e:
-        raise BenchError(f"{path}: llama-bench's output lacks a test or is no JSON ({e!r}): {text[:200]!r}") from None
+        raise BenchError(f"{path}: llama-bench's output lacks a test or is not JSON ({e!r}): {text[:200]!r}") from None
 
 
 def _first_token(file: File, settings: Settings) -> dict[str, float | None]:

@@ -33,7 +33,7 @@ def compile_bounded(pattern: str) -> re.Pattern[str]:
             compiled = re.compile(pattern)
             ways, repeats = _ways(_sre.parse(pattern), False)
     except (re.error, OverflowError, RecursionError) as e:
-        raise ValueError(f"is no regular expression: {e}") from None
+        raise ValueError(f"is not a regular expression: {e}") from None
     if ways * math.comb(LETTERS + repeats, repeats) > MAX_WAYS:
         raise ValueError(
             f"could take too long to match: {repeats} repeats and {ways} choices at once; use fewer of * + ? |"

@@ -154,7 +154,7 @@ class Recipe:
                         f"{rule.reason}: matches no tensor; 'ptqtp-gguf inspect --tensors' lists the names"
                     )
                 if all(always_kept(t) for t in found):
-                    raise RecipeError(f"{rule.reason}: all that it matches, as {found[0].name}, is always kept")
+                    raise RecipeError(f"{rule.reason}: all that it matches, e.g. {found[0].name}, is always kept")
 
 
 def require_importance(
@@ -271,11 +271,6 @@ def _target(name: str, where: str) -> str:
     return name.upper()
 
 
-def default_rules(block_type: TensorType) -> list[Rule]:
-    """Rules of the recipe `default`: every block matrix in block_type; see `recipes/default.json` for the rest."""
-    return list(load("default").bind(block_type.name).rules)
-
-
 def rule_for(t: TensorInfo, rules: Sequence[Rule], model: Model) -> Rule | None:
     """The rule that decides on a tensor of the model; None for one that is kept."""
     if always_kept(t):
@@ -307,7 +302,7 @@ def fit(t: TensorInfo, target: int, reason: str) -> Choice:
         if t.shape[0] % type_block(type_id) == 0:
             if type_id == target:
                 return Choice(type_id, reason)
-            why = f"rows of {t.shape[0]} are no multiple of {type_block(target)} ({type_name(target)})"
+            why = f"rows of {t.shape[0]} are not a multiple of {type_block(target)} ({type_name(target)})"
             return Choice(type_id, why, fallback=True)
     raise AssertionError("F16 has blocks of one")
 

@@ -147,7 +147,8 @@ def _check_sharded(
             or not shard.isprintable()
         ):
             raise CheckpointError(
-                f"{index_path}: tensor {show(tensor)} names the shard {show(repr(shard))}, which is no plain file name"
+                f"{index_path}: tensor {show(tensor)} names the shard {show(repr(shard))}, "
+                "which is not a plain file name"
             )
         wanted.setdefault(shard, set()).add(tensor)
     total = 0
@@ -203,7 +204,7 @@ def shard_tensors(path: Path) -> dict[str, int]:
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}") from None
     if not raw.startswith(b"{"):  # before JSON of any other kind takes memory
-        raise CheckpointError(f"{path}: damaged: the header is no JSON object")
+        raise CheckpointError(f"{path}: damaged: the header is not a JSON object")
     try:
         header = parse_json(raw, _no_duplicates)
     except ValueError as e:
@@ -269,7 +270,7 @@ def _load_json(path: Path, hint: str) -> dict[str, Any]:
     except ValueError as e:
         raise CheckpointError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: no JSON object")
+        raise CheckpointError(f"{path}: not a JSON object")
     return data
 
 

@@ -210,12 +210,6 @@ class ConverterStream:
         )
 
 
-def header_only(checkpoint: Checkpoint, log: Callable[[str], None], fallback: Path | None = None) -> Header:
-    """The header that the bf16 GGUF of a checkpoint would have, without reading its weights. Raises CheckpointError."""
-    with ConverterStream(checkpoint, log, fallback) as stream:
-        return stream.header
-
-
 def _enlarge(fd: int) -> None:
     """A larger pipe where the system has that; fewer turns between two processes."""
     try:

@@ -85,7 +85,7 @@ def _explained(repo_id: str, revision: str | None, what: str, quiet: bool) -> It
     try:
         yield f"{at}: from {where}, into {constants.HF_HUB_CACHE}"
     except errors.HFValidationError:
-        raise InputError(f"{repo_id!r} is no model id of the form org/name, and no local folder") from None
+        raise InputError(f"{repo_id!r} is not a model id of the form org/name, nor a local folder") from None
     except errors.GatedRepoError:
         raise InputError(
             f"{at}: access is gated; accept its terms at {page}, then set HF_TOKEN to a token of yours"
@@ -106,7 +106,7 @@ def _explained(repo_id: str, revision: str | None, what: str, quiet: bool) -> It
             raise InputError(
                 f"{at}: the disk is full at {constants.HF_HUB_CACHE}; set HF_HOME to a folder with more room"
             ) from None
-        raise InputError(f"{at}: the download from {where} broke off ({_text(e)}); run again to go on") from None
+        raise InputError(f"{at}: the download from {where} broke off ({_text(e)}); run again to resume") from None
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:

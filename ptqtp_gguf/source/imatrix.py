@@ -144,8 +144,8 @@ class Imatrix:
         found = [t for t in tensors if t.name in self.values]
         if not found:
             raise InputError(
-                f"{self.path}: none of its {len(self.values)} tensors, as {next(iter(self.values))}, is in the model; "
-                "make an imatrix with this model"
+                f"{self.path}: none of its {len(self.values)} tensors, e.g. {next(iter(self.values))}, is in the "
+                "model; make an imatrix with this model"
             )
         for t in found:
             self._of(t)
@@ -268,7 +268,7 @@ def _index_gguf(f: Imatrix) -> tuple[dict[str, _Entry], int, list[str]]:
             if max(t.n_weights, raw.n_weights) > MAX_VALUES:
                 raise InputError(f"{f.path}: {t.name} has {t.n_weights} values, the limit is {MAX_VALUES}")
             counts = f._bytes(raw.offset, raw.nbytes, raw.name).view("<f4").astype(np.float32, copy=False)
-            with np.errstate(invalid="ignore"):  # what is no number is told by validate
+            with np.errstate(invalid="ignore"):  # validate reports what is not a number
                 entries[name] = _Entry(t.offset, t.n_weights, np.floor(counts + np.float32(0.5)))
     if not entries:
         raise InputError(f"{f.path}: an imatrix without a tensor; make it again, with more text")

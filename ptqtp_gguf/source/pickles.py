@@ -120,7 +120,7 @@ def bin_tensors(path: Path) -> dict[str, int]:
     tensors: dict[str, int] = {}
     for name, value in state.items():
         if not isinstance(value, _Tensor):
-            raise CheckpointError(f"{path}: entry {name[:80]!r} is no tensor; {WAY_OUT}")
+            raise CheckpointError(f"{path}: entry {name[:80]!r} is not a tensor; {WAY_OUT}")
         tensors[name] = value.nbytes
     return tensors
 
@@ -209,7 +209,7 @@ class _Replay(_Unpickler):  # type: ignore[misc]
     def _set(self, items: list[Any]) -> None:
         target, keys = self.stack[-1], items[::2]
         if not isinstance(target, dict) or not all(isinstance(k, str) for k in keys):
-            raise CheckpointError(f"holds a dictionary whose keys are no names of tensors; {WAY_OUT}")
+            raise CheckpointError(f"holds a dictionary whose keys are not names of tensors; {WAY_OUT}")
         target.update(zip(keys, items[1::2], strict=True))
 
     def build(self) -> None:

@@ -114,7 +114,7 @@ def _print_tokenizer(report: Report) -> None:
         pre = "" if tok.pre is None else f" ({cut(tok.pre, SHOWN)})"
         line(f"  tokenizer {cut(tok.model or 'unnamed', SHOWN)}{pre}: {tok.tokens} tokens, {tok.merges} merges")
     for name, (i, text) in list(tok.special.items())[:MOST_NAMES]:
-        line(f"    {cut(name, SHOWN)} = {i} {'which is no token' if text is None else cut(text, SHOWN)}")
+        line(f"    {cut(name, SHOWN)} = {i} {'which is not a token' if text is None else cut(text, SHOWN)}")
     others = [key.removeprefix(TEMPLATE + ".") for key in report.metadata if key.startswith(TEMPLATE + ".")]
     named = f"; also named {cut(', '.join(others))}" if others else ""
     if report.template is None:

@@ -72,7 +72,7 @@ def tune(
     planes    HF parameter name -> TritPlanes (or a pair alike)
     windows   int64 (N, L) token ids to train on; held_out: (M, L) to measure on, other text
     device    "cpu", "cuda", "cuda:1"
-    state     file to go on from and to leave the state in, every save_seconds, on Ctrl-C and at the end (the same call
+    state     file to resume from and to leave the state in, every save_seconds, on Ctrl-C and at the end (the same call
               then returns at once); the caller removes it
     only_vectors  HF names of the norms and biases that may be trained, None = all; name those that you can store
     trust_code  run Python code that the folder brings

@@ -14,7 +14,7 @@ from ..quantize import GROUP, Tensor
 
 
 class PlaneLinear(torch.autograd.Function):  # type: ignore[misc]
-    """x @ (scale * levels)^T. The weights are made anew in the backward pass and never kept."""
+    """x @ (scale * levels)^T. The weights are made again in the backward pass and never kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, latent: Tensor | None, levels: Tensor) -> Tensor:

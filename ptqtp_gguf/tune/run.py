@@ -51,7 +51,7 @@ def run(work: Work) -> None:
         else:
             links[link.hf] = (t, link)
     if unlinked:
-        n = f"{len(unlinked)} tensors, as {unlinked[0]}" if len(unlinked) > 1 else unlinked[0]
+        n = f"{len(unlinked)} tensors, e.g. {unlinked[0]}" if len(unlinked) > 1 else unlinked[0]
         work.store.say(f"{n}: not tuned, no parameter of the model is the same matrix")
     planes = {}
     for hf, (t, link) in links.items():

@@ -241,7 +241,7 @@ class Run:
         return out, vectors
 
     def keep_in(self, path: Path, job: dict[str, Any]) -> None:
-        """Keep the state in a file from now on, and go on from what it holds. Raises TuneError, OutputError."""
+        """Keep the state in a file from now on, and resume from what it holds. Raises TuneError, OutputError."""
         check_text_target(path, force=True)
         self.path, self.job = path, job
         if path.exists():
@@ -307,10 +307,10 @@ class Run:
         except torch.cuda.OutOfMemoryError:
             raise
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-            raise TuneError(f"{path}: no state of a tuning to go on from ({type(e).__name__}); remove it") from None
+            raise TuneError(f"{path}: not the state of a tuning ({type(e).__name__}); remove it") from None
         if different:
             raise TuneError(
-                f"{path}: a tuning lies here that was begun with other {' and '.join(different)}; go on as it was "
+                f"{path}: holds a tuning that was begun with other {' and '.join(different)}; resume it as it was "
                 "begun, or remove the file"
             )
 

@@ -15,7 +15,7 @@ from helpers import REPO
 from tiny_models import FAMILIES, Family
 from walked_models import distance, save, some_tokens
 
-from ptqtp_gguf.calibrate.gather import OUTPUT, Layer, walk
+from ptqtp_gguf.calibrate.gather import OUTPUT, walk
 from ptqtp_gguf.calibrate.mapping import names
 from ptqtp_gguf.errors import CalibrationError
 from ptqtp_gguf.source import checkpoint
@@ -108,34 +108,6 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[t].h, b[t].h) and a[t].counts == b[t].counts for t in a)
 
 
-def double(layer: Layer) -> None:
-    """Replace a block's matrices by something quite different."""
-    for name in ("self_attn.q_proj.weight", "mlp.down_proj.weight"):
-        full = f"model.layers.{layer.index}.{name}"
-        if layer.index < 3 and not layer.done:
-            layer.replace({full: layer.parameter(full) * 2})
-
-
-def test_inputs_come_from_replaced_blocks(tmp_path: Path) -> None:
-    found, family = small(tmp_path)
-    got: dict[str, Any] = {}
-    for layer in walk(found, some_tokens(), "llama"):
-        double(layer)
-        got.update(layer.moments)
-
-    def change(model: Any) -> None:
-        for i, block in enumerate(model.model.layers):
-            for w in (block.self_attn.q_proj.weight, block.mlp.down_proj.weight):
-                w.data *= 2 if i < 2 else 1  # the last block's own are replaced when its inputs are known
-
-    expected = whole_model(tmp_path, family, some_tokens(), change)
-    plain = whole_model(tmp_path, family, some_tokens())
-    for of in ("blk.1.attn_q.weight", "blk.2.ffn_down.weight"):
-        assert distance(got[of].h, expected[of]) < SAME
-        assert distance(plain[of], expected[of]) > 1000 * SAME
-    assert distance(got["blk.0.ffn_down.weight"].h, plain["blk.0.ffn_down.weight"]) < SAME  # before its replacement
-
-
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -148,10 +120,7 @@ go(folder / "model", lambda stage, done, total, what: what == "block 1" and os.k
 
 def go(model: Path, progress: Any = lambda *_: None, folder: Path | None = None) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for layer in walk(
-        checkpoint.check(model), some_tokens(), "llama", sequential="x2", progress=progress, folder=folder
-    ):
-        double(layer)
+    for layer in walk(checkpoint.check(model), some_tokens(), "llama", progress=progress, folder=folder):
         out.update(layer.moments)
     return out
 
@@ -180,12 +149,11 @@ def test_killed_and_taken_up_again(tmp_path: Path) -> None:
     assert not seen  # no model was run
     for change, message in (
         (dict(tokens=some_tokens() + 1), "gathered from another text"),
-        (dict(sequential=""), "gathered from other settings"),
         (dict(wanted=["blk.0.attn_q.weight"]), "gathered from other tensors"),
         (dict(found=small(tmp_path / "other")[0]), None),  # the same weights elsewhere
     ):
         how: dict[str, Any] = dict(found=checkpoint.check(model), tokens=some_tokens(), arch="llama", folder=kept)
-        layers = walk(**{**how, "sequential": "x2", **change})
+        layers = walk(**{**how, **change})
         if message:
             with pytest.raises(CalibrationError, match=message):
                 next(layers)

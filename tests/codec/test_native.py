@@ -202,7 +202,6 @@ usual = st.floats(-2, 2, width=32)
 def test_bytes_of_gguf_py(x: np.ndarray) -> None:
     with np.errstate(all="ignore"):
         assert np.array_equal(native.to_q8_0(x), gguf.quants.quantize(x, Q.Q8_0))
-        assert np.array_equal(native.to_f16(x), x.astype(np.float16).view(np.uint8))
     assert np.array_equal(native.to_bf16(x), gguf.quants.quantize(x, Q.BF16))
 
 
@@ -215,7 +214,6 @@ def test_bytes_of_gguf_py_on_many(rng: np.random.Generator) -> None:
     for x in (anything, halves, rng.normal(size=(400, 512)).astype(np.float32)):
         with np.errstate(all="ignore"):
             assert np.array_equal(native.to_q8_0(x, threads=2), gguf.quants.quantize(x, Q.Q8_0))
-            assert np.array_equal(native.to_f16(x), x.astype(np.float16).view(np.uint8))
         assert np.array_equal(native.to_bf16(x), gguf.quants.quantize(x, Q.BF16))
     with pytest.raises(QuantizeError, match="multiple of 32"):
         native.to_q8_0(halves[:, :40])

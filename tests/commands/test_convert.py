@@ -112,7 +112,7 @@ def test_metadata_overrides(cli: Cli, model: Path, tmp_path: Path) -> None:
         assert [r.get(k) for k in keys] == ["Other: name", 4, True, 0.25]
     for bad, message in {
         "general.name": "write KEY=TYPE:VALUE",
-        "general.name=int:4": "is no int that the entry can hold",
+        "general.name=int:4": "is not of type int, or does not fit the entry",
         "llama.block_count=str:x": "the source holds no text there",
         "llama.block_count=int:-1": "is no int",
         "ptqtp.method=str:magic": "describes the file itself",

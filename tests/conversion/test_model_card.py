@@ -23,7 +23,7 @@ FACTS = CardFacts(
     source_type="BF16",
     origin=Origin("SmolLM2 135M", "HuggingFaceTB/SmolLM2-135M", "apache-2.0", languages=("en",)),
     errors=[(f"blk.{i}.attn_q.weight", 0.02 + i / 1000) for i in range(12)],
-    fallbacks=[("blk.0.odd.weight", "F16", "rows of 40 are no multiple of 32 (TP2_1)")],
+    fallbacks=[("blk.0.odd.weight", "F16", "rows of 40 are not a multiple of 32 (TP2_1)")],
     provenance=[("source file", "smol.gguf")],
 )
 
@@ -63,7 +63,7 @@ def test_the_whole_card() -> None:
         "# SmolLM2 135M, TP2_1 GGUF",
         "78.0 MB, 4.657 bits per weight, everything counted.",
         "| TP2_1 | 210 | 106,000,000 | 46,375,000 | 3.500 |",
-        "| `blk.0.odd.weight` | F16 | rows of 40 are no multiple of 32 (TP2_1) |",
+        "| `blk.0.odd.weight` | F16 | rows of 40 are not a multiple of 32 (TP2_1) |",
         "| `blk.11.attn_q.weight` | 0.03100 |",
         "ptqtp-gguf export-q4_0 smol-TP2_1.gguf smol-TP2_1-Q4_0.gguf",
         "stock llama.cpp cannot read them",

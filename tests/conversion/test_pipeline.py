@@ -63,7 +63,7 @@ def test_plan_bytes_and_metadata(tiny_gguf: Path, weights: dict[str, np.ndarray]
         assert got.get(Key.TYPE_IDS) == [251] and got.get(Key.GROUP_SIZE) == [32]
         assert (got.get(Key.METHOD), got.get(Key.VERSION), got.get(Key.SOURCE_TYPE)) == ("search", __version__, "F32")
     fallback = {r.tensor.name: r.choice.reason for r in summary.fallbacks}
-    assert fallback == {"blk.0.odd.weight": "rows of 40 are no multiple of 32 (TP2_1)"}
+    assert fallback == {"blk.0.odd.weight": "rows of 40 are not a multiple of 32 (TP2_1)"}
 
 
 def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -325,7 +325,7 @@ def test_signals(
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "finished tensors are kept; run the same command again to go on" in err and "Traceback" not in err
+    assert "finished tensors are kept; run the same command again to resume" in err and "Traceback" not in err
     done = cli("convert", source, out, *options, "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout.splitlines()[-1])["resumed_tensors"] >= 1

@@ -138,7 +138,7 @@ def test_a_rank_of_torchrun_is_killed_and_two_go_on(slow_source: Path, out: Path
     assert process.returncode == 1
     for rank in (0, 2):
         lines = [line for line in err.splitlines() if line.startswith(f"Error: rank {rank} of 3")]
-        assert len(lines) == 1 and "is kept; run the same command again to go on" in lines[0], err
+        assert len(lines) == 1 and "is kept; run the same command again to resume" in lines[0], err
     done = finished(out.parent)
     assert done >= 3 and not list(out.parent.glob("m*"))
     first, second = by_hand([*args, "--json"], args)

@@ -52,7 +52,7 @@ def test_facts(converted: Path, tmp_path: Path) -> None:
 
 def test_the_command(run: Callable[..., str], converted: Path) -> None:
     shown = run("inspect", converted)
-    for text in ("gpt2 (smollm): 4 tokens", "bos = 0 <s>", "eos = 99 which is no token", "chat template of"):
+    for text in ("gpt2 (smollm): 4 tokens", "bos = 0 <s>", "eos = 99 which is not a token", "chat template of"):
         assert text in shown
     assert "\x1b" not in shown and "x" * 300 not in shown and "tokenizer.ggml.tokens" not in shown
     assert "tokenizer.ggml.tokens = [<s>, a, \u00fc, b]" in run("inspect", converted, "--kvs")

@@ -77,7 +77,7 @@ def stock_peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_no_endpoint() -> None:
     assert rpc.endpoints(["a:1", "b.example:65535, c:3", "a:1"]) == ["a:1", "b.example:65535", "c:3"]
     for bad in ("", "a", "a:", ":1", "a:0", "a:65536", "a:x", "a:-1", "::1:5", "a:1,", "a:\u0663"):
-        with pytest.raises(ServerError, match=r"is no host:port; give a name or an IPv4 address"):
+        with pytest.raises(ServerError, match=r"is not host:port; give a name or an IPv4 address"):
             rpc.endpoints([bad])
 
 
@@ -141,7 +141,7 @@ def test_other_protocols_are_told_apart() -> None:
     import threading
 
     for answer, message in (
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no RPC server"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not an RPC server"),
         (b"", "hangs up at the handshake"),
     ):
         with socket.create_server(("127.0.0.1", 0)) as s:

@@ -190,7 +190,7 @@ def test_a_file_that_does_not_load_is_named(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"odd\.gguf: loading failed: .*wrong number of tensors"):
         rounds._first_token(file, Settings((1,), (), (1,), 1))
     for text in ("", "[]", "[{}]", '[{"n_prompt": 1}]'):
-        with pytest.raises(BenchError, match="lacks a test or is no JSON"):
+        with pytest.raises(BenchError, match="lacks a test or is not JSON"):
             rounds.parse(text, Settings((1,), (), (1,), 1), 1, path)
     with pytest.raises(BenchError, match="ended by SIGKILL; memory is likely short"):
         rounds._run(["sh", "-c", "kill -9 $$"], file, "it")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
@@ -27,7 +28,6 @@ from ptqtp_gguf.plan.recipe import (
     Rule,
     block_type,
     choose,
-    default_rules,
     fall_back,
     fit,
     load,
@@ -38,6 +38,10 @@ from ptqtp_gguf.plan.roles import Model
 
 def info(name: str, *shape: int, kind: str = "BF16") -> TensorInfo:
     return TensorInfo(name, shape, TYPE_IDS[kind], 0, 0)
+
+
+def default_rules(kind: TensorType) -> list[Rule]:
+    return list(load("default").bind(kind.name).rules)
 
 
 def alone(t: TensorInfo, rules: Sequence[Rule]) -> Choice:
@@ -80,10 +84,10 @@ def test_default_recipe(name: str, shape: tuple[int, ...], target: str) -> None:
 def test_rows_that_do_not_fit_fall_back_and_say_so() -> None:
     choice = alone(info("blk.0.a.weight", 96, 8), default_rules(TP2_0))
     assert (type_name(choice.type), choice.fallback) == ("Q8_0", True)
-    assert choice.reason == "rows of 96 are no multiple of 128 (TP2_0)"
+    assert choice.reason == "rows of 96 are not a multiple of 128 (TP2_0)"
     choice = alone(info("blk.0.a.weight", 41, 8), default_rules(TP2_1))
     assert (type_name(choice.type), choice.fallback) == ("F16", True)
-    assert "rows of 41 are no multiple of 32" in choice.reason
+    assert "rows of 41 are not a multiple of 32" in choice.reason
     choice = fall_back(info("blk.0.a.weight", 64, 8), "too large")
     assert (type_name(choice.type), choice.fallback, choice.reason) == ("Q8_0", True, "too large")
 
@@ -256,7 +260,7 @@ def test_a_condition_goes_over_the_names_once(monkeypatch: pytest.MonkeyPatch) -
 def test_no_rule_reaches_what_the_graph_needs_as_it_is(name: str) -> None:
     t = info(name, 64, 64)
     assert alone(t, [Rule(".*", "Q8_0", "all")]).type == t.type
-    with pytest.raises(RecipeError, match=f"tensor-type .*: all that it matches, as {name}, is always kept"):
+    with pytest.raises(RecipeError, match=f"tensor-type .*: all that it matches, e.g. {name}, is always kept"):
         load("default").with_overrides([".=Q8_0"]).plan([t])
 
 
@@ -284,7 +288,7 @@ def test_overrides_search_and_come_first() -> None:
         ("attn_v", "write REGEX=TYPE"),
         ("=Q8_0", "write REGEX=TYPE"),
         ("attn_v=", "write REGEX=TYPE"),
-        ("attn_(v=Q8_0", "no regular expression"),
+        ("attn_(v=Q8_0", "not a regular expression"),
         ("v=Q9_9", "unknown tensor type 'Q9_9'; there are TP2_0, TP2_1"),
         ("attn_v=Q8_K", "unknown tensor type"),
         ("attn_v=I32", "unknown"),
@@ -307,7 +311,7 @@ RULE = {"pattern": ".*", "type": "Q8_0", "reason": "r"}
         ([RULE, 3], "rule 2: must be a JSON object"),
         ([RULE, {**RULE, "pattrn": "x"}], "rule 2: unknown key 'pattrn'"),
         ([{"pattern": ".*", "type": "Q8_0"}], "rule 1: key 'reason' is missing"),
-        ([{**RULE, "pattern": "(x"}], "rule 1: pattern '.x' is no regular expression: missing"),
+        ([{**RULE, "pattern": "(x"}], "rule 1: pattern '.x' is not a regular expression: missing"),
         ([{**RULE, "pattern": 3}], "rule 1: 'pattern' must be a string"),
         ([{**RULE, "pattern": "x" * 1001}], "rule 1: 'pattern' must be one line of 1 to 1000"),
         ([{**RULE, "reason": "a\nb"}], "rule 1: 'reason' must be one line"),
@@ -317,7 +321,7 @@ RULE = {"pattern": ".*", "type": "Q8_0", "reason": "r"}
         ([{**RULE, "layers": [[0, float("nan")]]}], "rule 1: 'layers' must be"),
         ([{**RULE, "layers": [[False, True]]}], "rule 1: 'layers' must be"),
         ([{**RULE, "override": 1}], "rule 1: 'override' must be a true or false"),
-        ([{**RULE, "with": "(x"}], "rule 1: with '.x' is no regular expression: missing"),
+        ([{**RULE, "with": "(x"}], "rule 1: with '.x' is not a regular expression: missing"),
         ([RULE, {**RULE, "with": "(a+)+b"}], "rule 2: with '.a...b' has a repeat within a repeat"),
         ([{**RULE, "with": "a*" * 9}], "rule 1: with '(a[*]){9}' could take too long to match: 9 repeats"),
         ([{**RULE, "with": ["x"]}], "rule 1: 'with' must be a string"),
@@ -397,7 +401,7 @@ def test_a_recipe_is_read_or_refused(value: object) -> None:
 def test_where_rows_do_not_divide_llama_quantizes_table_holds(wanted: str, row: int, got: str) -> None:
     choice = fit(info("blk.0.a.weight", row, 8), TYPE_IDS[wanted], "asked for")
     assert (type_name(choice.type), choice.fallback) == (got, got != wanted)
-    assert choice.reason == "asked for" if got == wanted else f"rows of {row} are no multiple of" in choice.reason
+    assert choice.reason == "asked for" if got == wanted else f"rows of {row} are not a multiple of" in choice.reason
 
 
 def test_without_the_runtime_a_k_type_is_refused_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

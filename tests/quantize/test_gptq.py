@@ -66,7 +66,7 @@ def test_beats_search_and_gptq(rng: np.random.Generator) -> None:
 def test_the_size_of_h_does_not_matter(rng: np.random.Generator, factor: float) -> None:
     w, h = problem(rng, 8, 64)
     one, other = calibrate(w, h), calibrate(w, h * factor)
-    assert (one.levels == other.levels).float().mean() > 0.995  # the factor is no power of two
+    assert (one.levels == other.levels).float().mean() > 0.995  # the factor is not a power of two
 
 
 def test_dead_inputs(rng: np.random.Generator) -> None:

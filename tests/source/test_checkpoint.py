@@ -55,7 +55,7 @@ HEADERS = {
     "four bytes": (b"\x01\0\0\0", "damaged or truncated"),
     "not JSON": (safetensors_bytes(b"{nope"), "not valid JSON"),
     "deep JSON": (safetensors_bytes(b'{"a":' * 200_000), "not valid JSON"),
-    "a list": (safetensors_bytes([1]), "no JSON object"),
+    "a list": (safetensors_bytes([1]), "not a JSON object"),
     "not UTF-8": (safetensors_bytes(b'{"\xff\xfe": 1}'), "not valid JSON"),
     "name twice": (safetensors_bytes(b'{"a": {}, "a": {}}'), "'a' stands twice"),
     "no entry": (safetensors_bytes({"a": 3}), "tensor a: damaged header entry"),
@@ -69,7 +69,7 @@ HEADERS = {
     ),
     "a million dimensions": (safetensors_bytes(entry(shape=[9] * 10**6), bytes(16)), "damaged shape"),
     "99 MB of garbage": (safetensors_bytes(b"{" + b"\x13" * 99_000_000), "not valid JSON"),
-    "99 MB of a list": (safetensors_bytes(b"[" + b"1," * 49_000_000), "no JSON object"),
+    "99 MB of a list": (safetensors_bytes(b"[" + b"1," * 49_000_000), "not a JSON object"),
     "empty": (b"", "damaged or truncated: the header claims 0 bytes, the file has 0"),
     "name of a megabyte": (
         safetensors_bytes({"a\n" * 500_000: {"dtype": "F3"}}),
@@ -239,7 +239,7 @@ def test_tensor_in_two_shards(folder: Path) -> None:
 @pytest.mark.parametrize("shard", ["../one.safetensors", "/etc/passwd", "..", "", 7, "x/one.safetensors"])
 def test_index_cannot_lead_out_of_the_folder(folder: Path, shard: object) -> None:
     index(folder, {"a": shard})
-    with pytest.raises(CheckpointError, match="no plain file name"):
+    with pytest.raises(CheckpointError, match="not a plain file name"):
         check(folder)
 
 
@@ -247,7 +247,7 @@ def test_index_cannot_lead_out_of_the_folder(folder: Path, shard: object) -> Non
     ("text", "message"),
     [
         ("{}", "no 'weight_map'"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ("{", "not valid JSON"),
         ('{"weight_map": []}', "weight_map"),
     ],

@@ -21,7 +21,7 @@ from ptqtp_gguf.errors import CheckpointError
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.source import _converter_child as child
 from ptqtp_gguf.source.checkpoint import BIN_INDEX, INDEX, check
-from ptqtp_gguf.source.converter import ConverterStream, header_only
+from ptqtp_gguf.source.converter import ConverterStream
 
 pytestmark = [pytest.mark.runtime, pytest.mark.hf]
 
@@ -97,7 +97,7 @@ def written(experts: Path, unhookable: Path, tmp_path_factory: pytest.TempPathFa
         with pytest.raises(
             CheckpointError, match=r"cannot be read as a stream .*open_output_file is missing.*keep the"
         ):
-            header_only(check(experts), ignore)
+            ConverterStream(check(experts), ignore)
     assert any("GGUFWriter.open_output_file is missing); writing" in line for line in lines)
     return data
 

@@ -199,7 +199,7 @@ def test_offline_and_unreachable(server: str, tmp_path: Path) -> None:
     assert offline[1] == (
         "ERR org/cut: not, or not wholly, in the cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder"
     )
-    assert "'no id/at all' is no model id of the form org/name, and no local folder" in offline[2].replace("\\'", "'")
+    assert "'no id/at all' is not a model id of the form org/name, nor a local folder" in offline[2].replace("\\'", "'")
     nowhere = "http://127.0.0.1:9"
     unreachable = run(tmp_path, nowhere, "org/good", "org/cut")
     assert unreachable[0] == got

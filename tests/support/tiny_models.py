@@ -73,7 +73,7 @@ class Family:
 
 
 FAMILIES = {
-    # rows of 144 and 200 fall back; 200 rows are no multiple of the 16 that a panel interleaves
+    # rows of 144 and 200 fall back; 200 rows are not a multiple of the 16 that a panel interleaves
     "llama": Family(
         "Llama",
         "llama",

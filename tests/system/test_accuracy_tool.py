@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
-import random
-import re
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,12 +15,13 @@ import numpy as np
 import pytest
 from helpers import REPO
 
+from ptqtp_gguf.compare import findings
+from ptqtp_gguf.compare.candidates import Item
 from ptqtp_gguf.conversion.pipeline import convert
-from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan.options import Options
 
 sys.path.insert(0, str(REPO / "tools" / "accuracy"))
-accuracy, base, page = (importlib.import_module(name) for name in ("accuracy", "accuracy_base", "accuracy_page"))
+accuracy, page = (importlib.import_module(name) for name in ("accuracy", "accuracy_page"))
 
 Run = tuple[Path, list[str]]
 CHUNKS, CTX = 2, 128
@@ -58,175 +58,187 @@ def tiny_model(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One run over everything: DIR and the arguments that made it."""
     folder = tmp_path_factory.mktemp("accuracy")
     reference, ours = tiny_model(folder / "tiny-bf16.gguf"), folder / "ours.gguf"
     convert(reference, ours, Options())
     sources = "tools/fixtures/sample.txt", "tools/build/build_runtime.py", "docs/format.md"
-    texts = dict(zip(("wiki.txt", "code.txt", "calib.txt"), sources, strict=True))
-    for name, source in texts.items():
-        shutil.copy(REPO / source, folder / name)
-    argv = [
-        "--model",
-        f"tiny={reference}",
-        "--text",
-        folder / "wiki.txt",
-        "--text2",
-        folder / "code.txt",
-        "--calib",
-        folder / "calib.txt",
-        "--calib-chunks",
-        2,
-        "--out",
-        folder / "out",
-        "--chunks",
-        CHUNKS,
-        "--ctx",
-        CTX,
-        "--types",
-        "Q8_0,Q4_K_M",
-        "--jobs",
-        2,
-        "--threads",
-        1,
-        "--ours",
-        f"search={ours}",
-        "--make",
-        "tiny/paper=convert {reference} {out} -m paper -t TP2_0 -q -j {threads}",
-    ]
-    assert accuracy.main([str(a) for a in argv]) == 0
-    return folder / "out", [str(a) for a in argv]
+    texts = {name: folder / name for name in ("wiki.txt", "code.txt", "calib.txt")}
+    for path, source in zip(texts.values(), sources, strict=True):
+        shutil.copy(REPO / source, path)
+    given = {
+        "--model": f"tiny={reference}",
+        "--text": texts["wiki.txt"],
+        "--calib": texts["calib.txt"],
+        "--calib-chunks": 2,
+        "--out": folder / "out",
+        "--scorer": request.param,
+        "--chunks": CHUNKS,
+        "--ctx": CTX,
+        "--types": "Q8_0,Q4_K_M",
+        "--threads": 1,
+        "--ours": f"search={ours}",
+        "--make": "tiny/paper=-m paper -t TP2_0",
+    }
+    argv = [*(str(word) for pair in given.items() for word in pair), "--text", str(texts["code.txt"])]
+    assert accuracy.main(argv) == 0
+    return folder / "out", argv
 
 
-def rows_of(out: Path) -> dict[tuple[str, str], dict]:
-    return {(r["label"], r["role"]): r for r in json.loads((out / "results.json").read_text())["rows"].values()}
+def entries_of(out: Path) -> dict[tuple[str, str], dict]:
+    return {(e["label"], e["text"]): e for e in json.loads((out / "results.json").read_text())["rows"].values()}
 
 
 @pytest.mark.runtime
 def test_every_file_is_measured(run: Run) -> None:
     out, _ = run
-    rows = rows_of(out)
-    labels = {"reference", "search", "paper", "Q8_0", "Q8_0 imatrix", "Q4_K_M", "Q4_K_M imatrix"}
-    assert set(rows) == {(label, role) for label in labels for role in ("text", "text2")}
-    for r in rows.values():
-        assert r["ppl_ratio"] == pytest.approx(r["ppl"] / r["ppl_reference"], rel=1e-4)
-        assert r["kld_median"] <= r["kld_999"] and 0 < r["same_top"] <= 100
-    wiki = {label: rows[label, "text"] for label in labels}
-    assert wiki["reference"]["kld"] < wiki["Q8_0"]["kld"] < wiki["Q4_K_M"]["kld"] < wiki["search"]["kld"]
-    assert wiki["reference"]["same_top"] > 99 and wiki["reference"]["ppl_ratio"] == pytest.approx(1, abs=1e-3)
-    # an importance matrix means nothing to Q8_0: the same tensors, so not measured twice
-    same = {wiki[label].get("same_as") for label in ("Q8_0", "Q8_0 imatrix")}
-    assert len(same) == 2 and same < {None, "Q8_0", "Q8_0 imatrix"}
+    entries = entries_of(out)
+    labels = {"reference", "search", "paper", "Q8_0", "Q4_K_M", "Q4_K_M imatrix"}  # Q8_0 heeds no importance matrix
+    assert set(entries) == {(label, text) for label in labels for text in ("wiki.txt", "code.txt")}
+    rows = {key: e["document"]["rows"][0] for key, e in entries.items()}
+    for (label, _), row in rows.items():
+        q = row["quality"]
+        if label != "reference":
+            assert q["ppl_ratio"] == pytest.approx(q["ppl"] / q["ppl_reference"], rel=1e-4)
+            assert q["kld_median"] <= q["kld_999"] and 0 < q["same_top"] <= 100
+    wiki = {label: rows[label, "wiki.txt"] for label in labels}
+    kld = {label: row["quality"]["kld"] for label, row in wiki.items()}
+    assert 0 < kld["Q8_0"] < kld["Q4_K_M"] < kld["search"] and kld["Q4_K_M imatrix"] < kld["search"]
+    document = entries["search", "wiki.txt"]["document"]
+    assert document["text"]["windows"] == CHUNKS and document["text"]["ctx"] == CTX and document["machine"]["cpu"]
     # rows of 224 cannot be Q4_K, but TP2_1
     matrices = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
     for label in ("Q4_K_M", "Q4_K_M imatrix"):
-        assert wiki[label]["fell_back"] == pytest.approx(WIDTH * INNER / matrices) and "same_as" not in wiki[label]
-        shares = wiki[label]["shares"]
-        assert sum(share for kind, share in shares.items() if "_K" not in kind) == pytest.approx(
-            wiki[label]["fell_back"]
-        )
-    assert wiki["search"]["fell_back"] == 0 and wiki["search"]["shares"] == {"TP2_1": 1.0}
-    assert wiki["paper"]["shares"]["TP2_0"] == pytest.approx(1 - WIDTH * INNER / matrices)
+        fell_back = entries[label, "wiki.txt"]["fell_back"]
+        assert fell_back == pytest.approx(WIDTH * INNER / matrices)
+        others = [share for kind, share in wiki[label]["types"].items() if "_K" not in kind]
+        assert sum(others) == pytest.approx(fell_back)
+    assert entries["search", "wiki.txt"]["fell_back"] == 0 and wiki["search"]["types"] == {"TP2_1": 1.0}
+    assert entries["reference", "wiki.txt"]["head"] == entries["reference", "wiki.txt"]["embedding"] == "BF16"
+    assert wiki["paper"]["types"]["TP2_0"] == pytest.approx(1 - WIDTH * INNER / matrices)
+    assert wiki["paper"]["made"].endswith("convert -m paper -t TP2_0")
     size = (out.parent / "ours.gguf").stat().st_size
     assert wiki["search"]["size"] == size
-    assert wiki["search"]["bpw"] == pytest.approx(8 * size / wiki["reference"]["weights"])
+    assert wiki["search"]["bpw"] == pytest.approx(8 * size / document["model"]["weights"])
     # what was made is gone, what was given is not
-    assert {p.suffix for p in out.iterdir()} == {".json", ".gguf"} and len(list(out.glob("*.gguf"))) == 1
-    assert next(out.glob("*.gguf")).name.endswith(".imatrix.gguf")
+    assert [p.name for p in out.rglob("*.gguf")] == ["imatrix.gguf"] and not list(out.rglob("*.logits"))
 
 
 @pytest.mark.runtime
-def test_finished_rows_are_not_run_again(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_rows_are_not_run_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, argv = run
-    copy, empty = tmp_path / "elsewhere", tmp_path / "bin"
-    shutil.copytree(out, copy)
-    empty.mkdir()
-    again = [*argv, "--out", str(copy), "--bin", str(empty), "--bin-ours", str(empty)]  # no tool to be found
-    assert accuracy.main(again) == 0
-    held = json.loads((copy / "results.json").read_text())
-    gone = next(key for key, r in held["rows"].items() if (r["label"], r["role"]) == ("Q8_0", "text2"))
-    lost = held["rows"].pop(gone)
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    shutil.copy(out / "results.json", copy)
+    again = [*argv, "--out", str(copy)]
+
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as nothing:
+        for scorer in accuracy.SCORERS:
+            nothing.setitem(accuracy.SCORERS, scorer, measured)
+        assert accuracy.main(again) == 0
+        held = json.loads((copy / "results.json").read_text())
+        gone = next(key for key, e in held["rows"].items() if (e["label"], e["text"]) == ("Q8_0", "code.txt"))
+        lost = held["rows"].pop(gone)
+        (copy / "results.json").write_text(json.dumps(held))
+        for more in ([], ["--chunks", "1"]):  # other windows are other rows
+            with pytest.raises(AssertionError, match="measured again"):
+                accuracy.main([*again, *more])
+        # the row comes back from another machine's results, or by measuring
+        (copy / "results.json").write_text(json.dumps(held))
+        assert accuracy.main([*again, "--merge", str(out / "results.json")]) == 0
     (copy / "results.json").write_text(json.dumps(held))
-    capsys.readouterr()
-    assert accuracy.main(again) == 1
-    assert "holds no llama-perplexity" in capsys.readouterr().err
-    assert accuracy.main([*argv, "--out", str(copy), "--minutes", "1e-6"]) == accuracy.UNFINISHED
+
+    def killed(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does
+
+    with monkeypatch.context() as stopping:
+        for scorer in accuracy.SCORERS:
+            stopping.setitem(accuracy.SCORERS, scorer, killed)
+        assert accuracy.main(again) == accuracy.UNFINISHED
     assert gone not in json.loads((copy / "results.json").read_text())["rows"]
-    # the row comes back from another machine's results, or by measuring
-    assert accuracy.main([*again, "--merge", str(out / "results.json")]) == 0
-    (copy / "results.json").write_text(json.dumps(held))
-    assert accuracy.main([*argv, "--out", str(copy)]) == 0
-    fresh = json.loads((copy / "results.json").read_text())["rows"][gone]
-    assert fresh["kld"] == pytest.approx(lost["kld"], rel=1e-3) and fresh["data"] == lost["data"]
-    # other windows are other rows
-    assert accuracy.main([*again, "--chunks", "1"]) == 1
+    assert accuracy.main(again) == 0
+    fresh, before = (
+        e["document"]["rows"][0] for e in (json.loads((copy / "results.json").read_text())["rows"][gone], lost)
+    )
+    assert fresh["quality"]["kld"] == pytest.approx(before["quality"]["kld"], rel=1e-3)
+    assert fresh["sha256"] == before["sha256"]
 
 
 @pytest.mark.runtime
-def test_the_page_keeps_words(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    monkeypatch.setattr(page, "figure", lambda rows, model, path: drawn.append(path.name))
+def test_a_file_that_cannot_be_measured_is_a_row_that_says_why(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, argv = run
+    copy, broken = tmp_path / "out", tmp_path / "broken.gguf"
+    copy.mkdir()
+    shutil.copy(out / "results.json", copy)
+    broken.write_bytes((out.parent / "ours.gguf").read_bytes()[:5000])
+    more = ["--ours", f"broken={broken}", "--make", "refused=--target-bpw 0.5"]
+    assert accuracy.main([*argv, "--out", str(copy), *more]) == 1
+    said = capsys.readouterr().out
+    for label in ("broken", "refused"):
+        for text in ("wiki.txt", "code.txt"):
+            assert f"Not measured: {label} on {text}: {entries_of(copy)[label, text]['error']}" in said
+    assert "0.5" in entries_of(copy)["refused", "wiki.txt"]["error"]
+
+
+@pytest.mark.runtime
+def test_the_page_keeps_words(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     target = tmp_path / "accuracy.md"
     argv = ["--out", str(run[0]), "--render-only", "--page", str(target)]
     assert accuracy.main(argv) == 0
     text = target.read_text()
-    rows = rows_of(run[0])
-    for r in rows.values():
-        assert page.with_error(r["kld"], r["kld_se"]) in text
-    assert re.search(r"\| reference \|[^|]*\|[^|]*\|[^|]*\| 1\.000 \|", text)
-    assert re.search(r"\| \*\*search\*\* \| \d+\.\d \| \d+\.\d{3} \|", text) and "| Q4_K_M imatrix\u2020 |" in text
+    doc = page.document_of(page.latest(list(entries_of(run[0]).values()), "tiny", "wiki.txt"))
+    shown = [row.label for row in findings.ordered(doc)]
+    table = text[text.index("| PPL ") :].split("\n\n")[0]
+    names = [f"{x}†" if "K_M" in x else x if x[0] == "Q" else f"**{x}**" for x in shown]
+    places = [table.index(f"\n| {name} |") for name in names]
+    assert places == sorted(places)  # by size
+    for row in doc.rows:
+        if row.quality.kld is not None:
+            assert " ± ".join(findings.with_error(row.quality.kld, findings.Z95 * row.quality.kld_se)) in table
+    assert "| stock types reach it at |" in text and "code.txt: 2 windows of 128 tokens" in text
+    assert "bpw: TP2_1 100 % |" in table and "% fell back | " in table
     assert "python tools/accuracy/accuracy.py --model tiny=tiny-bf16.gguf --text wiki.txt" in text
-    assert str(tmp_path) not in text
-    assert str(run[0].parent) not in text and drawn == ["accuracy-tiny.svg"]
-    target.write_text(text.replace("## Published", "Words of mine.\n\n## Published").replace("0.", "9."))
+    assert f", commit {accuracy.commit()}, " in text and " cores of " in text
+    assert str(tmp_path) not in text and str(run[0].parent) not in text
+    assert "](accuracy-tiny.svg)" in text and "search" in (tmp_path / "accuracy-tiny.svg").read_text()
+    target.write_text(f"Words of mine.\n\n{text}Last words.\n".replace("0.", "9."))
     assert accuracy.main(argv) == 0
-    assert (
-        target.read_text().replace("Words of mine.\n\n", "").split("## Published")[0]
-        == (text.replace("0.", "9.").split("<!-- accuracy:how")[0] + text[text.index("<!-- accuracy:how") :]).split(
-            "## Published"
-        )[0]
-    )
-    assert "Words of mine." in target.read_text()
+    how = text.index("<!-- accuracy:how")
+    before = text[:how].replace("0.", "9.")
+    assert target.read_text() == f"Words of mine.\n\n{before}{text[how:]}Last words.\n"
     target.write_text("no markers")
     assert accuracy.main(argv) == 1 and target.read_text() == "no markers"
 
 
 @pytest.mark.runtime
-def test_what_llama_perplexity_prints(run: Run, tmp_path: Path) -> None:
-    folder = run[0].parent
-    common = ["-c", str(CTX), "--chunks", str(CHUNKS), "-t", "1", "--kl-divergence-base", str(tmp_path / "base")]
-    install.run_tool("llama-perplexity", "-m", str(folder / "tiny-bf16.gguf"), "-f", str(folder / "wiki.txt"), *common)
-    ours = ["-m", str(folder / "ours.gguf"), *common, "--kl-divergence"]
-    tools = base.Tools(None)
-    out = tools.run(install.tool("llama-perplexity"), *ours, linger=True)
-    tools.halt()
-    found, row = base.parse(out), rows_of(run[0])["search", "text"]
-    assert all(found[key] == pytest.approx(row[key], rel=0.02, abs=1e-3) for key in found)
-    assert f"{found['kld']:10.6f} \u00b1 {found['kld_se']:10.6f}" in out
-    broken = re.sub(r"(Mean    KLD:\s+)\S+", r"\1-nan", out)
-    assert base.parse(broken)["kld"] is None
-    assert not base.is_whole(out.replace("Same top p", "Another line"))
-    with pytest.raises(base.Stop, match="no figure for same_top; its last line: "):
-        base.parse(out.replace("Same top p", "Another line"))
-
-
-# ---- without a runtime ----
-
-
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--calib", "text.txt"], "--calib text.txt is the scored text text.txt"),
-        (["--types", "Q4_0,Q9_X"], "Q9_X is no type"),
+        (["--types", "Q4_0,Q9_X"], "Q9_X: neither a file nor a type of llama-quantize's"),
+        (["--types", "Q4_0,Q4_0"], "Q4_0 is named twice"),
+        (["--ours", "Q4_0=tiny.gguf", "--types", "Q4_0"], "Q4_0 is named twice"),
         (["--ours", "a=missing.gguf"], "--ours a: missing.gguf: no such file"),
-        (["--make", "a=convert {reference}"], "has no {out}"),
-        (["--make", "a=convert {source} {out}"], "unknown {source}; known are calib"),
-        (["--make", "a=convert {checkpoint} {out}"], "tiny has no checkpoint"),
-        (["--make", "a=convert {reference} {out} --imatrix {imatrix}"], "give --calib"),
+        (["--make=-t TP2_1"], "--make -t TP2_1: want [NAME/]LABEL=..."),
+        (["--make", "a=-t TP9"], "TP9"),
+        (["--make", "a=--threads many"], "--make a: Invalid value for '--threads'"),
+        (["--make", "a=--out b.gguf"], "--make a: No such option: --out"),
+        (["--make", "a=--calib {source}"], "unknown {source}; known are {calib}"),
+        (["--make", "a=--calib builtin"], "tiny has no checkpoint"),
+        (["--make", "a=--imatrix {imatrix}"], "give --calib"),
         (["--model", "other"], "want NAME=REFERENCE.gguf"),
+        (["--text", "other/text.txt"], "text.txt is named twice"),
+        (["--model", "tiny=tiny.gguf"], "tiny is named twice"),
         (["--render-only"], "results.json has no rows"),
+        (["--merge", "old.json"], "old.json: of an older version"),
     ],
 )
 def test_one_line_says_what_is_wrong(
@@ -234,100 +246,79 @@ def test_one_line_says_what_is_wrong(
 ) -> None:
     monkeypatch.chdir(tiny_gguf.parent)
     Path("text.txt").write_text("Some words.")
-    Path("bin").mkdir()
-    command = ["--model", "tiny=tiny.gguf", "--text", "text.txt", "--out", "out", "--bin", "bin", "--bin-ours", "bin"]
+    Path("other").mkdir()
+    shutil.copy("text.txt", "other")
+    Path("old.json").write_text('{"runs": [], "rows": {"a": {"label": "a"}}}')
+    command = ["--model", "tiny=tiny.gguf", "--text", "text.txt", "--out", "out"]
     assert accuracy.main([*command, *extra]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_peers_with_and_without_importance_matrix(tiny_gguf: Path) -> None:
-    kinds = {}
-    for calib in (None, tiny_gguf):
-        argv = ["--types", "Q4_0,IQ3_XXS", "--out", ".", *(["--calib", str(calib)] if calib else [])]
-        work = accuracy.Work(accuracy.parser().parse_args(argv), base.Results(Path("none.json")), base.Tools(None))
-        model = accuracy.Model("tiny", tiny_gguf, None)
-        accuracy.items_of(work, [model])
-        kinds[calib] = [(i.label, i.imatrix is not None) for i in model.items]
-    assert kinds[None] == [("reference", False), ("Q4_0", False)]
-    assert kinds[tiny_gguf] == [*kinds[None], ("Q4_0 imatrix", True), ("IQ3_XXS imatrix", True)]
+# ---- without a runtime ----
 
 
-def test_what_a_file_holds(tiny_gguf: Path) -> None:
-    blocks = {"q": 48 * 64, "down": 64 * 96, "gate_exps": 3 * 16 * 64, "odd": 8 * 40}
-    held = base.facts(tiny_gguf, 32)
-    assert held["fell_back"] == pytest.approx(blocks["odd"] / sum(blocks.values()))
-    assert base.facts(tiny_gguf, 256)["fell_back"] == 1
-    assert held["shares"] == {"F32": 1.0} and held["bpw_blocks"] == 32 and held["head"] == "F32"
-    assert base.facts(tiny_gguf, 32, weights=1000)["bpw"] == 8 * tiny_gguf.stat().st_size / 1000
-    assert [base.block_of(kind) for kind in ("Q4_K_M", "IQ3_M", "IQ3_XXS", "TQ1_0", "Q4_0", "IQ4_NL", "Q8_0")] == [
-        256,
-        256,
-        256,
-        256,
-        32,
-        32,
-        32,
-    ]
-
-
-def test_bits_for_the_same_divergence() -> None:
-    rows = [{"kind": "stock", "bpw": b, "kld": k} for b, k in ((4.0, 0.1), (3.0, 1.0), (3.5, 2.0), (5.0, 0.1))]
-    line = page.frontier([*rows, {"kind": "ours", "bpw": 2.0, "kld": 1e-9}])
-    assert line == [(3.0, 1.0), (4.0, 0.1)]
-    assert page.bits_for(math.sqrt(0.1), line) == pytest.approx(3.5)
-    assert page.bits_for(0.01, line) is None and page.bits_for(1.1, line) is None
+def test_peers_with_and_without_importance_matrix() -> None:
+    items = [Item(name, "stock", name) for name in ("Q4_0", "Q8_0", "IQ3_XXS")]
+    plain = [("Q4_0", False), ("Q8_0", False)]
+    assert [(w.item.label, w.imatrix) for w in accuracy.peers_of(items, False)] == plain
+    weighed = [*plain, ("Q4_0 imatrix", True), ("IQ3_XXS imatrix", True)]
+    assert [(w.item.label, w.imatrix) for w in accuracy.peers_of(items, True)] == weighed
 
 
 def test_the_last_of_a_label_counts() -> None:
     """A file made again by a later commit, after a failure, or scored on other windows."""
-    about = {"model": "m", "role": "text", "reference": "r", "text": "t", "text_name": "t.txt", "chunks": 2, "ctx": 128}
-    rows = [
-        about | {"label": "a", "kind": "ours", "n": 1, "chunks": 1},
-        about | {"label": "a", "kind": "ours", "error": "e"},
-        about | {"label": "b", "kind": "stock", "n": 2},
-        about | {"label": "a", "kind": "ours", "n": 3},
-        about | {"label": "a", "kind": "ours", "n": 4, "role": "text2"},
+    about = {"model": "m", "text": "wiki", "settings": ["reference", "text", 2, 128, "own"]}
+    entries = [
+        about | {"label": "a", "n": 1, "settings": ["reference", "text", 1, 128, "own"]},
+        about | {"label": "a", "error": "e"},
+        about | {"label": "b", "n": 2},
+        about | {"label": "a", "n": 3},
+        about | {"label": "a", "n": 4, "text": "code"},
     ]
-    assert sorted(r["n"] for r in page.latest(rows, "m", "text")) == [2, 3]
-    assert [r["n"] for r in page.latest(rows, "m", "text2")] == [4] and page.latest(rows, "other", "text") == []
+    assert sorted(e["n"] for e in page.latest(entries, "m", "wiki").values()) == [2, 3]
+    assert [e["n"] for e in page.latest(entries, "m", "code").values()] == [4]
+    assert not page.latest(entries, "other", "wiki")
 
 
-def test_numbers() -> None:
-    cases = {0.012345: "0.0123", 12.345: "12.3", 1234.5: "1234", 2e-6: "2.0e-06", 0.0: "0", None: "-", 3.2e7: "3.2e+07"}
-    assert {x: page.number(x) for x in cases} == cases
-    assert page.with_error(0.70712, 0.0123) == "0.707 \u00b1 0.012" and page.with_error(None, None) == "-"
+def document(rows: list[tuple[str, str, float, float | None]]) -> dict:
+    """kind, label, MB, KLD"""
+    figures = [
+        {"kind": kind, "label": label, "size": int(mb * 1e6), "bpw": mb / 10, "quality": {"kld": kld, "kld_se": 0.001}}
+        for kind, label, mb, kld in rows
+    ]
+    return {"schema": 1, "model": {"name": "tiny"}, "machine": {"cpu": "any"}, "rows": figures}
 
 
-def test_labels_do_not_overlap() -> None:
-    rng = random.Random(1)
-    at = [(rng.gauss(400, 90), rng.gauss(300, 90)) for _ in range(25)]
-    sizes = [(rng.uniform(25, 90), 12.0) for _ in at]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
-    corners = page.place(sizes, at, taken, (0, 0, 800, 600))
-    boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(corners, sizes, strict=True)]
-    assert taken[25:] == boxes
-    assert not [(i, j) for i, a in enumerate(taken) for j in range(max(25, i + 1), 50) if page.overlaps(a, taken[j])]
-    assert all(0 <= x and 0 <= y and right <= 800 and high <= 600 for x, y, right, high in boxes)
+ROWS = [
+    ("reference", "reference", 160, None),
+    ("stock", "Q4_0", 45, 0.2),
+    ("stock", "Q4_0 imatrix", 45.1, 0.1),
+    ("stock", "TQ1_0", 21, 9.0),
+    ("ours", "search", 39, 0.3),
+]
+
+
+def test_ours_against_the_frontier() -> None:
+    table = page.ours_table(findings_of(ROWS))
+    need = findings.size_for(0.3, [(21e6, 9.0), (45e6, 0.2)])
+    assert (
+        f"| search | 39.0 | 0.300 | {need / 1e6:.1f} MB, ours {100 * (39e6 / need - 1):+.1f} % | TQ1_0 | 0.0333x ("
+        in table
+    )
+    assert "| none |" in page.ours_table(findings_of([*ROWS[:3], ("ours", "small", 20, 0.3)]))
+    assert page.ours_table(findings_of(ROWS[:4])) == "" == page.ours_table(findings_of([ROWS[0], ROWS[4]]))
+
+
+def findings_of(rows: list[tuple[str, str, float, float | None]]) -> findings.Document:
+    return page.read_document(document(rows))
 
 
 def test_the_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = [
-        {"kind": kind, "label": label, "type": t, "imatrix": m, "bpw": b, "kld": k}
-        for kind, label, t, m, b, k in (
-            ("reference", "reference", "", None, 16, 1e-6),
-            ("stock", "Q4_0", "Q4_0", None, 4.5, 0.2),
-            ("stock", "Q4_0 imatrix", "Q4_0", "x", 4.5, 0.1),
-            ("stock", "TQ1_0", "TQ1_0", None, 2.1, 9.0),
-            ("ours", "search", "", None, 3.9, 0.3),
-        )
-    ]
-    for name in ("a.svg", "b.svg"):
-        page.figure(rows, "tiny", tmp_path / name)
+    captions = {page.figure(findings_of(ROWS), tmp_path / name) for name in ("a.svg", "b.svg")}
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text()  # nothing of the day or the run in it
-    far = "Off the figure: TQ1_0 2.1 bpw, KLD 9.0"
-    for label in ("search", "Q4_0", far, "ours", "stock, importance matrix"):
-        assert f"<!-- {label} -->" in drawn
-    assert "reference" not in drawn
+    assert "search" in drawn and "Q4_0 imatrix" in drawn and "TQ1_0" not in drawn and "reference" not in drawn
+    assert len(captions) == 1 and captions.pop().endswith("Off the figure: TQ1_0 2.10 bpw, KLD 9.00.")
+    assert page.figure(findings_of(ROWS[:2]), tmp_path / "none.svg") == "" and not (tmp_path / "none.svg").exists()

@@ -228,7 +228,7 @@ def test_taken_up_equals_one_go(kind: str, models: Any, text: tuple[Any, Any], t
         with pytest.raises(KeyboardInterrupt):
             tune(folder, planes, *text, settings, progress=interrupt, state=state)
         assert [p.name for p in tmp_path.iterdir()] == [state.name]
-    assert calls.count(2) == 1, "the second run began anew"
+    assert calls.count(2) == 1, "the second run started over"
     for _ in range(2):  # the second time it is finished already
         got = tune(folder, planes, *text, settings, progress=interrupt, state=state)
         assert repr(got.history) == repr(whole.history)
@@ -239,12 +239,12 @@ def test_taken_up_equals_one_go(kind: str, models: Any, text: tuple[Any, Any], t
     assert calls.count(7) == 1
     if kind == "scales":
         other = dataclasses.replace(settings, lr=1e-3)
-        with pytest.raises(TuneError, match=r"begun with other settings; go on as it was begun, or remove the file"):
+        with pytest.raises(TuneError, match=r"begun with other settings; resume it as it was begun, or remove the file"):
             tune(folder, planes, *text, other, state=state)
         with pytest.raises(OutputError, match="does not exist"):
             tune(folder, planes, *text, settings, state=tmp_path / "no" / "state")
         state.write_bytes(state.read_bytes()[:1000])
-        with pytest.raises(TuneError, match="no state of a tuning"):
+        with pytest.raises(TuneError, match="not the state of a tuning"):
             tune(folder, planes, *text, settings, state=state)
 
 

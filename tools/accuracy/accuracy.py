@@ -1,19 +1,15 @@
 #!/usr/bin/env python3
-"""The accuracy table: our files and stock ones of the same models, all against the 16-bit original's own predictions.
+"""The accuracy table: our files and stock ones of several models, all against the 16-bit original's own predictions.
 
-    accuracy.py --model NAME=REF.gguf[:CHECKPOINT] ... --text WIKI.txt [--text2 CODE.txt] --calib C4.txt --out DIR
-                [--ours [NAME/]LABEL=FILE.gguf ...] [--make '[NAME/]LABEL=convert {reference} {out} ...' ...]
+    accuracy.py --model NAME=REF.gguf[:CHECKPOINT] ... --text WIKI.txt --text CODE.txt --calib C4.txt --out DIR
+                [--ours [NAME/]LABEL=FILE.gguf ...] [--make '[NAME/]LABEL=--calib {calib} --tune' ...]
     accuracy.py --out DIR --render-only [--page docs/results/accuracy.md]
 
-For each model: the reference's logits on each text by llama-perplexity, an importance matrix by llama-imatrix from the
-calibration text, stock peers by llama-quantize from that same reference (without and with the matrix), our files as
-given or made by the command lines of --make; then perplexity and KL divergence of each. DIR/results.json keeps each
-finished row at once: the same command goes on where it was stopped, also elsewhere with DIR's results.json and
-*.imatrix.gguf copied there (--merge adds the rows of another results.json). Exit status 3: not finished, call again.
-
-Needs llama.cpp's tools in --bin (stock types) and --bin-ours (ours; both by default those of the installed runtime),
-numpy, and gguf-py; matplotlib for the figures of --render-only. Runs without the package installed too, with PYTHONPATH
-naming the repository.
+A loop over models and texts around what `ptqtp-gguf compare` and `eval` do: stock types made by llama-quantize from
+the reference, without and with an importance matrix of the calibration text; our files as given, or made with the
+options of --make. DIR/results.json keeps a row as soon as it is measured: the same command continues where it was
+stopped (Ctrl-C, or `timeout`), also elsewhere with DIR's results.json and files/ copied there; --merge adds the rows of
+another results.json. Exit status 1: some rows failed; 3: not finished, call again.
 """
 
 from __future__ import annotations
@@ -21,84 +17,102 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import struct
+import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import accuracy_page
-from accuracy_base import (
-    PRINTED,
-    REPO,
-    OutOfTime,
-    Results,
-    Row,
-    Stop,
-    Tools,
-    block_of,
-    commit,
-    facts,
-    is_whole,
-    machine,
-    parse,
-    sha256,
-)
+import typer
 
-from ptqtp_gguf.compare.candidates import check_apart
-from ptqtp_gguf.errors import PtqtpError
-from ptqtp_gguf.files.gguf import Reader
+from ptqtp_gguf import __version__
+from ptqtp_gguf.commands.common import Quiet
+from ptqtp_gguf.commands.flags import with_options
+from ptqtp_gguf.compare import candidates
+from ptqtp_gguf.compare.candidates import Item, Made, Store, Workshop, block_of
+from ptqtp_gguf.compare.document import SCHEMA, Document, Machine, Text, as_json
+from ptqtp_gguf.compare.rows import model_of, row_of
+from ptqtp_gguf.errors import InputError, PtqtpError
+from ptqtp_gguf.files import file_sha256, parse_json, read_whole, write_text
+from ptqtp_gguf.inspect import inspect
+from ptqtp_gguf.llamacpp import install
+from ptqtp_gguf.measure import Evaluation, Quality, evaluate, evaluate_by_tool, load_text, machine
+from ptqtp_gguf.plan import Options, Request
+from ptqtp_gguf.progress import Progress
+from ptqtp_gguf.terminal import Bar
 
-TYPES = "Q8_0 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS Q3_K_M Q3_K_S IQ3_M IQ3_S IQ3_XXS TQ1_0".split()
-ONLY_WITH_IMATRIX = {"IQ3_XXS"}  # llama-quantize would make it without, but nobody publishes such files
-WORDS = {"reference", "checkpoint", "out", "calib", "imatrix", "threads"}  # of --make
+UsageError = typer.BadParameter.__base__  # of click, or of what typer has in its place
+REPO = Path(__file__).resolve().parents[2]
+TYPES = "Q8_0,Q4_K_M,Q4_K_S,Q4_0,IQ4_NL,IQ4_XS,Q3_K_M,Q3_K_S,IQ3_M,IQ3_S,IQ3_XXS,TQ1_0"
+IGNORES_IMATRIX = {"Q8_0"}  # the same tensors with and without
+SCORERS = {"own": evaluate, "llama-perplexity": evaluate_by_tool}
 UNFINISHED = 3  # exit status
-RETRIES = 5  # where nothing could be done against lost output, see accuracy_base.LINGER
-
-
-# ---- one measurement ----
+MAX_RESULTS = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
-class Item:
-    """A file to measure: the reference itself, a peer to be made, one of ours."""
+class Wanted:
+    """A row of the table. imatrix: made with one; options: of ours; words: the same as they were given."""
 
-    label: str
-    kind: str  # reference, stock, ours
-    type: str = ""  # llama-quantize's, for peers
-    imatrix: Path | None = None
-    path: Path | None = None
-    make: str = ""  # a command line of ours
-
-    @property
-    def identity(self) -> str:
-        """What tells it from others of the model, whatever it is called."""
-        return self.type or (f"{self.make}@{commit()}" if self.make else sha256(self.path) if self.path else "")
+    item: Item
+    imatrix: bool = False
+    options: Options = field(default_factory=Options)
+    words: str = ""
 
 
-@dataclass
-class Model:
+@dataclass(frozen=True)
+class Subject:
+    """A model and the rows that are wanted of it."""
+
     name: str
     reference: Path
     checkpoint: Path | None
-    weights: int = 0
-    items: list[Item] = field(default_factory=list)
+    wanted: list[Wanted] = field(default_factory=list)
 
 
-class Work:
-    """The measurements of one run."""
+class Results:
+    """DIR/results.json: entries by key, and the runs; written after each row. Raises InputError for an older one."""
 
-    def __init__(self, args: argparse.Namespace, results: Results, tools: Tools) -> None:
-        self.args, self.results, self.tools = args, results, tools
-        self.out: Path = args.out
-        self.texts: list[Path] = [t for t in (args.text, args.text2) if t]
-        self.by_data: dict[tuple[str, Path], threading.Lock] = {}
+    def __init__(self, path: Path) -> None:
+        held = parse_json(read_whole(path, MAX_RESULTS)) if path.exists() else {}
+        self.path, self.runs = path, list(held.get("runs", []))
+        self.rows: dict[str, accuracy_page.Entry] = dict(held.get("rows", {}))
+        if not all("settings" in row for row in self.rows.values()):
+            raise InputError(f"{path}: of an older version of this tool; measure again into another --out")
+
+    def save(self) -> None:
+        write_text(self.path, json.dumps({"runs": self.runs, "rows": self.rows}, indent=1) + "\n")
+
+    def add(self, key: str, entry: accuracy_page.Entry) -> None:
+        self.rows.pop(key, None)  # the last row of a label counts
+        self.rows[key] = entry
+        self.save()
+
+    def done(self, key: str) -> bool:
+        return "error" not in self.rows.get(key, {"error": "missing"})
+
+    def merge(self, other: Results) -> None:
+        self.rows |= {k: v for k, v in other.rows.items() if k not in self.rows or other.done(k)}
+        self.runs += [run for run in other.runs if run not in self.runs]
+        self.save()
+
+
+class Measuring:
+    """One model: its files made, some at a time, measured on each text, and deleted. failed: rows."""
+
+    def __init__(self, args: argparse.Namespace, results: Results, subject: Subject, progress: Progress) -> None:
+        self.args, self.results, self.subject, self.progress = args, results, subject, progress
+        store, options = Store(args.out / "files"), Options()
+        reference, sha = candidates.reference_of(subject.reference, store, progress)
+        self.model = replace(model_of(subject.reference, reference), name=subject.name)
+        self.shop = Workshop(subject.checkpoint or reference, reference, sha, store, options, None, "", progress)
         self.failed = 0
 
     def program(self, name: str, ours: bool = False) -> Path:
@@ -108,48 +122,40 @@ class Work:
             raise Stop(f"{'--bin-ours' if ours else '--bin'} {folder} holds no {name}; name the folder of the tools")
         return path
 
-    def stem(self, model: Model) -> str:
-        return f"{model.name}-{sha256(model.reference)[:8]}"
+    def of(self, wanted: Wanted) -> dict[str, object]:
+        """What decides the bytes of a file, known before an importance matrix is made."""
+        a, weighed = self.args, wanted.imatrix
+        calib = f"{file_sha256(a.calib)} {a.calib_chunks}" if weighed else ""
+        imatrix = a.calib if weighed else None
+        return replace(self.shop, options=wanted.options, imatrix=imatrix, imatrix_sha=calib).key(wanted.item)
 
-    def logits(self, model: Model, text: Path) -> Path:
-        return self.out / f"{self.stem(model)}-{sha256(text)[:8]}-{self.args.chunks}x{self.args.ctx}.logits"
-
-    def imatrix(self, model: Model) -> Path:
+    def about(self, wanted: Wanted, text: Path) -> accuracy_page.Entry:
+        """What every entry has; `settings` must be equal within one table."""
         a = self.args
-        return self.out / f"{self.stem(model)}-{sha256(a.calib)[:8]}-{a.calib_chunks}x{a.ctx}.imatrix.gguf"
+        settings = [self.shop.reference_sha, file_sha256(text), a.chunks, a.ctx, a.scorer]
+        return {"model": self.subject.name, "text": text.name, "label": wanted.item.label, "settings": settings}
 
-    def key(self, model: Model, item: Item, text: Path) -> str:
-        """What a finished row stands under: nothing of where files lie or how fast the machine is."""
-        imatrix = sha256(item.imatrix)[:16] if item.imatrix else "-"
-        where = [sha256(model.reference)[:16], item.kind, item.identity, imatrix, sha256(text)[:16]]
-        return " ".join([model.name, *where, str(self.args.chunks), str(self.args.ctx)])
+    def key(self, wanted: Wanted, text: Path) -> str:
+        """What an entry is kept under: nothing of where files lie, or of how fast the machine is."""
+        how = json.dumps([self.about(wanted, text), self.of(wanted)], sort_keys=True)
+        return f"{self.subject.name} {wanted.item.label} {text.name} {hashlib.sha256(how.encode()).hexdigest()[:32]}"
 
-    def note(self, text: str) -> None:
-        print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+    def lacking(self, wanted: Wanted) -> list[Path]:
+        return [text for text in self.args.text if not self.results.done(self.key(wanted, text))]
 
-    def make_imatrix(self, model: Model) -> None:
-        a, path = self.args, self.imatrix(model)
-        if not path.exists():
-            self.note(f"{model.name}: importance matrix from {a.calib_chunks} windows of {a.calib.name}")
-            part = path.with_suffix(".partial.gguf")
-            self.tools.run(
-                self.program("llama-imatrix"),
-                "-m",
-                model.reference,
-                "-f",
-                a.calib,
-                "-o",
-                part,
-                "-c",
-                a.ctx,
-                "-b",
-                a.ctx,
-                "--chunks",
-                a.calib_chunks,
-                "-t",
-                a.jobs * a.threads,
-            )
-            part.replace(path)
+    def run(self) -> None:
+        """All that is not yet done. Failed rows are kept as such, and counted."""
+        n, todo = self.args.together, [w for w in self.subject.wanted if self.lacking(w)]
+        note(f"{self.subject.name}: {len(todo)} of {len(self.subject.wanted)} files to measure")
+        for at in range(0, len(todo), n):
+            made = [(w, m) for w in todo[at : at + n] if (m := self.make(w))]
+            for text in self.args.text:
+                self.score(text, [(w, m) for w, m in made if text in self.lacking(w)])
+            for w, m in made:
+                if not (w.item.path or self.args.keep):
+                    shutil.rmtree(m.path.parent)
+        for logits in (self.args.out / "eval").glob("*.logits"):
+            logits.unlink()
 
     def make_logits(self, model: Model, text: Path) -> None:
         a, path = self.args, self.logits(model, text)
@@ -217,172 +223,204 @@ class Work:
         base |= {"type": item.type, "make": item.make}
         base |= {"imatrix": sha256(item.imatrix) if item.imatrix else None, "commit": commit(), "machine": machine()}
         try:
-            path = self.make_file(model, item)
-            held = facts(path, block_of(item.type) if item.type else 32, model.weights)
-            for text in missing:
-                with self.tools.lock:
-                    one = self.by_data.setdefault((held["data"], text), threading.Lock())
-                with one:  # a file of the same tensors waits and takes over the figures
-                    row = base | held | self.score(model, item, path, held["data"], text)
-                    self.results.add(self.key(model, item, text), row)
-                same = f" (as {row['same_as']})" if "same_as" in row else ""
-                self.note(f"{model.name} {item.label} {text.name}: {row['bpw']:.3f} bpw, KLD {row['kld']}{same}")
-        except (Stop, PtqtpError) as e:
-            self.failed += 1
-            self.note(f"{model.name} {item.label}: {e}")
-            for text in missing:
-                if not self.results.done(self.key(model, item, text)):
-                    about = self.about(text) | {"reference": sha256(model.reference)}
-                    self.results.add(self.key(model, item, text), base | about | {"error": str(e)})
-        finally:
-            if not item.path and not self.args.keep:
-                for leftover in self.out.glob(f"{self.file(model, item).stem}.*"):
-                    leftover.unlink()
+            path, sha = self.imatrix if wanted.imatrix else (None, "")
+            options = replace(wanted.options, threads=self.args.threads)
+            made = replace(self.shop, options=options, imatrix=path, imatrix_sha=sha).make(wanted.item)
+            return replace(made, made=f"ptqtp-gguf convert {wanted.words}") if wanted.words else made
+        except PtqtpError as e:
+            for text in self.lacking(wanted):
+                self.fail(wanted, text, e)
+            return None
 
-    def about(self, text: Path) -> Row:
-        which = "text" if text == self.args.text else "text2"
-        return {
-            "role": which,
-            "text": sha256(text),
-            "text_name": text.name,
-            "chunks": self.args.chunks,
-            "ctx": self.args.ctx,
+    def score(self, text: Path, made: list[tuple[Wanted, Made]]) -> None:
+        """Measure files together; each alone where one of them fails."""
+        if not made:
+            return
+        a, shop, paths = self.args, self.shop, [m.path for _, m in made]
+        how = {"ctx": a.ctx, "windows": a.chunks, "threads": a.threads, "state": a.out / "eval"}
+        try:
+            done = SCORERS[a.scorer](shop.reference, paths, text=text, **how, progress=self.progress)
+        except PtqtpError as e:
+            for one in made if len(made) > 1 else []:
+                self.score(text, [one])
+            if len(made) == 1:
+                self.fail(made[0][0], text, e)
+            return
+        whole = Made("reference", "reference", shop.reference, shop.reference_sha)
+        self.add(Wanted(Item("reference", "stock", path=shop.reference)), whole, text, done, done.reference)
+        for (wanted, file), quality in zip(made, done.quality, strict=True):
+            self.add(wanted, file, text, done, quality)
+            note(f"{self.subject.name} {file.label} {text.name}: KLD {quality.kld}")
+
+    def add(self, wanted: Wanted, made: Made, text: Path, done: Evaluation, quality: Quality | None) -> None:
+        report, row = inspect(made.path), row_of(made, self.model.weights or 0)
+        kinds, row.quality = {t.name: t.type_name for t in report.tensors}, quality
+        document = Document(
+            schema=SCHEMA,
+            model=self.model,
+            created=f"{datetime.date.today()}",
+            versions={"ptqtp_gguf": __version__, "runtime": install.version(), "commit": commit()},
+            machine=Machine(**machine.describe().as_dict()),
+            text=Text(**done.text.as_dict()),
+            warnings=done.warnings,
+            rows=[row],
+        )
+        entry: accuracy_page.Entry = {
+            **self.about(wanted, text),
+            "embedding": kinds.get("token_embd.weight", "none"),
+            "head": kinds.get("output.weight", "tied"),
+            "fell_back": report.fell_back(block_of(wanted.item.type)) if made.kind == "stock" else 0.0,
+            "document": as_json(document),
         }
+        self.results.add(self.key(wanted, text), entry)
 
-    def score(self, model: Model, item: Item, path: Path, data: str, text: Path) -> Row:
-        """The figures of one file on one text, measured or taken from a file of the very same tensors."""
-        about = self.about(text) | {"reference": sha256(model.reference)}
-        like = about | {"data": data, "kind": item.kind}
-        if row := self.results.find(like):
-            names = [name for pair in PRINTED.values() for name in pair if name]
-            other = row.get("same_as", row["label"])
-            return about | {name: row[name] for name in names} | ({"same_as": other} if other != item.label else {})
-        command = [
-            self.program("llama-perplexity", ours=item.kind == "ours"),
-            "-m",
-            path,
-            "-c",
-            self.args.ctx,
-            "-b",
-            self.args.ctx,
-            "--chunks",
-            self.args.chunks,
-            "-t",
-            self.args.threads,
-            "--kl-divergence-base",
-            self.logits(model, text),
-            "--kl-divergence",
-        ]
-        for _ in range(RETRIES):
-            out = self.tools.run(*command, linger=True)
-            if is_whole(out):
-                break
-            self.note(f"{model.name} {item.label}: llama-perplexity lost the end of its output; once more")
-        return about | parse(out)
-
-    def check_disk(self, model: Model) -> None:
-        """Raises Stop where the logits and the files of all jobs do not fit into DIR."""
-        with Reader(model.reference) as r:
-            vocabulary = r.by_name["token_embd.weight"].shape[1]
-            largest = int(0.6 * r.size)  # Q8_0
-        logits = len(self.texts) * self.args.chunks * (self.args.ctx // 2) * 2 * (vocabulary + 8)
-        need, free = logits + self.args.jobs * largest, shutil.disk_usage(self.out).free
-        if need > free:
-            raise Stop(
-                f"--out {self.out}: {model.name} needs {need / 1e9:.1f} GB for logits and files, {free / 1e9:.1f} GB "
-                f"are free; lower --chunks or --jobs"
-            )
-
-    def run(self, model: Model) -> None:
-        """All of a model that is not yet done."""
-        with Reader(model.reference) as r:
-            model.weights = sum(t.n_weights for t in r.tensors)
-        if self.args.calib and any(i.imatrix for i in model.items):
-            self.make_imatrix(model)
-        todo = [i for i in model.items if not all(self.results.done(self.key(model, i, t)) for t in self.texts)]
-        self.note(f"{model.name}: {len(todo)} of {len(model.items)} files to measure")
-        if todo:
-            self.check_disk(model)
-        needed = [t for t in self.texts if any(not self.results.done(self.key(model, i, t)) for i in todo)]
-        for text in needed:
-            self.make_logits(model, text)
-        _ = self.tools.environment  # made once, before the threads
-        with ThreadPoolExecutor(self.args.jobs) as pool:
-            futures = [pool.submit(self.measure, model, item) for item in todo]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                self.tools.halt()
-                pool.shutdown(cancel_futures=True)
-                raise
-        if not self.args.keep:
-            for text in self.texts:
-                self.logits(model, text).unlink(missing_ok=True)
+    def fail(self, wanted: Wanted, text: Path, why: PtqtpError) -> None:
+        self.failed += 1
+        note(f"{self.subject.name} {wanted.item.label}: {why}")
+        self.results.add(self.key(wanted, text), {**self.about(wanted, text), "error": str(why)})
 
 
 # ---- the command line ----
 
 
-def models_of(args: argparse.Namespace) -> list[Model]:
-    """The models and what is to be measured of each, without anything read but names. Raises Stop."""
-    models = []
-    for given in args.model:
-        name, sep, rest = given.partition("=")
-        path, colon, folder = rest.rpartition(":")
-        if not (colon and Path(folder).is_dir()):
-            path, folder = rest, ""
-        if not sep or not name or not re.fullmatch(r"[\w.-]+", name):
-            raise Stop(f"--model {given}: want NAME=REFERENCE.gguf[:CHECKPOINT]")
-        if not Path(path).is_file():
-            raise Stop(f"--model {name}: {path}: no such file")
-        models.append(Model(name, Path(path), Path(folder) if folder else None))
-    if len({m.name for m in models}) < len(models):
-        raise Stop("--model: a name stands twice")
-    return models
+def subject_of(given: str) -> Subject:
+    """--model. Raises InputError."""
+    name, sep, rest = given.partition("=")
+    path, colon, folder = rest.rpartition(":")
+    if not (colon and Path(folder).is_dir()):
+        path, folder = rest, ""
+    if not sep or not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"--model {given}: want NAME=REFERENCE.gguf[:CHECKPOINT]")
+    return Subject(name, existing(f"--model {name}", path), Path(folder) if folder else None)
 
 
-def owner(option: str, given: str, models: list[Model]) -> tuple[list[Model], str, str]:
-    """[NAME/]LABEL=VALUE -> the models meant, label, value."""
+def once(names: list[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{twice[0]} is named twice; give names of their own")
+
+
+def existing(option: str, path: str) -> Path:
+    if not Path(path).is_file():
+        raise InputError(f"{option}: {path}: no such file")
+    return Path(path)
+
+
+def owner(option: str, given: str, subjects: list[Subject]) -> tuple[list[Subject], str, str]:
+    """[NAME/]LABEL=VALUE -> the models meant, label, value. Raises InputError."""
     label, sep, value = given.partition("=")
-    if not sep or not label or not value:
-        raise Stop(f"{option} {given}: want [NAME/]LABEL=...")
+    if not label or not sep:
+        raise InputError(f"{option} {given}: want [NAME/]LABEL=...")
     name, slash, rest = label.partition("/")
-    if slash and any(m.name == name for m in models):
-        return [m for m in models if m.name == name], rest, value
-    return models, label, value
+    named = [s for s in subjects if slash and s.name == name]
+    return (named, rest, value) if named else (subjects, label, value)
 
 
-def items_of(work: Work, models: list[Model]) -> None:
-    """Fill in each model's items: the reference, ours, then the peers."""
-    args = work.args
-    for m in models:
-        m.items.append(Item("reference", "reference", path=m.reference))
+def options_of(label: str, words: str, calib: Path | None, subjects: list[Subject]) -> Wanted:
+    """--make: options of `convert`, by its own parser. Raises InputError, RecipeError, QuantizeError."""
+    if unknown := set(re.findall(r"\{(.*?)\}", words)) - {"calib", "imatrix"}:
+        raise InputError(f"--make {label}: unknown {{{min(unknown)}}}; known are {{calib}} and {{imatrix}}")
+    if "{" in words and not calib:
+        raise InputError(f"--make {label}: it names the calibration text; give --calib FILE")
+    found: list[Options] = []
+
+    @with_options
+    def keep(options: Options, quiet: Quiet = False) -> None:
+        found.append(options)
+
+    app = typer.Typer(add_completion=False)
+    app.command()(keep)
+    try:
+        typer.main.get_command(app).main(shlex.split(words.format(calib=calib, imatrix=calib)), standalone_mode=False)
+    except UsageError as e:
+        raise InputError(f"--make {label}: {e.format_message()}") from None
+    Request.of(found[0])
+    if lacking := [s.name for s in subjects if found[0].calibration.wanted and not s.checkpoint]:
+        raise InputError(f"--make {label}: {lacking[0]} has no checkpoint; give --model {lacking[0]}=REF.gguf:FOLDER")
+    return Wanted(Item(label, "ours", found[0].type), bool(found[0].imatrix), found[0], words)
+
+
+def subjects_of(args: argparse.Namespace) -> list[Subject]:
+    """The models with all rows that are wanted: ours, then the peers. Raises InputError, RecipeError."""
+    subjects = [subject_of(given) for given in args.model]
     for given in args.ours:
-        chosen, label, value = owner("--ours", given, models)
+        chosen, label, value = owner("--ours", given, subjects)
         if len(chosen) > 1:
-            raise Stop(f"--ours {given}: of which model? want NAME/{label}=FILE.gguf")
-        if not Path(value).is_file():
-            raise Stop(f"--ours {label}: {value}: no such file")
-        chosen[0].items.append(Item(label, "ours", path=Path(value)))
+            raise InputError(f"--ours {given}: of which model? want NAME/{label}=FILE.gguf")
+        chosen[0].wanted.append(Wanted(Item(label, "ours", path=existing(f"--ours {label}", value))))
     for given in args.make:
-        chosen, label, value = owner("--make", given, models)
-        if "{out}" not in value:
-            raise Stop(f"--make {given}: the command line has no {{out}}")
-        if unknown := set(re.findall(r"\{(.*?)\}", value)) - WORDS:
-            raise Stop(f"--make {label}: unknown {{{min(unknown)}}}; known are {', '.join(sorted(WORDS))}")
-        for m in chosen:
-            if "{checkpoint}" in value and not m.checkpoint:
-                raise Stop(f"--make {label}: {m.name} has no checkpoint; give --model {m.name}=REF.gguf:FOLDER")
-            if re.search(r"\{(imatrix|calib)\}", value) and not args.calib:
-                raise Stop(f"--make {label}: it names the calibration text; give --calib FILE")
-            m.items.append(Item(label, "ours", make=value, imatrix=work.imatrix(m) if "{imatrix}" in value else None))
-    for kind in args.types:
-        block_of(kind)
-    for m in models:
-        m.items += [Item(kind, "stock", kind) for kind in args.types if kind not in ONLY_WITH_IMATRIX]
+        chosen, label, value = owner("--make", given, subjects)
+        wanted = options_of(label, value, args.calib, chosen)
+        for s in chosen:
+            s.wanted.append(wanted)
+    peers = peers_of(candidates.parse_items(t for t in args.types.split(",") if t), bool(args.calib))
+    for s in subjects:
+        s.wanted.extend(peers)
+        once(["reference", *(w.item.label for w in s.wanted)])
+    once([s.name for s in subjects])
+    once([text.name for text in args.text])
+    return subjects
+
+
+def peers_of(items: list[Item], weighed: bool) -> list[Wanted]:
+    """Stock types without an importance matrix, and with one where there is one, as far as each makes sense."""
+    plain = [Wanted(i) for i in items if i.type not in candidates.WANTS_IMATRIX]
+    with_one = [i for i in items if weighed and i.type not in IGNORES_IMATRIX]
+    return plain + [Wanted(replace(i, label=f"{i.label} imatrix"), True) for i in with_one]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", action="append", default=[], metavar="NAME=REF.gguf[:CHECKPOINT]")
+    p.add_argument("--text", type=Path, action="append", default=[], help="text to score; repeatable")
+    p.add_argument("--calib", type=Path, help="text for importance matrices; without it no peer has one")
+    p.add_argument("--calib-chunks", type=int, default=128, help="windows of it")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.json, and files on the way")
+    p.add_argument("--ours", action="append", default=[], metavar="[NAME/]LABEL=FILE.gguf")
+    given = "options of ptqtp-gguf convert; {calib}: the calibration text, {imatrix}: its importance matrix"
+    p.add_argument("--make", action="append", default=[], metavar="[NAME/]LABEL=OPTIONS", help=given)
+    p.add_argument("--types", default=TYPES, help=f"stock types: {TYPES}")
+    p.add_argument("--scorer", choices=SCORERS, default="own", help="what measures")
+    p.add_argument("--chunks", type=int, default=32, help="windows of the text to score")
+    p.add_argument("--ctx", type=int, default=512, help="tokens a window; the second half of each is scored")
+    p.add_argument("--together", type=int, default=4, help="files that are made and measured at a time")
+    p.add_argument("--threads", type=int, default=0, help="0 = all cores")
+    p.add_argument("--keep", action="store_true", help="keep the files made")
+    p.add_argument("--merge", type=Path, action="append", default=[], metavar="RESULTS.json")
+    p.add_argument("--render-only", action="store_true")
+    p.add_argument("--page", type=Path, default=REPO / "docs" / "results" / "accuracy.md")
+    return p
+
+
+def work_through(args: argparse.Namespace, results: Results, argv: list[str]) -> int:
+    """Measure all; the number of rows that failed."""
+    if not args.model or not args.text:
+        raise InputError("nothing to measure; give --model NAME=REFERENCE.gguf and --text FILE, or --render-only")
+    for scored in [load_text(text) for text in args.text]:
         if args.calib:
-            m.items += [Item(f"{kind} imatrix", "stock", kind, work.imatrix(m)) for kind in args.types]
+            candidates.check_apart(load_text(args.calib).text, args.calib.name, scored.text, scored.name)
+    subjects, here, failed = subjects_of(args), machine.describe(), 0
+    run = {"date": f"{datetime.date.today()}", "commit": commit(), "machine": f"{here.cores} cores of {here.cpu}"}
+    run["command"] = shown(argv)
+    results.runs += [run] if run not in results.runs else []
+    results.save()
+    with Bar(False) as bar:
+        for subject in subjects:
+            one = Measuring(args, results, subject, bar)
+            one.run()
+            failed += one.failed
+    return failed
+
+
+def note(text: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def commit() -> str:
+    """PTQTP_COMMIT, or git's, where there is one."""
+    given, git = os.environ.get("PTQTP_COMMIT"), shutil.which("git")
+    words = [git or "git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False).stdout if git and not given else ""
+    return given or found.strip() or "unknown"
 
 
 def shown(argv: list[str]) -> str:
@@ -391,100 +429,28 @@ def shown(argv: list[str]) -> str:
     return shlex.join(["python", "tools/accuracy/accuracy.py", *words])
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", action="append", default=[], metavar="NAME=REF.gguf[:CHECKPOINT]")
-    p.add_argument("--text", type=Path, help="text to score")
-    p.add_argument("--text2", type=Path, help="second text to score, of another kind: code")
-    p.add_argument("--calib", type=Path, help="text for importance matrices; without it no peer has one")
-    p.add_argument("--calib-chunks", type=int, default=128)
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.json, logits and files on the way")
-    p.add_argument("--ours", action="append", default=[], metavar="[NAME/]LABEL=FILE.gguf")
-    p.add_argument(
-        "--make",
-        action="append",
-        default=[],
-        metavar="[NAME/]LABEL=ARGS",
-        help="ptqtp-gguf ARGS, with {reference}, {checkpoint}, {out}, {calib}, {imatrix}, {threads}",
-    )
-    p.add_argument("--types", type=lambda s: [t for t in s.split(",") if t], default=TYPES, help=",".join(TYPES))
-    p.add_argument("--chunks", type=int, default=32, help="windows of the text to score")
-    p.add_argument("--ctx", type=int, default=512, help="tokens a window; the second half of each is scored")
-    p.add_argument("--jobs", type=int, default=1, help="measurements at a time")
-    p.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of each")
-    p.add_argument("--bin", type=Path, help="folder of llama.cpp's tools for stock types")
-    p.add_argument("--bin-ours", type=Path, help="folder of the patched build's tools")
-    p.add_argument("--minutes", type=float, help="stop then; what is finished is kept")
-    p.add_argument("--keep", action="store_true", help="keep the files made and the logits")
-    p.add_argument("--merge", type=Path, action="append", default=[], metavar="RESULTS.json")
-    p.add_argument("--render-only", action="store_true")
-    p.add_argument("--page", type=Path, default=REPO / "docs" / "results" / "accuracy.md")
-    p.add_argument("--figure", choices=("svg", "png"), default="svg")
-    return p
-
-
-def default_tools() -> Path:
-    from ptqtp_gguf.llamacpp import install
-
-    return install.tool("llama-perplexity").parent
-
-
-def work_through(args: argparse.Namespace, results: Results, argv: list[str]) -> int:
-    if not args.model or not args.text:
-        raise Stop("nothing to measure; give --model NAME=REFERENCE.gguf and --text FILE, or --render-only")
-    for path in (args.text, args.text2, args.calib):
-        if path and not path.is_file():
-            raise Stop(f"{path}: no such file")
-    if args.calib:
-        for text in filter(None, (args.text, args.text2)):
-            learned, scored = (p.read_text(errors="replace") for p in (args.calib, text))
-            check_apart(learned, args.calib.name, scored, text.name)
-    args.bin = args.bin or default_tools()
-    args.bin_ours = args.bin_ours or (default_tools() if args.ours or args.make else args.bin)
-    tools = Tools(args.minutes)
-    work = Work(args, results, tools)
-    models = models_of(args)
-    items_of(work, models)
-    this = {"command": shown(argv), "commit": commit(), "machine": machine(), "date": f"{datetime.date.today()}"}
-    if this not in results.runs:
-        results.runs.append(this)
-    results.save()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))  # what was started goes down too
-    try:
-        for m in models:
-            work.run(m)
-    except OutOfTime:
-        print(f"accuracy: {args.minutes:g} minutes are over; the same command goes on from here", file=sys.stderr)
-        return UNFINISHED
-    finally:
-        tools.halt()
-        signal.signal(signal.SIGTERM, before)
-    return 1 if work.failed else 0
-
-
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         results = Results(args.out / "results.json")
         for path in args.merge:
-            results.merge(path)
-        if args.merge:
-            results.save()
-        code = 0 if args.render_only else work_through(args, results, argv)
-        rows = list(results.rows.values())
+            results.merge(Results(path))
         if args.render_only:
-            for path in accuracy_page.write(args.page, rows, results.runs, args.figure):
-                print(path)
-        else:
-            print(accuracy_page.tables(rows))
-        return code
-    except (Stop, PtqtpError, accuracy_page.Missing) as e:
+            print(*accuracy_page.write(args.page, list(results.rows.values()), results.runs), sep="\n")
+            return 0
+        failed, entries = work_through(args, results, argv), list(results.rows.values())
+        print("\n\n".join(accuracy_page.section(entries, model) for model in accuracy_page.models(entries)))
+        return 1 if failed else 0
+    except PtqtpError as e:
         print(f"accuracy: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("accuracy: stopped; the same command goes on from here", file=sys.stderr)
+        print("accuracy: stopped; the same command continues from here", file=sys.stderr)
         return UNFINISHED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
