@@ -35,10 +35,10 @@ def test_planes_that_are_cut(source: Path, out: Path) -> None:
         t = r.tensors[0]
         store.put(t, np.ones((64, 128), np.int8), np.zeros((64, 4), np.uint8))
         os.truncate(store.folder / "0.bin", 1000)
-        with pytest.raises(OutputError, match=r"0\.bin: damaged; begin anew with --restart"):
+        with pytest.raises(OutputError, match=r"0\.bin: damaged; start over with --restart"):
             store.planes(t)
         os.truncate(store.folder / "0.bin", 0)
-        with pytest.raises(OutputError, match=r"damaged; begin anew"):
+        with pytest.raises(OutputError, match=r"damaged; start over"):
             store.raw(t)
 
 

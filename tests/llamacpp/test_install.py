@@ -56,7 +56,7 @@ def test_llama_quantize_lists_the_types_and_makes_tp2_0(tiny_checkpoint: Path, t
         assert t.type_name == "TP2_0"
         w = source.rows_f32(source.by_name[t.name])
         assert np.array_equal(r.bytes_of(t), quantize(TP2_0, find("search"), w))
-        # rows of 192 are no multiple of 128
+        # rows of 192 are not a multiple of 128
         assert r.by_name["blk.0.ffn_down.weight"].type_name == "Q8_0"
 
 

@@ -117,10 +117,10 @@ PICKLES = {
     "an allowed call with wrong arguments": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01tR.", "damaged"),
     "memory without end": (b"\x80\x02K\x01r\xff\xff\xff\xff.", "keeps entry 4294967295 after 0 others"),
     "no dictionary": (b"\x80\x02]q\0.", "holds no dictionary of tensors"),
-    "a key nested deep": (P + b"})" + b"\x85" * 300_000 + b"K\x01s.", "keys are no names of tensors"),
+    "a key nested deep": (P + b"})" + b"\x85" * 300_000 + b"K\x01s.", "keys are not names of tensors"),
     "an attribute set": (P + b"ctorch._utils\n_rebuild_parameter\n}b.", "attributes of what has none"),
     "a dictionary of a list": (P + b"ccollections\nOrderedDict\n]\x85R.", "made in an unusual way"),
-    "a number for a tensor": (b"\x80\x02}X\x01\0\0\0aK\x01s.", "entry 'a' is no tensor"),
+    "a number for a tensor": (b"\x80\x02}X\x01\0\0\0aK\x01s.", "entry 'a' is not a tensor"),
     "cut": (b"\x80\x02}X\xff", "damaged"),
     "nothing": (b"", "damaged"),
     "a storage that is absent": (P + STORAGE.replace(b"\x000X", b"\x009X") + b".", "storage '9' is missing"),
@@ -133,7 +133,7 @@ PICKLES = {
     "zero-size": (P + REBUILD + STORAGE + b"K\0K\0\x85K\x01\x85\x89NtR.", "which holds nothing"),
     "a class of ours called": (b"\x80\x02ctorch\nFloatStorage\n)R.", "damaged"),
     "eval": (b"\x80\x02cbuiltins\neval\nX\x01\0\0\x001\x85R.", "holds 'builtins.eval'"),
-    "a name with a line break": (b"\x80\x02X\x03\0\0\0a\nbq\0}h\0K\x01s.", r"entry 'a\\nb' is no tensor"),
+    "a name with a line break": (b"\x80\x02X\x03\0\0\0a\nbq\0}h\0K\x01s.", r"entry 'a\\nb' is not a tensor"),
 }
 
 

@@ -17,6 +17,7 @@ from helpers import REPO
 
 from ptqtp_gguf.compare import findings
 from ptqtp_gguf.compare.candidates import Item
+from ptqtp_gguf.compare.document import Document
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.plan.options import Options
 
@@ -302,6 +303,7 @@ ROWS = [
 def test_ours_against_the_frontier() -> None:
     table = page.ours_table(findings_of(ROWS))
     need = findings.size_for(0.3, [(21e6, 9.0), (45e6, 0.2)])
+    assert need
     assert (
         f"| search | 39.0 | 0.300 | {need / 1e6:.1f} MB, ours {100 * (39e6 / need - 1):+.1f} % | TQ1_0 | 0.0333x ("
         in table
@@ -310,7 +312,7 @@ def test_ours_against_the_frontier() -> None:
     assert page.ours_table(findings_of(ROWS[:4])) == "" == page.ours_table(findings_of([ROWS[0], ROWS[4]]))
 
 
-def findings_of(rows: list[tuple[str, str, float, float | None]]) -> findings.Document:
+def findings_of(rows: list[tuple[str, str, float, float | None]]) -> Document:
     return page.read_document(document(rows))
 
 

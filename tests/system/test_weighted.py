@@ -43,7 +43,7 @@ def rows_of(path: Path, name: str) -> np.ndarray:
         return np.array(r.bytes_of(r.by_name[name]))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "readme.txt"
     path.write_text((REPO / "docs" / "architecture.md").read_text() * 2)
@@ -268,7 +268,7 @@ def test_error_lines(table: Path, tiny_gguf: Path, tmp_path: Path) -> None:
     for name, says in (
         ("short", "blk.0.attn_q.weight has 32 values, the model's tensor 64 inputs; make an imatrix with this model"),
         ("experts", "blk.0.ffn_gate_exps.weight has 128 values, the model's tensor 3 x 64 inputs"),
-        ("stranger", "none of its 1 tensors, as blk.7.attn_q.weight, is in the model"),
+        ("stranger", "none of its 1 tensors, e.g. blk.7.attn_q.weight, is in the model"),
         ("empty", "an imatrix without a tensor"),
         ("nothing", "the file is empty"),
         ("model", "a GGUF, but no imatrix; llama-imatrix makes one"),

@@ -83,7 +83,7 @@ def planes_of(model: Any) -> dict[str, Planes]:
     return planes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any, dict[str, Planes]]]:
     found = {}
     for family in FAMILIES:
@@ -93,7 +93,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
 def text() -> tuple[Any, Any]:
     g = torch.Generator().manual_seed(1)
     return (
@@ -239,7 +239,9 @@ def test_taken_up_equals_one_go(kind: str, models: Any, text: tuple[Any, Any], t
     assert calls.count(7) == 1
     if kind == "scales":
         other = dataclasses.replace(settings, lr=1e-3)
-        with pytest.raises(TuneError, match=r"begun with other settings; resume it as it was begun, or remove the file"):
+        with pytest.raises(
+            TuneError, match=r"begun with other settings; resume it as it was begun, or remove the file"
+        ):
             tune(folder, planes, *text, other, state=state)
         with pytest.raises(OutputError, match="does not exist"):
             tune(folder, planes, *text, settings, state=tmp_path / "no" / "state")

@@ -48,7 +48,7 @@ from ptqtp_gguf.plan import Options, Request
 from ptqtp_gguf.progress import Progress
 from ptqtp_gguf.terminal import Bar
 
-UsageError = typer.BadParameter.__base__  # of click, or of what typer has in its place
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of what typer has in its place
 REPO = Path(__file__).resolve().parents[2]
 TYPES = "Q8_0,Q4_K_M,Q4_K_S,Q4_0,IQ4_NL,IQ4_XS,Q3_K_M,Q3_K_S,IQ3_M,IQ3_S,IQ3_XXS,TQ1_0"
 IGNORES_IMATRIX = {"Q8_0"}  # the same tensors with and without
@@ -115,12 +115,12 @@ class Measuring:
         self.shop = Workshop(subject.checkpoint or reference, reference, sha, store, options, None, "", progress)
         self.failed = 0
 
-    def program(self, name: str, ours: bool = False) -> Path:
-        folder: Path = self.args.bin_ours if ours else self.args.bin
-        path = folder / name
-        if not path.is_file():
-            raise Stop(f"{'--bin-ours' if ours else '--bin'} {folder} holds no {name}; name the folder of the tools")
-        return path
+    @cached_property
+    def imatrix(self) -> tuple[Path, str]:
+        """The importance matrix and its SHA-256; made when it is first needed."""
+        a, s = self.args, self.shop
+        texts, chunks = [str(a.calib)], a.calib_chunks
+        return candidates.imatrix_of(texts, s.reference, s.reference_sha, s.store, a.threads, s.progress, chunks)
 
     def of(self, wanted: Wanted) -> dict[str, object]:
         """What decides the bytes of a file, known before an importance matrix is made."""
@@ -157,71 +157,8 @@ class Measuring:
         for logits in (self.args.out / "eval").glob("*.logits"):
             logits.unlink()
 
-    def make_logits(self, model: Model, text: Path) -> None:
-        a, path = self.args, self.logits(model, text)
-        if not path.exists():
-            self.note(f"{model.name}: the reference's logits on {text.name}")
-            part = path.with_suffix(".partial")
-            self.tools.run(
-                self.program("llama-perplexity"),
-                "-m",
-                model.reference,
-                "-f",
-                text,
-                "-c",
-                a.ctx,
-                "-b",
-                a.ctx,
-                "--chunks",
-                a.chunks,
-                "-t",
-                a.jobs * a.threads,
-                "--kl-divergence-base",
-                part,
-            )
-            with open(part, "rb") as f:
-                head = f.read(20)
-            windows = struct.unpack("<8sIII", head)[3] if len(head) == 20 else 0
-            if windows != a.chunks:
-                raise Stop(f"{text.name} has {windows} windows of {a.ctx} tokens, not {a.chunks}; lower --chunks")
-            part.replace(path)
-
-    def file(self, model: Model, item: Item) -> Path:
-        if item.path:
-            return item.path
-        which = hashlib.sha256(f"{item.identity} {item.imatrix and sha256(item.imatrix)}".encode()).hexdigest()[:8]
-        return self.out / f"{self.stem(model)}-{re.sub('[^A-Za-z0-9_.-]+', '_', item.label)}-{which}.gguf"
-
-    def make_file(self, model: Model, item: Item) -> Path:
-        """The item's file: there already, or made in DIR."""
-        path = self.file(model, item)
-        part = path.with_suffix(".partial.gguf")
-        if path.exists():  # given, or kept
-            return path
-        if item.type:
-            given = ["--imatrix", item.imatrix] if item.imatrix else []
-            self.tools.run(self.program("llama-quantize"), *given, model.reference, part, item.type, self.args.threads)
-        else:
-            words = {
-                "reference": model.reference,
-                "checkpoint": model.checkpoint,
-                "out": part,
-                "imatrix": item.imatrix,
-                "calib": self.args.calib,
-                "threads": self.args.threads,
-            }
-            command = [word.format(**words) for word in shlex.split(item.make)]
-            safe = ["-P"] if sys.version_info >= (3, 11) else []  # not the package of the folder that we stand in
-            self.tools.run(sys.executable, *safe, "-m", "ptqtp_gguf", *command)
-        part.replace(path)
-        return path
-
-    def measure(self, model: Model, item: Item) -> None:
-        """Make the file, measure it on the texts that have no row yet, and delete it unless it was given or is kept."""
-        missing = [t for t in self.texts if not self.results.done(self.key(model, item, t))]
-        base: dict[str, str | None] = {"model": model.name, "label": item.label, "kind": item.kind}
-        base |= {"type": item.type, "make": item.make}
-        base |= {"imatrix": sha256(item.imatrix) if item.imatrix else None, "commit": commit(), "machine": machine()}
+    def make(self, wanted: Wanted) -> Made | None:
+        """The file; None where it cannot be made."""
         try:
             path, sha = self.imatrix if wanted.imatrix else (None, "")
             options = replace(wanted.options, threads=self.args.threads)
