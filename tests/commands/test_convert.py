@@ -114,7 +114,7 @@ def test_metadata_overrides(cli: Cli, model: Path, tmp_path: Path) -> None:
         "general.name": "write KEY=TYPE:VALUE",
         "general.name=int:4": "is not of type int, or does not fit the entry",
         "llama.block_count=str:x": "the source holds no text there",
-        "llama.block_count=int:-1": "is no int",
+        "llama.block_count=int:-1": "is not of type int",
         "ptqtp.method=str:magic": "describes the file itself",
         "general.architecture=str:gpt2": "describes the file itself",
     }.items():

@@ -269,7 +269,7 @@ def options_of(label: str, words: str, calib: Path | None, subjects: list[Subjec
     try:
         typer.main.get_command(app).main(shlex.split(words.format(calib=calib, imatrix=calib)), standalone_mode=False)
     except UsageError as e:
-        raise InputError(f"--make {label}: {e.format_message()}") from None
+        raise InputError(f"--make {label}: {getattr(e, 'format_message', e.__str__)()}") from None
     Request.of(found[0])
     if lacking := [s.name for s in subjects if found[0].calibration.wanted and not s.checkpoint]:
         raise InputError(f"--make {label}: {lacking[0]} has no checkpoint; give --model {lacking[0]}=REF.gguf:FOLDER")
