@@ -28,6 +28,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import accuracy_page
 import typer
@@ -48,7 +49,7 @@ from ptqtp_gguf.plan import Options, Request
 from ptqtp_gguf.progress import Progress
 from ptqtp_gguf.terminal import Bar
 
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of what typer has in its place
+UsageError: Any = typer.BadParameter.__mro__[1]  # of click, or of what typer has in its place
 REPO = Path(__file__).resolve().parents[2]
 TYPES = "Q8_0,Q4_K_M,Q4_K_S,Q4_0,IQ4_NL,IQ4_XS,Q3_K_M,Q3_K_S,IQ3_M,IQ3_S,IQ3_XXS,TQ1_0"
 IGNORES_IMATRIX = {"Q8_0"}  # the same tensors with and without
@@ -269,7 +270,7 @@ def options_of(label: str, words: str, calib: Path | None, subjects: list[Subjec
     try:
         typer.main.get_command(app).main(shlex.split(words.format(calib=calib, imatrix=calib)), standalone_mode=False)
     except UsageError as e:
-        raise InputError(f"--make {label}: {getattr(e, 'format_message', e.__str__)()}") from None
+        raise InputError(f"--make {label}: {e.format_message()}") from None
     Request.of(found[0])
     if lacking := [s.name for s in subjects if found[0].calibration.wanted and not s.checkpoint]:
         raise InputError(f"--make {label}: {lacking[0]} has no checkpoint; give --model {lacking[0]}=REF.gguf:FOLDER")
