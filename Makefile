@@ -127,7 +127,7 @@ format: $(DEPS)
 	ruff format .
 	clang-format -i $(CFILES)
 
-golden: setup
+golden: $(DEV)
 	$(PY) tools/fixtures/make_golden.py
 
 bench: test-native

@@ -21,7 +21,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         const size_t at = start + gguf_get_tensor_offset(gguf, id), nbytes = ggml_nbytes(t);
         if (at >= start && at <= size && nbytes <= size - at) { // as the loader asks before it reads
             const bool good = ggml_validate_row_data(t->type, static_cast<uint8_t *>(file.get()) + at, nbytes);
-            if (good && (t->type == GGML_TYPE_TP2_0 || t->type == GGML_TYPE_TP2_1)) {
+            if (good && ptqtp_traits(t->type) != nullptr) {
                 MUST(ptqtp_validate(t->type, static_cast<uint8_t *>(file.get()) + at, nbytes, nullptr) == PTQTP_OK,
                      "ggml takes what we do not");
                 const std::unique_ptr<float[]> row(new float[static_cast<size_t>(ggml_nelements(t))]);

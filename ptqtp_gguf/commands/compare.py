@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..codec import BY_NAME
 from ..compare import PEERS, WINDOWS, Settings, Stopped, check_tools, write_report
 from ..compare import as_json as as_document
 from ..compare import compare as compare_files
@@ -19,6 +20,8 @@ from ..terminal import event, line, print_comparison
 from .common import AsJson, Force, Quiet, Threads, TrustCode, fail, numbers, reporter
 
 MAX_REPORT = 1 << 26  # bytes of its JSON
+
+TYPE_NAMES = ", ".join(sorted(BY_NAME, reverse=True))
 
 
 def compare(
@@ -31,7 +34,7 @@ def compare(
         typer.Option(help="Types of llama-quantize, and files (FILE or LABEL=FILE), by commas. Repeatable."),
     ] = None,
     ours: Annotated[
-        list[str] | None, typer.Option(help="TP2_1, TP2_0, and files (FILE or LABEL=FILE), by commas. Repeatable.")
+        list[str] | None, typer.Option(help=f"{TYPE_NAMES}, and files (FILE or LABEL=FILE), by commas. Repeatable.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text to score; without, a small one in the package.")] = None,
     ctx: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 512,

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..codec import BY_NAME
 from ..errors import RuntimeMissing
 
 HOW_TO_BUILD = (
@@ -35,7 +36,7 @@ def version() -> str:
         raise RuntimeMissing(f"the patched llama-cpp-python is not installed; {HOW_TO_BUILD}") from None
     if "+ptqtp." not in found:
         raise RuntimeMissing(
-            f"llama-cpp-python {found} is a stock build that does not know TP2_0 and TP2_1; {HOW_TO_BUILD}"
+            f"llama-cpp-python {found} is a stock build that does not know {' and '.join(BY_NAME)}; {HOW_TO_BUILD}"
         )
     return found
 

@@ -13,6 +13,7 @@ import struct
 import sys
 from collections.abc import Sequence
 
+from ..codec import BY_NAME
 from ..errors import ServerError
 
 CONNECT_SECONDS = 10.0
@@ -64,8 +65,8 @@ def check(endpoint: str, timeout: float = CONNECT_SECONDS) -> tuple[int, int, in
         raise ServerError(f"{endpoint}: no RPC server: {(e.strerror or str(e)).lower()}; {HOW}") from None
     if major < OURS:
         raise ServerError(
-            f"{endpoint}: its RPC version {major}.{minor}.{patch} is a stock llama.cpp's, which does not know TP2_0 "
-            f"and TP2_1; {HOW}"
+            f"{endpoint}: its RPC version {major}.{minor}.{patch} is a stock llama.cpp's, which does not know "
+            f"{' and '.join(BY_NAME)}; {HOW}"
         )
     return major, minor, patch
 

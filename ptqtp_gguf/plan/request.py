@@ -80,8 +80,11 @@ def _method(options: Options) -> tuple[methods.Method, Calibration]:
             raise QuantizeError(f"--method {method.name} learns from text; give --calib FILE, builtin or self")
         if how.wanted and not method.learns:
             raise QuantizeError(f"--method {method.name} takes no calibration; leave out --calib, or --method")
-    if method.learns and (how.tune or method is methods.METHODS["tuned"]):
-        method, how = methods.METHODS["tuned"], replace(how, tune=True)
+    if how.tune and method.learns and not method.tunes:
+        if method is not methods.METHODS["calibrated"]:
+            raise QuantizeError(f"--method {method.name} does not tune; leave out --tune, or use --method tuned")
+        method = methods.METHODS["tuned"]
+    how = replace(how, tune=how.tune or method.tunes)
     if how.tune_texts and not how.tune:
         raise QuantizeError("--tune-text says what to tune on; give --tune too")
     if how.tune and not how.texts:

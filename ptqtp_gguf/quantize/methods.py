@@ -54,6 +54,11 @@ class Method:
         """Whether it learns from text."""
         return bool(self.stages)
 
+    @property
+    def tunes(self) -> bool:
+        """Whether one of its stages is end-to-end tuning, which wants windows of its own and planes of both ends."""
+        return "tune.run" in self.stages
+
 
 _CALIBRATABLE = tuple(t for t in TYPES.values() if t.calibratable)
 

@@ -107,7 +107,7 @@ def test_statistics_do_not_depend_on_threads(t: TensorType, method: str, rng: np
         assert sum(p.error for p in pieces) == pytest.approx(stats.error, rel=1e-12)
 
 
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.just(56))), st.sampled_from([TP2_0, TP2_1]))
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.just(56))), st.sampled_from(list(fmt.TYPES.values())))
 @settings(max_examples=150, deadline=None)
 def test_second_decoder_agrees_on_any_bytes(data: np.ndarray, t: TensorType) -> None:
     assert native.check(t, data)[0] == packing.first_bad_block(t, data)

@@ -15,7 +15,6 @@ from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tensor_type import TensorType
-from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.codec.unit import POW5, unpack_units
 from ptqtp_gguf.errors import InputError, QuantizeError
@@ -59,9 +58,7 @@ def test_golden_bytes(case: dict) -> None:
     t = fmt.BY_NAME[case["type"]]
     data = np.frombuffer(bytes.fromhex(case["hex"]), np.uint8)[None]
     digits = np.array(case["digits"], np.uint8)[None]
-    scales = np.array(case["scales"], np.uint8 if t is TP2_1 else np.float16).reshape(
-        (1, -1) if t is TP2_1 else (1, -1, 2)
-    )
+    scales = np.array(case["scales"], t.scale_dtype).reshape(t.scale_shape(1, len(case["digits"])))
     packed = packing.pack(t, digits, scales)
     assert packed.tobytes().hex() == case["hex"]
     assert native.pack(t, digits, scales).tobytes().hex() == case["hex"]
@@ -71,17 +68,14 @@ def test_golden_bytes(case: dict) -> None:
     assert decode_by_hand(t, data.tobytes()) == case["values"]
 
 
-@given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 4), t=st.sampled_from([TP2_0, TP2_1]))
+@given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 4), t=st.sampled_from(list(fmt.TYPES.values())))
 def test_round_trip_python_to_c_and_back(data: st.DataObject, rows: int, blocks: int, t: TensorType) -> None:
     cols = blocks * t.block
     digits = data.draw(hnp.arrays(np.uint8, (rows, cols), elements=st.integers(0, 8)))
-    if t is TP2_1:
-        scales = data.draw(hnp.arrays(np.uint8, (rows, blocks)))
-        packed = packing.pack(t, digits, scales)
-    else:
-        finite = st.floats(width=16, allow_nan=False, allow_infinity=False)
-        scales = data.draw(hnp.arrays(np.float16, (rows, blocks, 2), elements=finite))
-        packed = packing.pack(t, digits, scales)
+    finite = st.floats(width=16, allow_nan=False, allow_infinity=False)
+    any_scale = st.integers(0, 255) if t.scale_dtype == "uint8" else finite
+    scales = data.draw(hnp.arrays(t.scale_dtype, t.scale_shape(rows, cols), elements=any_scale))
+    packed = packing.pack(t, digits, scales)
     assert packed.tobytes() == native.pack(t, digits, scales).tobytes()
     for d, s in (packing.unpack(t, packed), native.unpack(t, packed)):
         assert np.array_equal(d, digits)
@@ -90,7 +84,7 @@ def test_round_trip_python_to_c_and_back(data: st.DataObject, rows: int, blocks:
     assert native.first_bad_block(t, packed) is None
 
 
-@given(any_units, st.sampled_from([TP2_0, TP2_1]))
+@given(any_units, st.sampled_from(list(fmt.TYPES.values())))
 @settings(max_examples=200)
 def test_any_bytes_decode_alike(data: np.ndarray, t: TensorType) -> None:
     with np.errstate(invalid="ignore", over="ignore"):

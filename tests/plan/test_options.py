@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,7 @@ import pytest
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.plan.options import Calibration, Options
 from ptqtp_gguf.plan.request import Request
-
-pytestmark = pytest.mark.hf
+from ptqtp_gguf.quantize.methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,42 @@ pytestmark = pytest.mark.hf
         (Options(method="calibrated"), "--method calibrated learns from text"),
         (Options(type="tp2_0", calibration=Calibration(("builtin",))), "--calib makes TP2_1, not TP2_0"),
         (Options(method="paper", calibration=Calibration(("builtin",))), "--method paper takes no calibration"),
+        (
+            Options(calibration=Calibration(("builtin",), tune=True, tune_texts=("a",)), type="TP2_0"),
+            "--calib makes TP2_1",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(options: Options, message: str) -> None:
     with pytest.raises(QuantizeError, match=message) as e:
         Request.of(options)
     assert "\n" not in str(e.value)
+
+
+def test_the_method_that_the_options_mean() -> None:
+    text = Calibration(("builtin",))
+    tuned = replace(text, tune=True)
+    for options, method, direct, tunes in (
+        (Options(), "search", "search", False),
+        (Options(method="paper", type="TP2_0"), "paper", "paper", False),
+        (Options(calibration=text), "calibrated", "search", False),
+        (Options(method="calibrated", calibration=tuned), "tuned", "search", True),
+        (Options(method="tuned", calibration=text), "tuned", "search", True),
+        (Options(calibration=tuned), "tuned", "search", True),
+    ):
+        request = Request.of(options)
+        assert (request.method.name, request.direct.name, request.calibration.tune) == (method, direct, tunes)
+        assert request.decisive()["--method"] == method  # another method cannot resume the job
+
+
+def test_a_method_of_ones_own_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stages say whether it tunes; --tune does not make it `tuned`."""
+    calibrated, tuned = METHODS["calibrated"], METHODS["tuned"]
+    monkeypatch.setitem(METHODS, "mine", replace(calibrated, name="mine", stages=("calibrate.run", "calibrate.mine")))
+    monkeypatch.setitem(METHODS, "ours", replace(tuned, name="ours"))
+    text = Calibration(("builtin",))
+    assert Request.of(Options(method="mine", calibration=text)).method.name == "mine"
+    with pytest.raises(QuantizeError, match="--method mine does not tune; leave out --tune, or use --method tuned"):
+        Request.of(Options(method="mine", calibration=replace(text, tune=True)))
+    ours = Request.of(Options(method="ours", calibration=text))
+    assert ours.method.name == "ours" and ours.calibration.tune
