@@ -32,17 +32,17 @@ from ptqtp_gguf.source.opening import open_source
 pytestmark = pytest.mark.hf
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("prepare")
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def how(folder: Path) -> Options:
     return prose(folder)
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def in_order_file(folder: Path, how: Options, tiny_checkpoint: Path) -> tuple[Path, Path]:
     """The tiny Llama calibrated in order, and its bf16 GGUF."""
     out, bf16 = folder / "in-order.gguf", folder / "bf16.gguf"
@@ -56,7 +56,7 @@ def again(in_order_file: tuple[Path, Path]) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def moments_file(
     folder: Path, how: Options, in_order_file: tuple[Path, Path], tiny_checkpoint: Path
 ) -> tuple[Path, Path]:

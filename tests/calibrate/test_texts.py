@@ -19,7 +19,7 @@ from ptqtp_gguf.source.checkpoint import Checkpoint, check
 pytestmark = pytest.mark.hf
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The demo model's tokenizer, byte-level, without BOS."""
     folder = tmp_path_factory.mktemp("bpe")
@@ -28,7 +28,7 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(folder, "LlamaForCausalLM", (), 0)
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A tiny model and its tokenizer of a hundred words, with BOS and an unknown token."""
     import torch

@@ -25,7 +25,7 @@ SCRIPT = str(Path(sys.executable).with_name("ptqtp-gguf"))
 N_CTX = 256
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talk")
     summary = conversion.convert(write_talking_model(folder / "f32.gguf"), folder / "talking.gguf")

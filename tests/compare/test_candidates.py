@@ -21,7 +21,7 @@ from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.progress import no_progress
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def reference(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference")
     conversion.convert(tiny_checkpoint, out / "x.gguf", Options(keep_bf16=out / "tiny.gguf"))

@@ -75,7 +75,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "made" / "full"
     files = write_report(example(), out)
@@ -150,7 +150,7 @@ def test_what_is_missing_is_a_gap(tmp_path: Path) -> None:
     assert "There is no pair of rows" in (tmp_path / "index.html").read_text("utf-8")
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A report of a document that attacks, and the document."""
     doc = attacked(example())
@@ -233,7 +233,7 @@ CONTRASTS = """() => {
   return found; }"""
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     pytest.importorskip("matplotlib", reason="the page needs matplotlib")

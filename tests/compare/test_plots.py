@@ -18,7 +18,7 @@ needs_page = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "made" / "full"
     files = write_report(example(), out)

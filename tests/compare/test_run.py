@@ -25,12 +25,12 @@ from ptqtp_gguf.plan.options import Calibration, Options
 pytestmark = pytest.mark.runtime
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def reference(tiny_checkpoint: Path, cache: Path) -> Path:
     path = cache / "tiny.gguf"
     conversion.convert(tiny_checkpoint, cache / "x.gguf", Options(keep_bf16=path))

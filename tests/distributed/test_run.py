@@ -31,7 +31,7 @@ SLOW = ["-m", "paper", "-t", "TP2_0"]
 OPTIONS = {"one": Options(), "split": Options(split_max_size=SPLIT)}
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 tensors of different sizes, one falls back; an embedding and an output, which become stock types."""
     rng = np.random.default_rng(5)
@@ -45,7 +45,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("source") / "s.gguf", tensors)
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some seconds of work by the slowest method."""
     rng = np.random.default_rng(6)

@@ -25,7 +25,7 @@ from ptqtp_gguf.source.opening import open_source
 from ptqtp_gguf.terminal.console import verdict_dict
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("verify")
     rng = np.random.default_rng(3)

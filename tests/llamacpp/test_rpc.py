@@ -39,13 +39,13 @@ int main(int n, char ** a) {
 """
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rpc")
     return conversion.convert(write_talking_model(folder / "f32.gguf"), folder / "talking.gguf").path
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def hosts() -> Iterator[Any]:
     with tool.hosts() as found:
         yield found

@@ -15,7 +15,7 @@ from ptqtp_gguf.plan.options import Options
 pytestmark = pytest.mark.runtime
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     files = {name: folder / f"{name}.gguf" for name in ("bf16", "ours", "other")}

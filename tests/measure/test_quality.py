@@ -25,14 +25,14 @@ pytestmark = pytest.mark.runtime
 CTX, WINDOWS = 64, 4
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(load_text(None).text[:3000])
     return path
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     files = {name: folder / f"{name}.gguf" for name in ("bf16", "ours", "other")}

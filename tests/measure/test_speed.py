@@ -23,7 +23,7 @@ from ptqtp_gguf.source.gguf import GgufSource
 bench_module = importlib.import_module("ptqtp_gguf.measure.speed")
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A tiny model as F32 and as TP2_1."""
     folder = tmp_path_factory.mktemp("bench")

@@ -20,7 +20,7 @@ TEMPLATE = "tokenizer.chat_template"
 N_CTX = 256
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talk")
     summary = conversion.convert(write_talking_model(folder / "f32.gguf"), folder / "talking.gguf")
@@ -28,7 +28,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return summary.path
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def model(ours: Path) -> Iterator[Any]:
     with closing(runtime.load(ours, n_ctx=N_CTX, threads=2)) as model:
         yield model

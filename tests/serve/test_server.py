@@ -28,7 +28,7 @@ SCRIPT = str(Path(sys.executable).with_name("ptqtp-gguf"))
 KEY = "correct-horse-battery"
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talk")
     summary = conversion.convert(write_talking_model(folder / "f32.gguf"), folder / "talking.gguf")
@@ -36,7 +36,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return summary.path
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def serving(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """`ptqtp-gguf serve` on a free port, with a key; ended by SIGTERM, which must leave nothing."""
     folder = tmp_path_factory.mktemp("serve")

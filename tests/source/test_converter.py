@@ -43,7 +43,7 @@ def ignore(line: str) -> None:
     pass
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def unhookable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The converter with a method of its writer renamed: as good as before, but of another version to the stream."""
     folder = tmp_path_factory.mktemp("other") / "convert"
@@ -55,7 +55,7 @@ def unhookable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "convert_hf_to_gguf.py"
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def experts(moe_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts to be stacked, a query matrix to be permuted; F32, F16 and BF16, NaN and Inf among them; three shards."""
     import torch
@@ -81,7 +81,7 @@ def experts(moe_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def written(experts: Path, unhookable: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bf16 GGUF of the checkpoint, written in two passes, through the stream's fallback."""
     path = tmp_path_factory.mktemp("two-pass") / "moe.gguf"

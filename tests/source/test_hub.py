@@ -111,7 +111,7 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer(200, data, **headers)
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     Hub.seen, Hub.cut = [], set()
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)

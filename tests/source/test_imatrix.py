@@ -34,7 +34,7 @@ def dat_bytes(entries: Mapping[str, tuple[int, ArrayLike]], tail: bytes = struct
 # ---- real files ----
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "readme.txt"
     path.write_text((REPO / "docs" / "architecture.md").read_text() * 2)
@@ -161,7 +161,7 @@ def test_a_name_with_line_breaks_is_told_in_one_line(tmp_path: Path) -> None:
     assert r"values of a \x1b[31m\x00b is 613, not 1 to " in str(e.value)
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
     folder = tmp_path_factory.mktemp("seeds")
     entries = {"blk.0.a": (np.ones(8), np.array([3])), "blk.0.e": (np.ones((2, 4)), np.array([0, 9]))}

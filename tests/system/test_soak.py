@@ -24,7 +24,7 @@ tool = importlib.import_module("soak")
 pytestmark = pytest.mark.runtime
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("soak")
     return conversion.convert(write_talking_model(folder / "f32.gguf"), folder / "talking.gguf").path

@@ -43,7 +43,7 @@ def rows_of(path: Path, name: str) -> np.ndarray:
         return np.array(r.bytes_of(r.by_name[name]))
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "readme.txt"
     path.write_text((REPO / "docs" / "architecture.md").read_text() * 2)

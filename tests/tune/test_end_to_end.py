@@ -83,7 +83,7 @@ def planes_of(model: Any) -> dict[str, Planes]:
     return planes
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any, dict[str, Planes]]]:
     found = {}
     for family in FAMILIES:
@@ -93,7 +93,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
     return found
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def text() -> tuple[Any, Any]:
     g = torch.Generator().manual_seed(1)
     return (

@@ -25,17 +25,17 @@ from ptqtp_gguf.tune.run import MOST_HELD_OUT, _held_out
 pytestmark = pytest.mark.hf
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("prepare")
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def how(folder: Path) -> Options:
     return prose(folder)
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def bf16(folder: Path, tiny_checkpoint: Path) -> Path:
     """The tiny Llama's bf16 GGUF."""
     path = folder / "bf16.gguf"

@@ -87,7 +87,7 @@ class Gpu:
         return self.encoder.probe(raw, source).result()
 
 
-@pytest.fixture(scope="module", params=["own", "llama-perplexity"])
+@pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Host]:
     folder = tmp_path_factory.mktemp("cuda")
     files = {lanes: folder / f"host{lanes}.so" for lanes in (1, 8)}
