@@ -202,7 +202,7 @@ PTQTP_API int ptqtp_quantize_stats(int type, int method, const float * x, const 
  * window, 0 .. 255: each group also tries the codes that far around, in the order 0, -1, +1, -2, +2 ..., clipped to
  * 0 .. 255; the first of equals wins. nthreads <= 0: all cores. float32, sums in the order of the columns, no fused
  * multiply-add: the result depends on nothing but the arguments. Values that are not finite give some result. The
- * readable form of the same arithmetic is ptqtp_gguf/quantize/blocks.py. Buffers may not overlap. */
+ * readable form of the same arithmetic is ptqtp_gguf/quantize/gptq_reference.py. Buffers may not overlap. */
 #define PTQTP_CALIB_COLS 256
 
 /* GPTQ with feedback. w: weights. u: the ncols x ncols block on the diagonal of the upper U with inv(H) = U^T U, of

@@ -1,1 +1,1 @@
-"""The commands, a module a topic: parse, call the library, print. cli.py lists them."""
+"""The commands, one file each: parse, call the library, print. app.py puts them together."""

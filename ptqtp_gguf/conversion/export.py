@@ -69,7 +69,8 @@ def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progr
             lambda path: _verify(reader, path, out, tensors, progress),
             force,
         )
-    return Summary(out, size, time.monotonic() - started, rows, {kind.name: 1 for _, kind in ours})
+    seconds = time.monotonic() - started
+    return Summary(path=out, size=size, seconds=seconds, rows=rows, source_types={kind.name: 1 for _, kind in ours})
 
 
 def _row(t: TensorInfo) -> Row:

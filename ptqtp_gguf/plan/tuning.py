@@ -16,7 +16,7 @@ class TuneSettings:
     train_planes     also train levels, at rate lr_planes in units of the scale; latent_start: 0 = latent weights begin
                      at their level, 1 = at the original weight clipped into the level's cell
     micro_batch      windows at a time, 0 = as many as memory takes; logits_bytes: bound of the logits in memory
-    bf16             on CUDA: bf16 matrix products inside the blocks, TF32 in the head (student.py says more)
+    bf16             on CUDA: bf16 matrix products inside the blocks, TF32 in the head (tune/student.py says more)
     """
 
     steps: int = 1000

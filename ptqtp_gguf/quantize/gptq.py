@@ -14,7 +14,7 @@ error of a row is e H eT, e = w - q. Four steps, each kept because it paid (docs
 In sequential use the inputs come from layers that are quantized already; `aim` moves the weights a part of the way to
 those that would give the unquantized layer's outputs (as GPTAQ, arXiv 2504.02692, which goes the whole way).
 
-The inner loops are native/bulk/calibrate.inc (CPU) and calibrate.cu (CUDA); blocks.py is their numpy reference.
+The inner loops are native/bulk/calibrate.inc (CPU) and calibrate.cu (CUDA); gptq_reference.py is their numpy reference.
 """
 
 from __future__ import annotations

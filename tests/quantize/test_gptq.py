@@ -153,7 +153,7 @@ def numpy_at(t: torch.Tensor, row: int = 0, col: int = 0) -> np.ndarray:
 
 
 def test_equals_the_reference_driven_the_same_way(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The inner loops exchanged for blocks.py, byte for byte; 288 columns: blocks of 128 and a last one of 32."""
+    """The inner loops exchanged for gptq_reference.py, byte for byte; 288 columns: blocks of 128 and one of 32."""
     w, h = problem(rng, 9, 288)
     cross = h @ (torch.eye(288) + 0.01 * torch.from_numpy(rng.normal(size=(288, 288)).astype(np.float32)))
     native_one = calibrate(w, h, cross, threads=1)

@@ -1,7 +1,7 @@
 /* The inner loops of calibrated quantization on a GPU: a group of 32 columns, a thread a row. The loop over groups and
- * the matrix products between them are torch's (calibrated.py). The same arithmetic in the same order as blocks.py, the
- * numpy reference, so the bits are equal; compiled at run time by NVRTC as kernels.cu is. The tests compile it for the
- * host. */
+ * the matrix products between them are torch's (gptq.py). The same arithmetic in the same order as gptq_reference.py,
+ * the numpy reference, so the bits are equal; compiled at run time by NVRTC as kernels.cu is. The tests compile it for
+ * the host. */
 #include "scales.cuh"
 
 typedef signed char i8;
