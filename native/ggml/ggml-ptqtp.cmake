@@ -46,9 +46,9 @@ foreach (target IN LISTS PTQTP_TARGETS)
     endif()
 endforeach()
 
-# ---- upstream's AMX kernels: a gcc whose tile intrinsics lose stores (kernels/x86/tile-config.h) ----
+# ---- upstream's AMX kernels: their tiles' configuration (kernels/x86/tile-config.h) ----
 
-if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+if (NOT MSVC)
     foreach (target IN LISTS PTQTP_TARGETS)
         if (target MATCHES "^ggml-cpu")
             get_target_property(sources ${target} SOURCES)
@@ -56,6 +56,7 @@ if (CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
                 if (source MATCHES "amx/mmq\\.cpp$")
                     target_compile_options(${target} PRIVATE
                         "$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include \"${PTQTP_DIR}/kernels/x86/tile-config.h\">")
+                    target_compile_definitions(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:PTQTP_UPSTREAM_AMX>)
                 endif()
             endforeach()
         endif()
