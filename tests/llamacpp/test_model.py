@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -216,3 +217,28 @@ def test_a_file_that_the_runtime_cannot_load(
         runtime.load(tiny_gguf)
     done = cli("run", tiny_gguf, "-p", "x")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.hf
+@pytest.mark.runtime
+def test_torch_beside_it_in_one_thread(demo_files: dict[str, Path]) -> None:
+    """On a CPU with AMX both configure the same tiles: ggml must not take it for granted that they are as it left them.
+    In a process of its own, for it ended by an illegal instruction."""
+    code = """
+import sys, numpy as np, torch
+from pathlib import Path
+from ptqtp_gguf.llamacpp import Model
+with Model(Path(sys.argv[1])) as model, model.context(32, threads=1) as context:
+    tokens, places = np.arange(5, 37, dtype=np.int32), np.arange(32, dtype=np.int32)
+    def logits():
+        context.forget()
+        return context.feed(tokens, places, np.ones(32, bool)).copy()
+    first = logits()
+    for kind in (torch.bfloat16, torch.float32):
+        x = torch.randn(512, 512).to(kind)
+        (x @ x).sum().item()
+        assert np.array_equal(first, logits())
+"""
+    for name in ("ours", "twin"):
+        done = subprocess.run([sys.executable, "-c", code, str(demo_files[name])], capture_output=True, text=True)
+        assert done.returncode == 0, (name, done.returncode, done.stderr[-500:])
