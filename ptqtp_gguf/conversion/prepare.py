@@ -25,7 +25,7 @@ def prepared(
     Yields the store with the planes; its notes tell what did not go as it should.
     Raises CalibrationError, QuantizeError, TuneError, OutputError, ResumeError.
     """
-    options = request.calibration.decisive() | {"--method": request.method.name}
+    options = request.calibration.decisive() | {"method": request.method.name}
     job = {**fingerprint(source, options), "tensors": _named(rows, request.kind.id)}
     with PlaneStore(out, job, request.kind, request.options.restart) as store:
         todo = [stage for stage in request.method.stages if not store.ended(stage)]

@@ -53,13 +53,14 @@ class Request:
         """What of the options decides the bytes, by the command line's name for it; a file by its checksum."""
         o = self.options
         return {
+            "--method": self.direct.name,
             "--type": self.kind.name,
             "--recipe": self.recipe.canonical(),
             "--imatrix": f"{imatrix.name} (SHA-256 {imatrix.sha256})" if imatrix else "none",
             **flags.decisive(o, (flags.TYPES, flags.OUTPUT)),
             **o.calibration.decisive(),
             **({"--trust-remote-code": True} if o.trust_code else {}),
-            "--method": self.method.name,
+            **({"method": self.method.name} if self.method.learns else {}),  # last: what differs first is told
         }
 
     def described(self) -> str:
