@@ -155,5 +155,6 @@ def test_stock_llama_cpp_refuses_the_file(demo_files: dict[str, Path], stock_loa
 
 def test_stock_bindings_are_named(monkeypatch: pytest.MonkeyPatch, demo_files: dict[str, Path]) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda _: "0.3.36")
+    runtime._llama.cache_clear()  # the runtime may be loaded already
     with pytest.raises(RuntimeMissing, match=r"llama-cpp-python 0\.3\.36 is a stock build"):
         runtime.load(demo_files["ours"])

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from ptqtp_gguf.measure.text import BUILTIN_FILE, load_text
+from ptqtp_gguf.calibrate.texts import BUILTIN_FILE as CALIBRATION_FILE
+from ptqtp_gguf.measure.text import load_text
 
 pytestmark = pytest.mark.runtime
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.runtime
 def test_builtin_text_is_apart_from_the_calibration_text() -> None:
     found = load_text(None)
     assert found.builtin and 100_000 < len(found.text.encode()) < 150_000
-    calibration = gzip.decompress(BUILTIN_FILE.with_name("builtin.jsonl.gz").read_bytes()).decode()
+    calibration = gzip.decompress(CALIBRATION_FILE.read_bytes()).decode()
     learned = {s.strip() for line in calibration.splitlines() for s in json.loads(line)["text"].splitlines()}
     lines = {s.strip() for s in found.text.splitlines()}
     assert not {s for s in lines & learned if len(s) > 40}

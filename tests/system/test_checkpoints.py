@@ -80,8 +80,8 @@ def test_unknown_architecture(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_checkpoint_without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mute"
     shutil.copytree(tiny_checkpoint, folder)
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
+    for path in folder.glob("token*"):
+        path.unlink()
     with pytest.raises(CheckpointError, match="converter failed") as e:
         conversion.convert(folder, tmp_path / "out.gguf")
     assert "\n" not in str(e.value)
@@ -102,7 +102,7 @@ def test_nan_in_a_checkpoint_is_named_by_its_folder(tiny_checkpoint: Path, tmp_p
 
     folder = tmp_path / "damaged"
     shutil.copytree(tiny_checkpoint, folder)
-    shard = next(p for p in sorted(folder.glob("*.safetensors")) if any("mlp" in n for n in load_file(p)))
+    shard = next(p for p in sorted(folder.glob("*.safetensors")) if any("down_proj" in n for n in load_file(p)))
     tensors = load_file(shard)
     name = next(n for n in tensors if "down_proj" in n)
     tensors[name][3, 4] = torch.nan
