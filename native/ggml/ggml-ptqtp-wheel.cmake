@@ -18,6 +18,14 @@ foreach (tool bench cli completion imatrix perplexity quantize server)
     endif()
 endforeach()
 
+# their results are the end of their log
+foreach (tool perplexity imatrix)
+    if (TARGET llama-${tool}-impl)
+        target_sources(llama-${tool} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/flush-log.cpp)
+        target_link_libraries(llama-${tool} PRIVATE llama-common)
+    endif()
+endforeach()
+
 if (APPLE)
     set(PTQTP_ORIGIN "@loader_path")
 else()
