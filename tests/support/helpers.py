@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import importlib.util
 import json
 import os
-import shutil
 import struct
 import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -91,27 +86,6 @@ def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(raw)) + raw + data
 
 
-# llama.cpp writes its log from a thread that the process does not wait for: on a busy machine the last lines get lost,
-# and of llama-perplexity they are the figures. Preloaded, this gives the thread a moment at the end.
-LINGER = """
-#include <unistd.h>
-__attribute__((destructor)) static void linger(void) { usleep(400000); }
-"""
-
-
-@functools.cache
-def lingering() -> dict[str, str]:
-    """The environment of a process that ends slowly; {} where no C compiler is at hand."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if not compiler or not sys.platform.startswith("linux"):
-        return {}
-    library = Path(tempfile.mkdtemp(prefix="linger-")) / "linger.so"
-    command = [compiler, "-shared", "-fPIC", "-xc", "-", "-o", str(library)]
-    subprocess.run(command, input=LINGER, text=True, check=True)
-    atexit.register(shutil.rmtree, library.parent, ignore_errors=True)
-    return {"LD_PRELOAD": str(library)}
-
-
 def llama_tool(name: str, *args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a tool of the patched runtime to its end."""
     from ptqtp_gguf.llamacpp import install
@@ -122,5 +96,5 @@ def llama_tool(name: str, *args: object, env: dict[str, str] | None = None) -> s
         text=True,
         errors="replace",
         timeout=600,
-        env={**os.environ, **lingering(), **(env or {})},
+        env={**os.environ, **(env or {})},
     )
