@@ -5,7 +5,7 @@
  * never aborts and never allocates in the codec and the dot products.
  *
  * A weight is a pair of trits (t1, t2), each -1, 0 or +1, stored as one base-9 digit d = 3*(t1+1) + (t2+1).
- * Both types are built from one 14-byte unit of 32 weights:
+ * All types are built from one 14-byte unit of 32 weights:
  *
  *     byte   0 1   2 3   4 5   6 7   8 9  10 11   12     13
  *          [ q0  | q1  | q2  | q3  | q4  | q5  | side | r ]      q: little-endian uint16, r: uint8
@@ -22,8 +22,10 @@
  *     decoded like the others for two digits: the side byte lies below the digits of r and cannot disturb them.
  *
  *     TP2_1, 32 weights, 14 bytes: one unit; w = s * (3*t1 + 2*t2), side = code of s.
- *     TP2_0, 128 weights, 56 bytes: four units; w = a1*t1 + a2*t2, the four side bytes are a1, a2 as
- *            little-endian fp16: a1 low, a1 high, a2 low, a2 high.
+ *     TP2_2, 32 weights, 14 bytes: one unit, bytes and scale as TP2_1's; w = s * (3*t1 + 2*t2 + p), and the third trit
+ * p is not stored: it follows from the t2 of the two weights before (codec/trellis.h). TP2_0, 128 weights, 56 bytes:
+ * four units; w = a1*t1 + a2*t2, the four side bytes are a1, a2 as little-endian fp16: a1 low, a1 high, a2 low, a2
+ * high.
  *
  *     scale code c = e*16 + m:  s = (1 + m/16) * 2^(e - 15), all 256 codes valid, 2^-15 .. 1.9375;
  *     the bits of s as a float are (c << 19) + (112 << 23).
@@ -51,14 +53,16 @@
 extern "C" {
 #endif
 
-#define PTQTP_FORMAT_VERSION 1 /* frozen: docs/format.md */
+#define PTQTP_FORMAT_VERSION 2 /* the newest that is read; of a file: the newest of its types. docs/format.md */
 
 #define PTQTP_UNIT 32      /* weights a unit */
 #define PTQTP_UNIT_WORDS 6 /* five-digit words a unit */
 #define PTQTP_QK_TP2_1 32  /* weights a TP2_1 block (= group) */
 #define PTQTP_QK_TP2_0 128 /* weights a TP2_0 block (= group) */
+#define PTQTP_QK_TP2_2 32  /* weights a TP2_2 block (= group) */
 
-enum ptqtp_type { PTQTP_TP2_0 = 250, PTQTP_TP2_1 = 251, PTQTP_TYPE_END }; /* = ggml type ids, part of the format */
+/* = ggml type ids, part of the format */
+enum ptqtp_type { PTQTP_TP2_0 = 250, PTQTP_TP2_1 = 251, PTQTP_TP2_2 = 252, PTQTP_TYPE_END };
 #define PTQTP_TYPE_COUNT (PTQTP_TYPE_END - PTQTP_TP2_0)
 
 enum ptqtp_method { PTQTP_PAPER = 0, PTQTP_SEARCH = 1 };
@@ -91,6 +95,10 @@ typedef struct {
     ptqtp_unit u[4];
 } block_tp2_0;
 
+typedef struct {
+    ptqtp_unit u;
+} block_tp2_2;
+
 #ifdef __cplusplus
 #    define PTQTP_STATIC_ASSERT static_assert
 #else
@@ -99,6 +107,7 @@ typedef struct {
 PTQTP_STATIC_ASSERT(sizeof(ptqtp_unit) == 6 * 2 + 1 + 1, "wrong unit size");
 PTQTP_STATIC_ASSERT(sizeof(block_tp2_1) == 6 * 2 + 1 + 1, "wrong TP2_1 block size");
 PTQTP_STATIC_ASSERT(sizeof(block_tp2_0) == 4 * (6 * 2 + 1) + 2 * 2, "wrong TP2_0 block size");
+PTQTP_STATIC_ASSERT(sizeof(block_tp2_2) == 6 * 2 + 1 + 1, "wrong TP2_2 block size");
 
 /* A block of ggml's Q8_0, the activation type of the dot products: fp16 d, then 32 int8. */
 typedef struct {
@@ -113,6 +122,7 @@ PTQTP_STATIC_ASSERT(sizeof(ptqtp_block_q8_0) == 34, "wrong Q8_0 block size");
  * decoder in codec/check.c, the scalar kernel at least in kernels/kernels.inc, `search` in quantize/methods.c. */
 struct ptqtp_type_traits {
     int type;          /* enum ptqtp_type */
+    int since;         /* format version that brought it */
     int planes;        /* trit-planes stored */
     const char * name; /* "TP2_1" */
     int64_t block;     /* weights a block; a row is whole blocks */
@@ -143,17 +153,19 @@ PTQTP_API uint8_t ptqtp_scale_from_float(float s); /* nearest code, ties to the 
 PTQTP_API float ptqtp_half_to_float(uint16_t h);
 PTQTP_API uint16_t ptqtp_half_from_float(float f); /* round to nearest even */
 
-/* digits: n bytes 0..8, in weight order. scales: TP2_1: n/32 codes (uint8_t); TP2_0: n/128 pairs (a1, a2) of fp16 bits
- * (uint16_t).
- * n a multiple of the block. */
+/* digits: n bytes 0..8, in weight order. scales: TP2_1, TP2_2: n/32 codes (uint8_t); TP2_0: n/128 pairs (a1, a2) of
+ * fp16 bits (uint16_t). n a multiple of the block. */
 PTQTP_API int ptqtp_pack_tp2_1(const uint8_t * digits, const void * scales, void * dst, int64_t n);
 PTQTP_API int ptqtp_pack_tp2_0(const uint8_t * digits, const void * scales, void * dst, int64_t n);
+PTQTP_API int ptqtp_pack_tp2_2(const uint8_t * digits, const void * scales, void * dst, int64_t n);
 PTQTP_API int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, void * scales, int64_t n);
 PTQTP_API int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, void * scales, int64_t n);
+PTQTP_API int ptqtp_unpack_tp2_2(const void * src, uint8_t * digits, void * scales, int64_t n);
 
 /* dst: n floats. Any bytes decode; no read outside src. */
 PTQTP_API void ptqtp_dequantize_tp2_1(const void * src, float * dst, int64_t n);
 PTQTP_API void ptqtp_dequantize_tp2_0(const void * src, float * dst, int64_t n);
+PTQTP_API void ptqtp_dequantize_tp2_2(const void * src, float * dst, int64_t n);
 
 /* Checks that each word is one that a packer writes and each fp16 scale is finite. On an error *bad_block is the
  * index of the first bad block (bad_block may be NULL). */
@@ -175,8 +187,9 @@ PTQTP_API const struct ptqtp_method_traits * ptqtp_method_table(int * count);
 PTQTP_API bool ptqtp_method_makes(int method, int type); /* false for an unknown method or type */
 
 /* x: nrows x n_per_row floats, row-major. importance: n_per_row floats >= 0 (an imatrix column weight) or NULL,
- * which lets `search` for TP2_1 weight each squared error by 2 mean|w| + |w| of its group, and all else weight none.
- * dst: nrows * n_per_row / block * size bytes. Single thread. Where the method takes no importance: PTQTP_BAD_METHOD.
+ * which lets `search` for TP2_1 and TP2_2 weight each squared error by 2 mean|w| + |w| of its group, and all else
+ * weight none. dst: nrows * n_per_row / block * size bytes. Single thread. Where the method takes no importance:
+ * PTQTP_BAD_METHOD.
  */
 PTQTP_API int ptqtp_quantize_rows(int type, int method, const float * x, const float * importance, void * dst,
                                   int64_t nrows, int64_t n_per_row);
@@ -195,29 +208,35 @@ PTQTP_API int ptqtp_quantize_stats(int type, int method, const float * x, const 
                                    int64_t nrows, int64_t n_per_row, uint64_t first, int nthreads,
                                    struct ptqtp_stats * stats);
 
-/* ---- TP2_1 with calibration: the inner loops (host/calibrate.cpp, bulk/calibrate.inc) ----------------------
+/* ---- types with calibration: the inner loops (host/calibrate.cpp, bulk/calibrate.inc, bulk/kbest.inc) -------
  *
  * A block of ncols columns (a multiple of 32, at most PTQTP_CALIB_COLS) of nrows rows; the products between blocks are
- * the caller's. ld*: elements from row to row. levels: -5 .. 5; codes: one a group of 32; w = scale of code * level.
- * window, 0 .. 255: each group also tries the codes that far around, in the order 0, -1, +1, -2, +2 ..., clipped to
- * 0 .. 255; the first of equals wins. nthreads <= 0: all cores. float32, sums in the order of the columns, no fused
- * multiply-add: the result depends on nothing but the arguments. Values that are not finite give some result. The
- * readable form of the same arithmetic is ptqtp_gguf/quantize/gptq_reference.py. Buffers may not overlap. */
+ * the caller's. type: PTQTP_TP2_1 or PTQTP_TP2_2, of which the latter's columns are in the order of the chain (codec/
+ * trellis.h) within each group. ld*: elements from row to row. levels: -5 .. 5 or -6 .. 6; codes: one a group of 32;
+ * w = scale of code * level. window, 0 .. 255: each group also tries the codes that far around, in the order 0, -1, +1,
+ * -2, +2 ..., clipped to 0 .. 255; the first of equals wins. nthreads <= 0: all cores. float32, sums in the order of
+ * the columns, no fused multiply-add: the result depends on nothing but the arguments. Values that are not finite give
+ * some result, levels of TP2_2 that its chain can have. The readable form of the same arithmetic is ptqtp_gguf/
+ * quantize/gptq_reference.py. Buffers may not overlap. */
 #define PTQTP_CALIB_COLS 256
 
 /* GPTQ with feedback. w: weights. u: the ncols x ncols block on the diagonal of the upper U with inv(H) = U^T U, of
  * which only the upper triangle is read. Writes levels, codes and err = (value before rounding - level * scale) / u_jj,
  * which the caller feeds to later blocks; a column whose u_jj is not > 0 feeds nothing back. */
-PTQTP_API int ptqtp_gptq_block(int64_t nrows, int64_t ncols, const float * w, int64_t ldw, const float * u, int64_t ldu,
-                               int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * err, int64_t lde,
-                               int window, int nthreads);
-/* One sweep of coordinate descent on tr(E H E^T), E = weights - levels * scales. r: this block's columns of E H. h: the
+PTQTP_API int ptqtp_gptq_block(int type, int64_t nrows, int64_t ncols, const float * w, int64_t ldw, const float * u,
+                               int64_t ldu, int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * err,
+                               int64_t lde, int window, int nthreads);
+/* One sweep of descent on tr(E H E^T), E = weights - levels * scales. r: this block's columns of E H. h: the
  * ncols x ncols block of H on the diagonal, symmetric (the upper triangle is read). levels, codes: in and out. delta:
- * the change of level * scale, by which the caller updates E H. A group changes only where that lowers the objective; a
- * column whose h_jj is not > 0 keeps its level. */
-PTQTP_API int ptqtp_cd_block(int64_t nrows, int64_t ncols, const float * r, int64_t ldr, const float * h, int64_t ldh,
-                             int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * delta, int64_t ldd,
-                             int window, int nthreads);
+ * the change of level * scale, by which the caller updates E H. A group changes only where that lowers the objective.
+ * TP2_1: column by column; a column whose h_jj is not > 0 keeps its level. TP2_2: a group at a time. */
+PTQTP_API int ptqtp_cd_block(int type, int64_t nrows, int64_t ncols, const float * r, int64_t ldr, const float * h,
+                             int64_t ldh, int8_t * levels, int64_t ldl, uint8_t * codes, int64_t ldc, float * delta,
+                             int64_t ldd, int window, int nthreads);
+
+/* The levels -6 .. 6 that a TP2_2 matrix can hold nearest to n values in units of their scale (float32, a multiple of
+ * 32, finite): the closed path of least squared error for each 32. For training; nthreads as above. */
+PTQTP_API int ptqtp_nearest_levels(const float * v, int8_t * levels, int64_t n, int nthreads);
 
 /* ---- for a converter (host/convert.cpp, codec/check.c); nthreads <= 0: all cores, and no result depends on it ----
  */
@@ -246,9 +265,12 @@ struct ptqtp_scan_result {
 PTQTP_API int ptqtp_scan(const float * x, int64_t n, int64_t group, float floor, int nthreads,
                          struct ptqtp_scan_result * out);
 
-/* Counts words, of either type: adds to five[q] how many of the words 0..5 of the units are q, and to last[q] how many
+/* Counts words, of any type: adds to five[q] how many of the words 0..5 of the units are q, and to last[q] how many
  * of the words 6 = side + 256*r are. five, last: 65536 entries. Digits and scale codes follow from the counts. */
 PTQTP_API int ptqtp_count_words(const void * units, int64_t nunits, int nthreads, uint64_t * five, uint64_t * last);
+/* Counts the third trits of TP2_2, which are not stored: adds to counts[t + 1] how many of the units' weights have the
+ * third trit t = -1, 0, 1. */
+PTQTP_API int ptqtp_count_third(const void * units, int64_t nunits, int nthreads, uint64_t * counts);
 
 /* ---- the machine (host/read.c) --------------------------------------------------------------------------- */
 
@@ -273,7 +295,8 @@ PTQTP_API const struct ptqtp_kernel * ptqtp_kernels(int * count);
  * names; NULL if that name is unknown or not supported here. Chosen once. */
 PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
 
-/* ---- panels: 16 rows of TP2_1 interleaved, in memory only (kernels/panel.c and one file an instruction set) --- */
+/* ---- panels: 16 rows of TP2_1 or TP2_2 interleaved, in memory only (kernels/panel.c and one file an instruction set)
+ * --- */
 
 /* The bytes of 16 units, transposed so that a SIMD lane is a row. A tile is 16 rows x 32 weights, 224 bytes:
  *     byte  64*p + 4*row .. +3   (p = 0, 1, 2)   words 2p and 2p+1 of the row's unit
@@ -282,7 +305,7 @@ PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
 #define PTQTP_PANEL_ROWS 16
 #define PTQTP_TILE_SIZE 224
 
-/* Wide panels, on request, for machines that compute slower than they read: the levels as 4-bit codes (level + 5), no
+/* Wide panels, on request, for machines that compute slower than they read: the levels as 4-bit codes (level + 6), no
  * digits to decode, 4.25 bits a weight. A tile is 272 bytes, the quads being those of kernels/panel.h:
  *     byte  64*i + 4*row .. +3   (i = 0 .. 3)    quad i of the row in the low four bits, quad i+4 in the high ones
  *     byte 256 + row                             scale code */
@@ -291,7 +314,7 @@ PTQTP_API const struct ptqtp_kernel * ptqtp_kernel_for(int type);
 enum ptqtp_form { PTQTP_PACKED = 0, PTQTP_WIDE = 1 };
 
 /* A block of 32 activations: a = d * q. q is in the order in which kernels decode weights (see kernels/panel.h);
- * bias = -5 * sum of q, because decoded levels are stored with 5 added. */
+ * bias = -6 * sum of q, because decoded levels are stored with 6 added. */
 typedef struct {
     float d;
     int32_t bias;
@@ -301,14 +324,14 @@ PTQTP_STATIC_ASSERT(sizeof(ptqtp_act) == 4 + 4 + 32, "wrong activation block siz
 
 struct ptqtp_panel_kernel; /* one instruction set: kernels/panel.h */
 
-/* form: enum ptqtp_form, the same in all calls for a matrix */
+/* type, form: a type whose traits say `panels`, and enum ptqtp_form; the same in all calls for a matrix */
 PTQTP_API size_t ptqtp_panels_size(int form, int64_t nrows, int64_t n); /* bytes */
-/* rows first .. first+nrows-1 of TP2_1, n weights each, into panels (first a multiple of 16), or out of them: the same
+/* rows first .. first+nrows-1, n weights each, into panels (first a multiple of 16), or out of them: the same
  * bytes again, if they are bytes that a packer writes. */
-PTQTP_API void ptqtp_panels_from_rows(int form, const void * rows, void * panels, int64_t first, int64_t nrows,
-                                      int64_t n);
-PTQTP_API void ptqtp_rows_from_panels(int form, const void * panels, void * rows, int64_t first, int64_t nrows,
-                                      int64_t n);
+PTQTP_API void ptqtp_panels_from_rows(int type, int form, const void * rows, void * panels, int64_t first,
+                                      int64_t nrows, int64_t n);
+PTQTP_API void ptqtp_rows_from_panels(int type, int form, const void * panels, void * rows, int64_t first,
+                                      int64_t nrows, int64_t n);
 
 /* All panel kernels built for this architecture, best first; the one in use, chosen like ptqtp_kernel_for's. */
 PTQTP_API const struct ptqtp_panel_kernel * const * ptqtp_panel_kernels(int * count);
@@ -318,19 +341,19 @@ PTQTP_API bool ptqtp_panel_kernel_supported(const struct ptqtp_panel_kernel * k)
 
 /* x: n floats -> n/32 blocks of ptqtp_act (many columns), or of ptqtp_gemv_act_size() bytes (one column). Rounds to
  * nearest even; d = max|x|/127. A block that holds Inf or NaN gets d = NaN. */
-PTQTP_API size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k, int form);
-PTQTP_API void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, int form, const float * x, void * acts,
-                                   int64_t n);
+PTQTP_API size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k, int type, int form);
+PTQTP_API void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, int type, int form, const float * x,
+                                   void * acts, int64_t n);
 PTQTP_API void ptqtp_gemm_quantize(const struct ptqtp_panel_kernel * k, const float * x, ptqtp_act * acts, int64_t n);
 
 /* y[row] = row . x for the rows of panels panel0 .. panel1-1, of a matrix of nrows rows; y is the whole column. */
-PTQTP_API void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_t nrows, const void * panels,
-                          int64_t panel0, int64_t panel1, const void * acts, float * y);
+PTQTP_API void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int type, int form, int64_t n, int64_t nrows,
+                          const void * panels, int64_t panel0, int64_t panel1, const void * acts, float * y);
 /* The same for ncols columns: acts[c] and y[c] are one column each. scratch: PTQTP_GEMM_SCRATCH bytes, 64-aligned. */
 #define PTQTP_GEMM_SCRATCH 73728
-PTQTP_API void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_t nrows, const void * panels,
-                          int64_t panel0, int64_t panel1, int64_t ncols, const ptqtp_act * const * acts,
-                          float * const * y, void * scratch);
+PTQTP_API void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int type, int form, int64_t n, int64_t nrows,
+                          const void * panels, int64_t panel0, int64_t panel1, int64_t ncols,
+                          const ptqtp_act * const * acts, float * const * y, void * scratch);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,6 @@
 # The one list of native sources: included by the top-level build and, inside a patched ggml, by ggml/ggml-ptqtp.cmake.
 set(PTQTP_CODEC_SOURCES codec/codec.c codec/types.c quantize/methods.c quantize/planes.c
-    quantize/quantize.c)
+    quantize/quantize.c quantize/trellis.c)
 set(PTQTP_DOT_SOURCES kernels/cpu.c kernels/dot.c kernels/panel.c)
 
 # A file that holds one instruction set, and its flags; kernels/cpu.c asks the CPU before anything calls in. On another
@@ -8,6 +8,8 @@ set(PTQTP_DOT_SOURCES kernels/cpu.c kernels/dot.c kernels/panel.c)
 set(PTQTP_X86_FILES
     "kernels/x86/dot-avx2.c:-mavx2 -mfma -mf16c"
     "kernels/x86/dot-ssse3.c:-mssse3"
+    "kernels/x86/dot-tp2_2-avx2.c:-mavx2 -mfma"
+    "kernels/x86/dot-tp2_2-ssse3.c:-mssse3"
     "kernels/x86/panel-ssse3.c:-mssse3"
     "kernels/x86/panel-avx.c:-mavx"
     "kernels/x86/panel-avx2.c:-mavx2 -mfma"

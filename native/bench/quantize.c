@@ -106,36 +106,52 @@ static void lay_out_blocks(void) {
         }
     }
     u[BLOCK * BLOCK - 1] = 1;
-    ptqtp_calib_lay_out(h, BLOCK, BLOCK, buffers[0], &second_moment);
-    ptqtp_calib_lay_out(u, BLOCK, BLOCK, buffers[1], &factor);
+    ptqtp_calib_lay_out(true, h, BLOCK, BLOCK, buffers[0], &second_moment);
+    ptqtp_calib_lay_out(false, u, BLOCK, BLOCK, buffers[1], &factor);
 }
 
-static void gptq(int window) {
+static void gptq(int type, int window) {
     const struct ptqtp_calib_rows rows = { x, BLOCK, levels, BLOCK, codes, BLOCK / 32, r, BLOCK };
-    bulk->gptq(&factor, &rows, BLOCK_ROWS, window);
+    bulk->gptq(type, &factor, &rows, BLOCK_ROWS, window);
 }
 
-static void cd(int window) { /* from levels that fit badly, so that most of them change */
+static void cd(int type, int window) { /* from levels that fit badly, so that most of them change */
     const struct ptqtp_calib_rows rows = { x, BLOCK, levels, BLOCK, codes, BLOCK / 32, r, BLOCK };
     memset(levels, 0, N);
     memset(codes, 150, N / 32);
-    bulk->cd(&second_moment, &rows, BLOCK_ROWS, window);
+    bulk->cd(type, &second_moment, &rows, BLOCK_ROWS, window);
 }
 
-static void gptq_0(void) {
-    gptq(0);
+static void gptq_2_1_0(void) {
+    gptq(PTQTP_TP2_1, 0);
 }
 
-static void gptq_2(void) {
-    gptq(2);
+static void gptq_2_1_2(void) {
+    gptq(PTQTP_TP2_1, 2);
 }
 
-static void cd_0(void) {
-    cd(0);
+static void gptq_2_2_0(void) {
+    gptq(PTQTP_TP2_2, 0);
 }
 
-static void cd_2(void) {
-    cd(2);
+static void gptq_2_2_1(void) {
+    gptq(PTQTP_TP2_2, 1);
+}
+
+static void cd_2_1_0(void) {
+    cd(PTQTP_TP2_1, 0);
+}
+
+static void cd_2_1_2(void) {
+    cd(PTQTP_TP2_1, 2);
+}
+
+static void cd_2_2_0(void) {
+    cd(PTQTP_TP2_2, 0);
+}
+
+static void cd_2_2_1(void) {
+    cd(PTQTP_TP2_2, 1);
 }
 
 static void measure(const char * what, int type, void (*run)(void), double weights, double budget) {
@@ -173,10 +189,14 @@ int main(int argc, char ** argv) {
         bulk = all[i];
         measure("search", PTQTP_TP2_1, search_2_1, N, budget);
         measure("search-importance", PTQTP_TP2_1, search_2_1_importance, N, budget);
-        measure("gptq-0", PTQTP_TP2_1, gptq_0, N, budget);
-        measure("gptq-2", PTQTP_TP2_1, gptq_2, N, budget);
-        measure("cd-0", PTQTP_TP2_1, cd_0, N, budget);
-        measure("cd-2", PTQTP_TP2_1, cd_2, N, budget);
+        measure("gptq-0", PTQTP_TP2_1, gptq_2_1_0, N, budget);
+        measure("gptq-2", PTQTP_TP2_1, gptq_2_1_2, N, budget);
+        measure("gptq-0", PTQTP_TP2_2, gptq_2_2_0, N, budget);
+        measure("gptq-1", PTQTP_TP2_2, gptq_2_2_1, N, budget);
+        measure("cd-0", PTQTP_TP2_1, cd_2_1_0, N, budget);
+        measure("cd-2", PTQTP_TP2_1, cd_2_1_2, N, budget);
+        measure("cd-0", PTQTP_TP2_2, cd_2_2_0, N, budget);
+        measure("cd-1", PTQTP_TP2_2, cd_2_2_1, N, budget);
         measure("check", PTQTP_TP2_1, check, N, budget);
         measure("compare", 0, compare, N, budget);
         measure("hash", 0, hash, N, budget);

@@ -77,5 +77,8 @@ const struct ptqtp_bulk * ptqtp_bulk_chosen(void) {
 }
 
 ptqtp_bulk_maker_fn ptqtp_bulk_maker(const struct ptqtp_bulk * bulk, int method, int type) {
-    return method == PTQTP_SEARCH && type == PTQTP_TP2_1 ? bulk->search_tp2_1 : NULL;
+    if (method != PTQTP_SEARCH) {
+        return NULL;
+    }
+    return type == PTQTP_TP2_1 ? bulk->search_tp2_1 : type == PTQTP_TP2_2 ? bulk->search_tp2_2 : NULL;
 }

@@ -34,10 +34,14 @@ struct ptqtp_bulk {
     void (*to_q8_0)(const float * src, ptqtp_block_q8_0 * dst, int64_t n);
     /* ptqtp_scan's fields for one piece */
     void (*scan)(const float * x, int64_t n, int64_t group, float floor, struct ptqtp_scan_result * out);
-    ptqtp_bulk_maker_fn search_tp2_1;
+    ptqtp_bulk_maker_fn search_tp2_1, search_tp2_2;
+    /* ptqtp_nearest_levels on whole groups */
+    void (*nearest_tp2_2)(const float * v, int8_t * levels, int64_t ngroups);
     /* ptqtp_gptq_block and ptqtp_cd_block on checked arguments */
-    void (*gptq)(const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows, int window);
-    void (*cd)(const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows, int window);
+    void (*gptq)(int type, const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows,
+                 int window);
+    void (*cd)(int type, const struct ptqtp_calib * block, const struct ptqtp_calib_rows * rows, int64_t nrows,
+               int window);
 };
 
 /* All that are built for this architecture and run on this CPU, best first; the plain one last. */

@@ -61,12 +61,16 @@ static float half_by_parts(uint32_t h) {
     return h & 0x8000 ? -mag : mag;
 }
 
+static float scale_by_parts(uint32_t code) {
+    static const float steps[16] = { 0x1p-15f, 0x1p-14f, 0x1p-13f, 0x1p-12f, 0x1p-11f, 0x1p-10f, 0x1p-9f, 0x1p-8f,
+                                     0x1p-7f,  0x1p-6f,  0x1p-5f,  0x1p-4f,  0x1p-3f,  0x1p-2f,  0x1p-1f, 0x1p0f };
+    return (1 + (float) (code % 16) / 16) * steps[code / 16];
+}
+
 static bool tp2_1(const uint8_t * block, float * out) {
     uint8_t trits[32];
     const bool good = unit_trits(block, trits);
-    static const float steps[16] = { 0x1p-15f, 0x1p-14f, 0x1p-13f, 0x1p-12f, 0x1p-11f, 0x1p-10f, 0x1p-9f, 0x1p-8f,
-                                     0x1p-7f,  0x1p-6f,  0x1p-5f,  0x1p-4f,  0x1p-3f,  0x1p-2f,  0x1p-1f, 0x1p0f };
-    const float s = (1 + (float) (block[12] % 16) / 16) * steps[block[12] / 16];
+    const float s = scale_by_parts(block[12]);
     for (int i = 0; i < 32; i++) {
         const int t1 = (trits[i] >> 4) - 1, t2 = (trits[i] & 15) - 1;
         out[i] = s * (float) (3 * t1 + 2 * t2);
@@ -90,12 +94,43 @@ static bool tp2_0(const uint8_t * block, float * out) {
     return good;
 }
 
+/* The third trit of TP2_2 by its definition: -t2 of the last two before the first, then a sum mod 3. The places of the
+ * chain are counted here: four laps over the eight columns that a unit's words have, a column a pair of digits. */
+static bool tp2_2(const uint8_t * block, float * out) {
+    uint8_t trits[32];
+    int second[34], place[32], n = 0;
+    const bool good = unit_trits(block, trits);
+    for (int lap = 0; lap < 4; lap++) {
+        for (int word = lap / 2; word < 6; word += 2) { /* digits 0 and 1 of even words, then of odd ones */
+            place[n++] = 2 * word + lap % 2;
+        }
+        for (int word = lap / 2; word < 6; word += 2) { /* digits 2 and 3 */
+            place[n++] = 14 + 2 * word + lap % 2;
+        }
+        const int fifth = lap / 2 + 2 * (lap % 2); /* the fifth digits of words 0, 2, 1, 3 */
+        place[n++] = 26 + fifth;
+        place[n++] = lap % 2 ? 12 + lap / 2 : 30 + lap / 2; /* those of words 4 and 5, and the remainder's two */
+    }
+    for (int i = 0; i < 32; i++) {
+        second[2 + i] = trits[place[i]] & 15; /* 0, 1, 2 */
+    }
+    second[0] = 2 - second[32];
+    second[1] = 2 - second[33];
+    const float s = scale_by_parts(block[12]);
+    for (int i = 0; i < 32; i++) {
+        static const int third[3] = { 1, -1, 0 }; /* of a sum that is 2 too large, mod 3 */
+        const int t1 = (trits[place[i]] >> 4) - 1, t2 = second[2 + i] - 1, p = third[(second[i] + second[i + 1]) % 3];
+        out[place[i]] = s * (float) (3 * t1 + 2 * t2 + p);
+    }
+    return good;
+}
+
 /* By type: the decoder of a block, which says whether a packer writes it. A list of its own, as this file shares
  * nothing with the codec. */
 static const struct decoder {
     int type, weights, size;
     bool (*decode)(const uint8_t * block, float * out);
-} decoders[] = { { PTQTP_TP2_0, 128, 56, tp2_0 }, { PTQTP_TP2_1, 32, 14, tp2_1 } };
+} decoders[] = { { PTQTP_TP2_0, 128, 56, tp2_0 }, { PTQTP_TP2_1, 32, 14, tp2_1 }, { PTQTP_TP2_2, 32, 14, tp2_2 } };
 
 static const struct decoder * decoder_of(int type) {
     for (size_t i = 0; i < sizeof decoders / sizeof decoders[0]; i++) {

@@ -1,4 +1,5 @@
 /* The codec of all types: pack, unpack, dequantize, validate. Scalar, portable, without allocation. */
+#include "codec/trellis.h"
 #include "codec/types.h"
 #include "codec/unit.h"
 
@@ -127,6 +128,10 @@ int ptqtp_pack_tp2_0(const uint8_t * digits, const void * scales, void * dst, in
     return PTQTP_OK;
 }
 
+int ptqtp_pack_tp2_2(const uint8_t * digits, const void * scales, void * dst, int64_t n) {
+    return ptqtp_pack_tp2_1(digits, scales, dst, n); /* the same unit: only what digits mean differs */
+}
+
 int ptqtp_unpack_tp2_1(const void * src, uint8_t * digits, void * scales, int64_t n) {
     if (n < 0 || n % PTQTP_QK_TP2_1) {
         return PTQTP_BAD_SIZE;
@@ -154,6 +159,10 @@ int ptqtp_unpack_tp2_0(const void * src, uint8_t * digits, void * scales, int64_
         alphas[2 * i + 1] = ptqtp_alpha_bits(&b[i], 1);
     }
     return PTQTP_OK;
+}
+
+int ptqtp_unpack_tp2_2(const void * src, uint8_t * digits, void * scales, int64_t n) {
+    return ptqtp_unpack_tp2_1(src, digits, scales, n);
 }
 
 /* ---- dequantize ---- */
@@ -185,6 +194,20 @@ void ptqtp_dequantize_tp2_0(const void * src, float * dst, int64_t n) {
     }
 }
 
+void ptqtp_dequantize_tp2_2(const void * src, float * dst, int64_t n) {
+    const block_tp2_2 * b = src;
+    for (int64_t i = 0; i < n / PTQTP_QK_TP2_2; i++, dst += PTQTP_QK_TP2_2) {
+        uint8_t digits[PTQTP_UNIT];
+        int8_t levels[PTQTP_UNIT];
+        ptqtp_unit_unpack(&b[i].u, digits);
+        ptqtp_trellis_levels(digits, levels);
+        const float s = ptqtp_scale_value(b[i].u.side);
+        for (int k = 0; k < PTQTP_UNIT; k++) {
+            dst[k] = s * (float) levels[k];
+        }
+    }
+}
+
 /* ---- validate ---- */
 
 static bool unit_ok(const ptqtp_unit * u) {
@@ -200,6 +223,10 @@ static bool unit_ok(const ptqtp_unit * u) {
 int ptqtp_validate_block_tp2_1(const void * block) {
     const block_tp2_1 * b = block;
     return unit_ok(&b->u) ? PTQTP_OK : PTQTP_BAD_WORD;
+}
+
+int ptqtp_validate_block_tp2_2(const void * block) {
+    return ptqtp_validate_block_tp2_1(block);
 }
 
 int ptqtp_validate_block_tp2_0(const void * block) {

@@ -6,6 +6,7 @@
 static const struct ptqtp_type_traits types[PTQTP_TYPE_COUNT] = {
     ROW(TP2_0) = {
         .type = PTQTP_TP2_0,
+        .since = 1,
         .planes = 2,
         .name = "TP2_0",
         .block = PTQTP_QK_TP2_0,
@@ -21,6 +22,7 @@ static const struct ptqtp_type_traits types[PTQTP_TYPE_COUNT] = {
     },
     ROW(TP2_1) = {
         .type = PTQTP_TP2_1,
+        .since = 1,
         .planes = 2,
         .name = "TP2_1",
         .block = PTQTP_QK_TP2_1,
@@ -33,6 +35,22 @@ static const struct ptqtp_type_traits types[PTQTP_TYPE_COUNT] = {
         .unpack = ptqtp_unpack_tp2_1,
         .dequantize = ptqtp_dequantize_tp2_1,
         .validate = ptqtp_validate_block_tp2_1,
+    },
+    ROW(TP2_2) = {
+        .type = PTQTP_TP2_2,
+        .since = 2,
+        .planes = 2,
+        .name = "TP2_2",
+        .block = PTQTP_QK_TP2_2,
+        .group = PTQTP_QK_TP2_2,
+        .size = sizeof(block_tp2_2),
+        .scale_size = sizeof(uint8_t),
+        .reach = 11.625f, /* 6 * 1.9375 */
+        .panels = true,
+        .pack = ptqtp_pack_tp2_2,
+        .unpack = ptqtp_unpack_tp2_2,
+        .dequantize = ptqtp_dequantize_tp2_2,
+        .validate = ptqtp_validate_block_tp2_2,
     },
 };
 

@@ -6,5 +6,6 @@
 
 int ptqtp_validate_block_tp2_0(const void * block);
 int ptqtp_validate_block_tp2_1(const void * block);
+int ptqtp_validate_block_tp2_2(const void * block);
 
 #endif

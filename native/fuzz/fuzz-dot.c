@@ -30,7 +30,8 @@ static double magnitude(const struct ptqtp_type_traits * t, const uint8_t * w, c
 /* Scales with which every sum is a small integer: 1, and 2 and 1. A new type needs a case. */
 static void exact_scales(const struct ptqtp_type_traits * t, uint8_t * w, int64_t nblocks) {
     static const uint8_t one[] = { 0xf0 }, two_one[] = { 0, 0x3c, 0, 0x40 };
-    const uint8_t * sides = t->type == PTQTP_TP2_0 ? two_one : t->type == PTQTP_TP2_1 ? one : NULL;
+    const bool coded = t->type == PTQTP_TP2_1 || t->type == PTQTP_TP2_2;
+    const uint8_t * sides = t->type == PTQTP_TP2_0 ? two_one : coded ? one : NULL;
     MUST(sides, "%s", t->name);
     const int64_t units = t->block / PTQTP_UNIT;
     for (int64_t i = 0; i < nblocks * units; i++) {
@@ -63,31 +64,31 @@ static void dots(const struct ptqtp_type_traits * t, uint8_t * w, ptqtp_block_q8
 }
 
 /* The same rows in panels, times integers that quantize to themselves. */
-static void panels(int form, const uint8_t * w, const int8_t * a, int64_t nrows, int64_t n) {
+static void panels(const struct ptqtp_type_traits * type, int form, const uint8_t * w, const int8_t * a, int64_t nrows,
+                   int64_t n) {
     enum { COLS = 3 };
     const int64_t nb = n / 32, npanels = (nrows + 15) / 16;
     float * x = fuzz_bytes((size_t) n * sizeof *x);
     float * y = fuzz_bytes((size_t) (nrows * COLS) * sizeof *y);
     double * want = fuzz_bytes((size_t) nrows * sizeof *want);
     uint8_t * in = fuzz_bytes(ptqtp_panels_size(form, nrows, n));
-    ptqtp_panels_from_rows(form, w, in, 0, nrows, n);
+    ptqtp_panels_from_rows(type->type, form, w, in, 0, nrows, n);
     for (int64_t i = 0; i < n; i++) { /* a 127 in each block: d is 1 */
         x[i] = i % 32 == 5 ? 127 : a[i] < -127 ? -127 : a[i];
     }
     for (int64_t r = 0; r < nrows; r++) {
         want[r] = 0;
         for (int64_t b = 0; b < nb; b++) {
-            const ptqtp_unit * u = (const ptqtp_unit *) w + r * nb + b;
-            uint8_t digits[PTQTP_UNIT];
-            ptqtp_unit_unpack(u, digits);
+            float values[PTQTP_UNIT];
+            type->dequantize(w + (r * nb + b) * (int64_t) sizeof(ptqtp_unit), values, PTQTP_UNIT);
             for (int i = 0; i < PTQTP_UNIT; i++) {
-                want[r] += ptqtp_level[digits[i]] * (double) x[b * 32 + i] * (double) ptqtp_scale_value(u->side);
+                want[r] += (double) values[i] * (double) x[b * 32 + i];
             }
         }
     }
     void * scratch = aligned_alloc(64, PTQTP_GEMM_SCRATCH);
     MUST(scratch, "aligned_alloc");
-    const double bound = 5.0 * 127 * 2 * (double) n * (double) (nb + 16) * 0x1p-23;
+    const double bound = 6.0 * 127 * 2 * (double) n * (double) (nb + 16) * 0x1p-23;
     int count;
     const struct ptqtp_panel_kernel * const * all = ptqtp_panel_kernels(&count);
     for (int k = 0; k < count; k++) {
@@ -95,7 +96,7 @@ static void panels(int form, const uint8_t * w, const int8_t * a, int64_t nrows,
             continue;
         }
         ptqtp_act * acts = aligned_alloc(64, (size_t) (nb + 7) / 8 * 8 * sizeof *acts);
-        void * one = fuzz_bytes((size_t) nb * ptqtp_gemv_act_size(all[k], form));
+        void * one = fuzz_bytes((size_t) nb * ptqtp_gemv_act_size(all[k], type->type, form));
         MUST(acts, "aligned_alloc");
         const ptqtp_act * act_of[COLS];
         float * y_of[COLS];
@@ -104,12 +105,12 @@ static void panels(int form, const uint8_t * w, const int8_t * a, int64_t nrows,
             y_of[c] = y + c * nrows;
         }
         ptqtp_gemm_quantize(all[k], x, acts, n);
-        ptqtp_gemv_quantize(all[k], form, x, one, n);
+        ptqtp_gemv_quantize(all[k], type->type, form, x, one, n);
         for (int gemm = 0; gemm < 2; gemm++) {
             if (gemm) {
-                ptqtp_gemm(all[k], form, n, nrows, in, 0, npanels, COLS, act_of, y_of, scratch);
+                ptqtp_gemm(all[k], type->type, form, n, nrows, in, 0, npanels, COLS, act_of, y_of, scratch);
             } else {
-                ptqtp_gemv(all[k], form, n, nrows, in, 0, npanels, one, y);
+                ptqtp_gemv(all[k], type->type, form, n, nrows, in, 0, npanels, one, y);
             }
             for (int64_t i = 0; i < nrows * (gemm ? COLS : 1); i++) {
                 MUST(fabs((double) y[i] - want[i % nrows]) <= bound,
@@ -144,7 +145,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (t->panels) {
         const int64_t cols = (int64_t) nblocks / rows * 32;
         if (cols) {
-            panels(form, w, (const int8_t *) y, rows, cols);
+            panels(t, form, w, (const int8_t *) y, rows, cols);
         }
     }
     dots(t, w, y, (int64_t) nblocks);

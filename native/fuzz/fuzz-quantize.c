@@ -3,6 +3,8 @@
  * Input: four bytes of choices, then floats. */
 #include "fuzz/fuzz.h"
 
+#include "codec/trellis.h"
+
 #include <math.h>
 
 static void quantize(const struct ptqtp_type_traits * t, int method, const float * x, const float * h, int64_t rows,
@@ -58,7 +60,7 @@ static void convert(const float * x, int64_t n) {
     }
 }
 
-static void calibrate(const float * x, int64_t n, int window) {
+static void calibrate(int type, const float * x, int64_t n, int window) {
     const int64_t cols = n >= 3 * 64 * 64 ? 64 : 32;
     if (n < 2 * cols * cols) {
         return;
@@ -68,13 +70,24 @@ static void calibrate(const float * x, int64_t n, int window) {
     int8_t * levels = fuzz_bytes((size_t) (rows * cols));
     uint8_t * codes = fuzz_bytes((size_t) (rows * groups));
     const float *h = x, *w = x + cols * cols;
-    for (int loop = 0; loop < 2; loop++) { /* the second takes what the first has written */
+    window = type == PTQTP_TP2_2 ? window / 32 : window; /* each of its codes takes long */
+    for (int loop = 0; loop < 2; loop++) {               /* the second takes what the first has written */
         const int status =
-            loop ? ptqtp_cd_block(rows, cols, w, cols, h, cols, levels, cols, codes, groups, out, cols, window, 1)
-                 : ptqtp_gptq_block(rows, cols, w, cols, h, cols, levels, cols, codes, groups, out, cols, window, 2);
+            loop ? ptqtp_cd_block(type, rows, cols, w, cols, h, cols, levels, cols, codes, groups, out, cols, window, 1)
+                 : ptqtp_gptq_block(type, rows, cols, w, cols, h, cols, levels, cols, codes, groups, out, cols, window,
+                                    2);
         MUST(status == PTQTP_OK, "calibration loop %d: %d", loop, status);
-        for (int64_t i = 0; i < rows * cols; i++) {
+        for (int64_t i = 0; type == PTQTP_TP2_1 && i < rows * cols; i++) {
             MUST(levels[i] >= -5 && levels[i] <= 5 && levels[i] != 4 && levels[i] != -4, "level %d", levels[i]);
+        }
+        for (int64_t i = 0; type == PTQTP_TP2_2 && i < rows * cols; i += PTQTP_UNIT) {
+            static const uint8_t chain[PTQTP_UNIT] = { PTQTP_CHAIN_ORDER };
+            int8_t unit[PTQTP_UNIT];
+            uint8_t digits[PTQTP_UNIT];
+            for (int c = 0; c < PTQTP_UNIT; c++) {
+                unit[chain[c]] = levels[i + c];
+            }
+            MUST(ptqtp_trellis_digits(unit, digits), "levels without digits at %d", (int) i);
         }
     }
     free(out);
@@ -105,7 +118,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
     quantize(t, method, x, h, rows, cols);
     convert(x, n);
-    calibrate(x, n, data[2]);
+    calibrate(data[0] & 32 ? PTQTP_TP2_2 : PTQTP_TP2_1, x, n, data[2]);
     struct ptqtp_scan_result a, b;
     MUST(ptqtp_scan(x, n, 1 + data[3], 1e-4f, 1, &a) == PTQTP_OK &&
              ptqtp_scan(x, n, 1 + data[3], 1e-4f, 3, &b) == PTQTP_OK,

@@ -38,8 +38,8 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         const int64_t cols = n / nrows;
         for (int form = PTQTP_PACKED; form <= PTQTP_WIDE; form++) {
             uint8_t * panels = fuzz_bytes(ptqtp_panels_size(form, nrows, cols));
-            ptqtp_panels_from_rows(form, rows, panels, 0, nrows, cols);
-            ptqtp_rows_from_panels(form, panels, back, 0, nrows, cols);
+            ptqtp_panels_from_rows(t->type, form, rows, panels, 0, nrows, cols);
+            ptqtp_rows_from_panels(t->type, form, panels, back, 0, nrows, cols);
             MUST(status != PTQTP_OK || !memcmp(rows, back, nblocks * block), "panels of form %d and back", form);
             free(panels);
         }

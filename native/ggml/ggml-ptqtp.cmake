@@ -6,7 +6,7 @@ ptqtp_isa_files(${PTQTP_DIR})
 list(TRANSFORM PTQTP_CODEC_SOURCES PREPEND ${PTQTP_DIR}/)
 list(TRANSFORM PTQTP_DOT_SOURCES PREPEND ${PTQTP_DIR}/)
 list(APPEND PTQTP_CODEC_SOURCES ${PTQTP_DIR}/ggml/base.c)
-list(APPEND PTQTP_DOT_SOURCES ${PTQTP_DIR}/ggml/cpu.c ${PTQTP_DIR}/ggml/panels.cpp)
+list(APPEND PTQTP_DOT_SOURCES ${PTQTP_DIR}/ggml/cpu.c ${PTQTP_DIR}/ggml/expand.cpp ${PTQTP_DIR}/ggml/panels.cpp)
 
 set(PTQTP_FLAGS "")
 if (NOT MSVC)

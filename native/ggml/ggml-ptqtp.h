@@ -12,7 +12,8 @@ extern "C" {
 /* ggml's tables hold functions by the name of a type: these are the types. */
 #define PTQTP_GGML_TYPES(DO)                                                                                           \
     DO(tp2_0, TP2_0)                                                                                                   \
-    DO(tp2_1, TP2_1)
+    DO(tp2_1, TP2_1)                                                                                                   \
+    DO(tp2_2, TP2_2)
 
 /* The first three are ggml/base.c's, in ggml-base; the last is ggml/cpu.c's, in ggml-cpu. quantize_*: method `search`;
  * returns the bytes written. Where a weight cannot be quantized (NaN, Inf, too large) it says so on stderr and writes
@@ -26,7 +27,7 @@ extern "C" {
                                               const void * vy, size_t by, int nrc);
 PTQTP_GGML_TYPES(PTQTP_GGML_DECLARE)
 
-/* ggml/panels.cpp, in ggml-cpu: where TP2_1 lies as panels; NULL if PTQTP_KERNEL names no kernel */
+/* ggml/panels.cpp, in ggml-cpu: where TP2_1 and TP2_2 lie as panels; NULL if PTQTP_KERNEL names no kernel */
 ggml_backend_buffer_type_t ggml_backend_cpu_ptqtp_buffer_type(void);
 
 #ifdef __cplusplus

@@ -1,10 +1,11 @@
-// TP2_1 in ggml-cpu: an extra buffer type, like CPU_REPACK, whose tensors are interleaved to panels when they are
-// loaded, and the matrix products on it. A weight lies in memory once: here, or in the plain buffer, row by row.
+// TP2_1 and TP2_2 in ggml-cpu: an extra buffer type, like CPU_REPACK, whose tensors are interleaved to panels when they
+// are loaded, and the matrix products on it. A weight lies in memory once: here, or in the plain buffer, row by row.
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "ggml.h"
+#include "ggml/expand.h"
 #include "ggml/ggml-ptqtp.h"
 #include "traits.h"
 
@@ -25,13 +26,17 @@ constexpr int64_t UNIT = PTQTP_UNIT;
 constexpr int64_t MAX_COLS = 256; // columns of a piece of work
 constexpr size_t ALIGNMENT = 64;
 
-// PTQTP_EXPAND=1: wide panels
-int form() {
-    static const int chosen = [] {
-        const char * expand = getenv("PTQTP_EXPAND");
-        return expand && *expand && strcmp(expand, "0") != 0 ? PTQTP_WIDE : PTQTP_PACKED;
-    }();
-    return chosen;
+// PTQTP_EXPAND: 1 = wide panels, 0 = packed ones; else those of TP2_2 are wide where that is faster by much
+int form(int type) {
+    static const char * expand = getenv("PTQTP_EXPAND");
+    if (expand && *expand) {
+        return strcmp(expand, "0") != 0 ? PTQTP_WIDE : PTQTP_PACKED;
+    }
+    if (type != PTQTP_TP2_2) {
+        return PTQTP_PACKED;
+    }
+    static const bool pays = ptqtp_expansion_pays(ptqtp_panel_kernel_chosen());
+    return pays ? PTQTP_WIDE : PTQTP_PACKED;
 }
 
 size_t aligned(size_t n) {
@@ -49,6 +54,7 @@ int64_t ceil_div(int64_t a, int64_t b) {
 // One product of a matrix with columns; all threads of the pool work on it.
 struct product {
     const ptqtp_panel_kernel * kernel;
+    int type;
     int64_t n, nrows;
     const void * panels;
 };
@@ -88,11 +94,11 @@ void run_piece(const product & p, const pieces & work, int64_t index, void * scr
         act_of[c] = acts(col0 + c);
         out_of[c] = out(col0 + c);
     }
-    ptqtp_gemm(p.kernel, form(), p.n, p.nrows, p.panels, panel0, panel1, ncols, act_of, out_of, scratch);
+    ptqtp_gemm(p.kernel, p.type, form(p.type), p.n, p.nrows, p.panels, panel0, panel1, ncols, act_of, out_of, scratch);
 }
 
-size_t act_bytes(int64_t n, int64_t ncols) {
-    const size_t gemv = (size_t) (n / UNIT) * ptqtp_gemv_act_size(ptqtp_panel_kernel_chosen(), form());
+size_t act_bytes(int type, int64_t n, int64_t ncols) {
+    const size_t gemv = (size_t) (n / UNIT) * ptqtp_gemv_act_size(ptqtp_panel_kernel_chosen(), type, form(type));
     const size_t gemm = (size_t) (n / UNIT) * sizeof(ptqtp_act) * (size_t) ncols;
     return aligned(std::max(gemv, gemm));
 }
@@ -101,7 +107,7 @@ size_t act_bytes(int64_t n, int64_t ncols) {
 template <typename Column>
 void quantize_columns(const ggml_compute_params * params, const product & p, int64_t ncols, bool one, Column column) {
     const int64_t nb = p.n / UNIT;
-    const size_t act_size = one ? ptqtp_gemv_act_size(p.kernel, form()) : sizeof(ptqtp_act);
+    const size_t act_size = one ? ptqtp_gemv_act_size(p.kernel, p.type, form(p.type)) : sizeof(ptqtp_act);
     const bool whole = ncols >= 4 * params->nth;
     const int64_t b0 = whole ? 0 : nb * params->ith / params->nth;
     const int64_t b1 = whole ? nb : nb * (params->ith + 1) / params->nth;
@@ -109,7 +115,7 @@ void quantize_columns(const ggml_compute_params * params, const product & p, int
         const float * x = column(c) + b0 * UNIT;
         char * dst = (char *) params->wdata + (size_t) (c * nb + b0) * act_size;
         if (one) {
-            ptqtp_gemv_quantize(p.kernel, form(), x, dst, (b1 - b0) * UNIT);
+            ptqtp_gemv_quantize(p.kernel, p.type, form(p.type), x, dst, (b1 - b0) * UNIT);
         } else {
             ptqtp_gemm_quantize(p.kernel, x, (ptqtp_act *) dst, (b1 - b0) * UNIT);
         }
@@ -120,7 +126,7 @@ class panel_traits : public ggml::cpu::tensor_traits {
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
         const ggml_tensor * src1 = op->src[1];
         const int64_t ncols = ggml_nrows(src1);
-        size = act_bytes(src1->ne[0], ncols) + (size_t) n_threads * PTQTP_GEMM_SCRATCH + ALIGNMENT;
+        size = act_bytes(op->src[0]->type, src1->ne[0], ncols) + (size_t) n_threads * PTQTP_GEMM_SCRATCH + ALIGNMENT;
         if (op->op == GGML_OP_MUL_MAT_ID) {
             size += aligned(sizeof(int64_t) * (size_t) (op->src[0]->ne[2] + 1));
             size += sizeof(int64_t) * (size_t) ggml_nelements(op->src[2]);
@@ -140,7 +146,7 @@ class panel_traits : public ggml::cpu::tensor_traits {
     static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
         const ggml_tensor * src0 = dst->src[0];
         const ggml_tensor * src1 = dst->src[1];
-        const product p = { ptqtp_panel_kernel_chosen(), src0->ne[0], src0->ne[1], src0->data };
+        const product p = { ptqtp_panel_kernel_chosen(), src0->type, src0->ne[0], src0->ne[1], src0->data };
         const int64_t ne11 = src1->ne[1], ne12 = src1->ne[2];
         const int64_t ncols = ggml_nrows(src1);
         const bool one = ncols == 1;
@@ -158,11 +164,11 @@ class panel_traits : public ggml::cpu::tensor_traits {
 
         const auto * acts = (const ptqtp_act *) params->wdata;
         char * scratch =
-            aligned((char *) params->wdata + act_bytes(p.n, ncols)) + (size_t) params->ith * PTQTP_GEMM_SCRATCH;
+            aligned((char *) params->wdata + act_bytes(p.type, p.n, ncols)) + (size_t) params->ith * PTQTP_GEMM_SCRATCH;
         for (int64_t i = params->ith; i < work.count(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
             if (one) {
                 const int64_t panel0 = i * work.panel_step;
-                ptqtp_gemv(p.kernel, form(), p.n, p.nrows, p.panels, panel0,
+                ptqtp_gemv(p.kernel, p.type, form(p.type), p.n, p.nrows, p.panels, panel0,
                            std::min(panel0 + work.panel_step, work.npanels), acts, (float *) dst->data);
             } else {
                 run_piece(
@@ -180,14 +186,14 @@ class panel_traits : public ggml::cpu::tensor_traits {
         const ggml_tensor * src0 = dst->src[0];
         const ggml_tensor * src1 = dst->src[1];
         const ggml_tensor * ids = dst->src[2];
-        product p = { ptqtp_panel_kernel_chosen(), src0->ne[0], src0->ne[1], nullptr };
+        product p = { ptqtp_panel_kernel_chosen(), src0->type, src0->ne[0], src0->ne[1], nullptr };
         const int64_t nexperts = src0->ne[2], nused = ids->ne[0], ntokens = ids->ne[1];
         const int64_t ne11 = src1->ne[1], ncols = ggml_nrows(src1);
         const int64_t nb = p.n / UNIT;
-        const size_t expert_size = ptqtp_panels_size(form(), p.nrows, p.n);
+        const size_t expert_size = ptqtp_panels_size(form(p.type), p.nrows, p.n);
         const bool one = ncols == 1; // one token, and the experts share its activations
 
-        char * scratch_base = aligned((char *) params->wdata + act_bytes(p.n, ncols));
+        char * scratch_base = aligned((char *) params->wdata + act_bytes(p.type, p.n, ncols));
         char * scratch = scratch_base + (size_t) params->ith * PTQTP_GEMM_SCRATCH;
         // uses[first[e]] .. uses[first[e+1]-1]: (slot, token) of the columns that go through expert e
         auto * first = (int64_t *) (scratch_base + (size_t) params->nth * PTQTP_GEMM_SCRATCH);
@@ -246,7 +252,8 @@ class panel_traits : public ggml::cpu::tensor_traits {
                     const int64_t panel1 = std::min(panel0 + work.panel_step, work.npanels);
                     for (int64_t c = i / work.panel_steps * work.col_step;
                          c < std::min(count, (i / work.panel_steps + 1) * work.col_step); c++) {
-                        ptqtp_gemv(p.kernel, form(), p.n, p.nrows, p.panels, panel0, panel1, acts, out(c));
+                        ptqtp_gemv(p.kernel, p.type, form(p.type), p.n, p.nrows, p.panels, panel0, panel1, acts,
+                                   out(c));
                     }
                 } else {
                     run_piece(
@@ -277,7 +284,7 @@ ggml_status init_tensor(ggml_backend_buffer_t, ggml_tensor * tensor) {
 
 template <typename Fn> void for_each_matrix(const ggml_tensor * t, Fn fn) {
     const size_t rows_size = (size_t) t->ne[1] * ggml_row_size(t->type, t->ne[0]);
-    const size_t panels_size = ptqtp_panels_size(form(), t->ne[1], t->ne[0]);
+    const size_t panels_size = ptqtp_panels_size(form(t->type), t->ne[1], t->ne[0]);
     for (int64_t i = 0; i < t->ne[2] * t->ne[3]; i++) {
         fn((char *) t->data + (size_t) i * panels_size, (size_t) i * rows_size);
     }
@@ -286,19 +293,19 @@ template <typename Fn> void for_each_matrix(const ggml_tensor * t, Fn fn) {
 void set_tensor(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
     GGML_ASSERT(in_panels(t) && offset == 0 && size == ggml_nbytes(t));
     for_each_matrix(t, [&](char * panels, size_t at) {
-        ptqtp_panels_from_rows(form(), (const char *) data + at, panels, 0, t->ne[1], t->ne[0]);
+        ptqtp_panels_from_rows(t->type, form(t->type), (const char *) data + at, panels, 0, t->ne[1], t->ne[0]);
     });
 }
 
 void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
     GGML_ASSERT(in_panels(t) && offset == 0 && size == ggml_nbytes(t));
     for_each_matrix(t, [&](const char * panels, size_t at) {
-        ptqtp_rows_from_panels(form(), panels, (char *) data + at, 0, t->ne[1], t->ne[0]);
+        ptqtp_rows_from_panels(t->type, form(t->type), panels, (char *) data + at, 0, t->ne[1], t->ne[0]);
     });
 }
 
 const char * get_name(ggml_backend_buffer_type_t) {
-    return form() == PTQTP_WIDE ? "CPU_PTQTP_WIDE" : "CPU_PTQTP";
+    return form(PTQTP_TP2_1) == PTQTP_WIDE ? "CPU_PTQTP_WIDE" : "CPU_PTQTP";
 }
 
 // A token reads every page of the weights once: with small pages that is a miss of the address cache each.
@@ -335,7 +342,7 @@ size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * t) {
     if (!in_panels(t)) {
         return ggml_nbytes(t);
     }
-    return ptqtp_panels_size(form(), t->ne[1], t->ne[0]) * (size_t) (t->ne[2] * t->ne[3]);
+    return ptqtp_panels_size(form(t->type), t->ne[1], t->ne[0]) * (size_t) (t->ne[2] * t->ne[3]);
 }
 
 class panel_buffer_type : public ggml::cpu::extra_buffer_type {

@@ -2,6 +2,7 @@
 // verification. Fixed chunks over threads (host/chunks.h).
 #include "bulk/bulk.h"
 #include "codec/check.h"
+#include "codec/trellis.h"
 #include "codec/unit.h"
 #include "host/chunks.h"
 
@@ -150,4 +151,40 @@ extern "C" int ptqtp_count_words(const void * units, int64_t nunits, int nthread
         }
         return static_cast<int>(PTQTP_OK);
     });
+}
+
+extern "C" int ptqtp_count_third(const void * units, int64_t nunits, int nthreads, uint64_t * counts) {
+    static const uint8_t chain[PTQTP_UNIT] = { PTQTP_CHAIN_ORDER };
+    if (nunits < 0) {
+        return PTQTP_BAD_SIZE;
+    }
+    const auto * all = static_cast<const ptqtp_unit *>(units);
+    std::atomic<uint64_t> minus{ 0 }, zero{ 0 };
+    over_chunks(nunits, kChunk / PTQTP_UNIT, nthreads, [&](int64_t first, int64_t n) {
+        uint32_t my_minus = 0, my_zero = 0;
+        for (int64_t i = first; i < first + n; i++) {
+            uint8_t digits[PTQTP_UNIT], second[2 + PTQTP_UNIT]; // trits t2 + 1, 0..2, along the chain
+            ptqtp_unit_unpack(&all[i], digits);
+            for (int c = 0; c < PTQTP_UNIT; c++) {
+                second[2 + c] = digits[chain[c]];
+            }
+            for (int c = 2; c < 2 + PTQTP_UNIT; c++) {
+                second[c] = static_cast<uint8_t>(second[c] % 3);
+            }
+            second[0] = static_cast<uint8_t>(2 - second[PTQTP_UNIT]);
+            second[1] = static_cast<uint8_t>(2 - second[PTQTP_UNIT + 1]);
+            for (int c = 0; c < PTQTP_UNIT; c++) {
+                const int sum = second[c] + second[c + 1]; // t2[-1] + t2[-2] + 2
+                my_minus += sum == 1 || sum == 4;
+                my_zero += sum == 2;
+            }
+        }
+        minus += my_minus;
+        zero += my_zero;
+        return PTQTP_OK;
+    });
+    counts[0] += minus;
+    counts[1] += zero;
+    counts[2] += static_cast<uint64_t>(nunits) * PTQTP_UNIT - minus - zero;
+    return PTQTP_OK;
 }

@@ -105,3 +105,17 @@ extern "C" int ptqtp_quantize_parallel(int type, int method, const float * x, co
                                        int64_t nrows, int64_t n_per_row, int nthreads) {
     return ptqtp_quantize_stats(type, method, x, importance, dst, nrows, n_per_row, 0, nthreads, nullptr);
 }
+
+extern "C" int ptqtp_nearest_levels(const float * v, int8_t * levels, int64_t n, int nthreads) try {
+    if (n < 0 || n % PTQTP_UNIT) {
+        return PTQTP_BAD_SIZE;
+    }
+    const ptqtp_bulk * bulk = ptqtp_bulk_chosen();
+    const int64_t chunk = ptqtp::kChunk / PTQTP_UNIT;
+    return ptqtp::over_chunks(n / PTQTP_UNIT, chunk, nthreads, [&](int64_t group, int64_t count) {
+        bulk->nearest_tp2_2(v + group * PTQTP_UNIT, levels + group * PTQTP_UNIT, count);
+        return static_cast<int>(PTQTP_OK);
+    });
+} catch (const std::bad_alloc &) {
+    return PTQTP_NO_MEMORY;
+}

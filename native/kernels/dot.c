@@ -1,6 +1,6 @@
 /* Dot products of a row with a Q8_0 row: the scalar reference, and the choice of a kernel at run time.
  * The integer sum of each 32 weights is exact in every kernel; only the float sum over them differs in order. */
-#include "codec/unit.h"
+#include "codec/trellis.h"
 #include "kernels/kernels.h"
 
 #include <stdlib.h>
@@ -38,6 +38,24 @@ float ptqtp_dot_tp2_0_scalar(int64_t n, const void * weights, const void * q8_0)
             }
             sum += ptqtp_half_to_float(y->d) * (alpha1 * (float) a1 + alpha2 * (float) a2);
         }
+    }
+    return sum;
+}
+
+float ptqtp_dot_tp2_2_scalar(int64_t n, const void * weights, const void * q8_0) {
+    const block_tp2_2 * x = weights;
+    const ptqtp_block_q8_0 * y = q8_0;
+    float sum = 0;
+    for (int64_t i = 0; i < n / PTQTP_QK_TP2_2; i++) {
+        uint8_t digits[PTQTP_UNIT];
+        int8_t levels[PTQTP_UNIT];
+        ptqtp_unit_unpack(&x[i].u, digits);
+        ptqtp_trellis_levels(digits, levels);
+        int32_t a = 0;
+        for (int k = 0; k < PTQTP_UNIT; k++) {
+            a += levels[k] * y[i].qs[k];
+        }
+        sum += ptqtp_scale_value(x[i].u.side) * ptqtp_half_to_float(y[i].d) * (float) a;
     }
     return sum;
 }

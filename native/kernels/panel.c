@@ -1,7 +1,7 @@
-/* Panels of TP2_1: interleaving, the scalar reference kernel, the choice of a kernel, and the loops over panels that
+/* Panels: interleaving, the scalar reference kernel, the choice of a kernel, and the loops over panels that
  * all kernels share. */
 #include "kernels/panel.h"
-#include "codec/unit.h"
+#include "codec/trellis.h"
 
 #include <stdlib.h>
 
@@ -31,12 +31,26 @@ static void tile_get(const uint8_t * tile, int row, ptqtp_unit * u) {
     memcpy(&u->side, tile + 192 + 2 * row, 2);
 }
 
-static void wide_put(uint8_t * tile, int row, const ptqtp_unit * u) {
-    uint8_t digits[PTQTP_UNIT], codes[PTQTP_UNIT];
+/* Codes in quad order. */
+static void unit_codes(int type, const ptqtp_unit * u, uint8_t codes[PTQTP_UNIT]) {
+    uint8_t digits[PTQTP_UNIT];
+    int8_t levels[PTQTP_UNIT];
     ptqtp_unit_unpack(u, digits);
-    for (int i = 0; i < PTQTP_UNIT; i++) {
-        codes[i] = (uint8_t) (ptqtp_level[digits[quad_order[i]]] + 5);
+    if (type == PTQTP_TP2_2) {
+        ptqtp_trellis_levels(digits, levels);
+    } else {
+        for (int i = 0; i < PTQTP_UNIT; i++) {
+            levels[i] = ptqtp_level[digits[i]];
+        }
     }
+    for (int i = 0; i < PTQTP_UNIT; i++) {
+        codes[i] = (uint8_t) (levels[quad_order[i]] + PTQTP_LEVEL_BIAS);
+    }
+}
+
+static void wide_put(int type, uint8_t * tile, int row, const ptqtp_unit * u) {
+    uint8_t codes[PTQTP_UNIT];
+    unit_codes(type, u, codes);
     for (int i = 0; i < 4; i++) {
         for (int k = 0; k < 4; k++) {
             tile[64 * i + 4 * row + k] = (uint8_t) (codes[4 * i + k] | codes[4 * (i + 4) + k] << 4);
@@ -45,22 +59,31 @@ static void wide_put(uint8_t * tile, int row, const ptqtp_unit * u) {
     tile[256 + row] = u->side;
 }
 
-static void wide_get(const uint8_t * tile, int row, ptqtp_unit * u) {
+static void wide_get(int type, const uint8_t * tile, int row, ptqtp_unit * u) {
     uint8_t digit_of[16] = { 0 }, digits[PTQTP_UNIT];
+    int8_t levels[PTQTP_UNIT];
     for (int d = 0; d < 9; d++) {
-        digit_of[ptqtp_level[d] + 5] = (uint8_t) d;
+        digit_of[ptqtp_level[d] + PTQTP_LEVEL_BIAS] = (uint8_t) d;
     }
     for (int i = 0; i < 4; i++) {
         for (int k = 0; k < 4; k++) {
             const uint8_t two = tile[64 * i + 4 * row + k];
-            digits[quad_order[4 * i + k]] = digit_of[two & 15];
-            digits[quad_order[4 * (i + 4) + k]] = digit_of[two >> 4];
+            levels[quad_order[4 * i + k]] = (int8_t) ((two & 15) - PTQTP_LEVEL_BIAS);
+            levels[quad_order[4 * (i + 4) + k]] = (int8_t) ((two >> 4) - PTQTP_LEVEL_BIAS);
         }
+    }
+    if (type != PTQTP_TP2_2) {
+        for (int i = 0; i < PTQTP_UNIT; i++) {
+            digits[i] = digit_of[levels[i] + PTQTP_LEVEL_BIAS];
+        }
+    } else if (!ptqtp_trellis_digits(levels, digits)) {
+        memset(digits, 4, sizeof digits); /* levels that no unit has */
     }
     ptqtp_unit_pack(digits, tile[256 + row], u);
 }
 
-void ptqtp_panels_from_rows(int form, const void * rows, void * panels, int64_t first, int64_t nrows, int64_t n) {
+void ptqtp_panels_from_rows(int type, int form, const void * rows, void * panels, int64_t first, int64_t nrows,
+                            int64_t n) {
     const int64_t ntiles = n / PTQTP_UNIT;
     const ptqtp_unit * src = rows;
     ptqtp_unit zero;
@@ -73,7 +96,7 @@ void ptqtp_panels_from_rows(int form, const void * rows, void * panels, int64_t 
             for (int r = 0; r < PTQTP_PANEL_ROWS; r++) {
                 const ptqtp_unit * u = row + r < nrows ? &src[(row + r) * ntiles + t] : &zero;
                 if (form == PTQTP_WIDE) {
-                    wide_put(panel, r, u);
+                    wide_put(type, panel, r, u);
                 } else {
                     tile_put(panel, r, u);
                 }
@@ -82,7 +105,8 @@ void ptqtp_panels_from_rows(int form, const void * rows, void * panels, int64_t 
     }
 }
 
-void ptqtp_rows_from_panels(int form, const void * panels, void * rows, int64_t first, int64_t nrows, int64_t n) {
+void ptqtp_rows_from_panels(int type, int form, const void * panels, void * rows, int64_t first, int64_t nrows,
+                            int64_t n) {
     const int64_t ntiles = n / PTQTP_UNIT;
     ptqtp_unit * dst = rows;
     for (int64_t row = first; row < first + nrows; row++) {
@@ -90,7 +114,7 @@ void ptqtp_rows_from_panels(int form, const void * panels, void * rows, int64_t 
         const int r = (int) (row % PTQTP_PANEL_ROWS);
         for (int64_t t = 0; t < ntiles; t++, tile += ptqtp_tile_size(form), dst++) {
             if (form == PTQTP_WIDE) {
-                wide_get(tile, r, dst);
+                wide_get(type, tile, r, dst);
             } else {
                 tile_get(tile, r, dst);
             }
@@ -108,21 +132,25 @@ static void gemv_quantize_scalar(const float * x, void * acts, int64_t n) {
     ptqtp_quantize_quads(x, acts, n);
 }
 
-/* codes: [16 rows][32], level + 5, in the order of the activations */
-static void unpack_scalar(int64_t ntiles, const void * tiles, uint8_t * codes, float * scales) {
+/* codes: [16 rows][32], level + 6, in the order of the activations */
+static void unpack_any_scalar(int type, int64_t ntiles, const void * tiles, uint8_t * codes, float * scales) {
     const uint8_t * tile = tiles;
     for (int64_t t = 0; t < ntiles; t++, tile += PTQTP_TILE_SIZE, scales += PTQTP_PANEL_ROWS) {
         for (int r = 0; r < PTQTP_PANEL_ROWS; r++, codes += PTQTP_UNIT) {
             ptqtp_unit u;
-            uint8_t digits[PTQTP_UNIT];
             tile_get(tile, r, &u);
-            ptqtp_unit_unpack(&u, digits);
             scales[r] = ptqtp_scale_value(u.side);
-            for (int k = 0; k < PTQTP_UNIT; k++) {
-                codes[k] = (uint8_t) (ptqtp_level[digits[quad_order[k]]] + 5);
-            }
+            unit_codes(type, &u, codes);
         }
     }
+}
+
+static void unpack_scalar(int64_t ntiles, const void * tiles, uint8_t * codes, float * scales) {
+    unpack_any_scalar(PTQTP_TP2_1, ntiles, tiles, codes, scales);
+}
+
+static void unpack_tp2_2_scalar(int64_t ntiles, const void * tiles, uint8_t * codes, float * scales) {
+    unpack_any_scalar(PTQTP_TP2_2, ntiles, tiles, codes, scales);
 }
 
 static void unpack_wide_scalar(int64_t ntiles, const void * tiles, uint8_t * codes, float * scales) {
@@ -155,34 +183,40 @@ static void gemm_scalar(int64_t ntiles, const uint8_t * codes, const float * sca
     }
 }
 
-static void gemv_any_scalar(int form, int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
+static void gemv_any_scalar(int layout, int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
     const uint8_t * tile = panels;
     const ptqtp_act * a = acts;
+    const int64_t size = layout == PTQTP_LAYOUT_WIDE ? PTQTP_WIDE_TILE_SIZE : PTQTP_TILE_SIZE;
     for (int64_t p = 0; p < npanels; p++, y += PTQTP_PANEL_ROWS) {
-        for (int64_t t = 0; t < n / PTQTP_UNIT; t++, tile += ptqtp_tile_size(form)) {
+        for (int64_t t = 0; t < n / PTQTP_UNIT; t++, tile += size) {
             uint8_t codes[PTQTP_CODES_SIZE];
             float scales[PTQTP_PANEL_ROWS];
             const ptqtp_act * const one = a + t;
-            (form == PTQTP_WIDE ? unpack_wide_scalar : unpack_scalar)(1, tile, codes, scales);
+            ptqtp_panel_scalar.layout[layout].unpack(1, tile, codes, scales);
             gemm_scalar(1, codes, scales, 1, &one, &y, t > 0);
         }
     }
 }
 
 static void gemv_scalar(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
-    gemv_any_scalar(PTQTP_PACKED, n, npanels, panels, acts, y);
+    gemv_any_scalar(PTQTP_LAYOUT_TP2_1, n, npanels, panels, acts, y);
 }
 
 static void gemv_wide_scalar(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
-    gemv_any_scalar(PTQTP_WIDE, n, npanels, panels, acts, y);
+    gemv_any_scalar(PTQTP_LAYOUT_WIDE, n, npanels, panels, acts, y);
+}
+
+static void gemv_tp2_2_scalar(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y) {
+    gemv_any_scalar(PTQTP_LAYOUT_TP2_2, n, npanels, panels, acts, y);
 }
 
 const struct ptqtp_panel_kernel ptqtp_panel_scalar = {
     .name = "scalar",
     .supported = ptqtp_cpu_scalar,
     .gemm_quantize = quantize_scalar,
-    .form = { { sizeof(ptqtp_act), gemv_quantize_scalar, gemv_scalar, unpack_scalar },
-              { sizeof(ptqtp_act), gemv_quantize_scalar, gemv_wide_scalar, unpack_wide_scalar } },
+    .layout = { { sizeof(ptqtp_act), gemv_quantize_scalar, gemv_scalar, unpack_scalar },
+                { sizeof(ptqtp_act), gemv_quantize_scalar, gemv_wide_scalar, unpack_wide_scalar },
+                { sizeof(ptqtp_act), gemv_quantize_scalar, gemv_tp2_2_scalar, unpack_tp2_2_scalar } },
     .gemm = gemm_scalar,
     .max_cols = 8,
 };
@@ -226,12 +260,13 @@ bool ptqtp_panel_kernel_supported(const struct ptqtp_panel_kernel * k) {
     return k->supported();
 }
 
-size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k, int form) {
-    return k->form[form].gemv_act_size;
+size_t ptqtp_gemv_act_size(const struct ptqtp_panel_kernel * k, int type, int form) {
+    return k->layout[ptqtp_layout(type, form)].gemv_act_size;
 }
 
-void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, int form, const float * x, void * acts, int64_t n) {
-    k->form[form].gemv_quantize(x, acts, n);
+void ptqtp_gemv_quantize(const struct ptqtp_panel_kernel * k, int type, int form, const float * x, void * acts,
+                         int64_t n) {
+    k->layout[ptqtp_layout(type, form)].gemv_quantize(x, acts, n);
 }
 
 void ptqtp_gemm_quantize(const struct ptqtp_panel_kernel * k, const float * x, ptqtp_act * acts, int64_t n) {
@@ -240,17 +275,18 @@ void ptqtp_gemm_quantize(const struct ptqtp_panel_kernel * k, const float * x, p
 
 /* ---- loops over panels ---- */
 
-void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_t nrows, const void * panels,
+void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int type, int form, int64_t n, int64_t nrows, const void * panels,
                 int64_t panel0, int64_t panel1, const void * acts, float * y) {
+    const int layout = ptqtp_layout(type, form);
     const int64_t panel_size = n / PTQTP_UNIT * ptqtp_tile_size(form);
     const uint8_t * src = (const uint8_t *) panels + panel0 * panel_size;
     const int64_t whole = nrows / PTQTP_PANEL_ROWS < panel1 ? nrows / PTQTP_PANEL_ROWS : panel1;
     if (whole > panel0) {
-        k->form[form].gemv(n, whole - panel0, src, acts, y + panel0 * PTQTP_PANEL_ROWS);
+        k->layout[layout].gemv(n, whole - panel0, src, acts, y + panel0 * PTQTP_PANEL_ROWS);
     }
     if (whole < panel1 && whole >= panel0) { /* the matrix' last panel, partly filled */
         float last[PTQTP_PANEL_ROWS];
-        k->form[form].gemv(n, 1, src + (whole - panel0) * panel_size, acts, last);
+        k->layout[layout].gemv(n, 1, src + (whole - panel0) * panel_size, acts, last);
         memcpy(y + whole * PTQTP_PANEL_ROWS, last, (size_t) (nrows - whole * PTQTP_PANEL_ROWS) * sizeof(float));
     }
 }
@@ -262,9 +298,10 @@ enum {
 };
 PTQTP_STATIC_ASSERT(PTQTP_GEMM_SCRATCH == BLOCK_PANELS * BLOCK_TILES * (PTQTP_CODES_SIZE + 64), "scratch size");
 
-void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_t nrows, const void * panels,
+void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int type, int form, int64_t n, int64_t nrows, const void * panels,
                 int64_t panel0, int64_t panel1, int64_t ncols, const ptqtp_act * const * acts, float * const * y,
                 void * scratch) {
+    const int layout = ptqtp_layout(type, form);
     const int64_t all_tiles = n / PTQTP_UNIT;
     uint8_t * codes = scratch;
     float * scales = (float *) (codes + BLOCK_PANELS * BLOCK_TILES * PTQTP_CODES_SIZE);
@@ -274,8 +311,8 @@ void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int form, int64_t n, int64_
             const int64_t nt = all_tiles - t0 < BLOCK_TILES ? all_tiles - t0 : BLOCK_TILES;
             for (int64_t p = 0; p < np; p++) {
                 const uint8_t * tiles = (const uint8_t *) panels + ((p0 + p) * all_tiles + t0) * ptqtp_tile_size(form);
-                k->form[form].unpack(nt, tiles, codes + p * BLOCK_TILES * PTQTP_CODES_SIZE,
-                                     scales + p * BLOCK_TILES * PTQTP_PANEL_ROWS);
+                k->layout[layout].unpack(nt, tiles, codes + p * BLOCK_TILES * PTQTP_CODES_SIZE,
+                                         scales + p * BLOCK_TILES * PTQTP_PANEL_ROWS);
             }
             for (int64_t c0 = 0; c0 < ncols; c0 += k->max_cols) {
                 const int nc = ncols - c0 < k->max_cols ? (int) (ncols - c0) : k->max_cols;

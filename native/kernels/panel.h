@@ -7,6 +7,10 @@
  *     quads 3, 4, 5   digits 2 and 3 of word pair p      weights 14+4p .. 14+4p+3
  *     quad  6         digit 4 of pairs 0 and 1           weights 26, 28, 27, 29
  *     quad  7         digit 4 of pair 2, the remainder   weights 30, 12, 31, 13
+ *
+ * TP2_2's chain (codec/trellis.h) takes byte 0 of quads 0 to 7, then byte 1, and so on: the two weights before those of
+ * a quad are the two quads before it; before quad 0 stand quads 7 and 6 a byte further, and in byte 0, where the chain
+ * closes, with the sign changed.
  */
 #ifndef PTQTP_KERNELS_PANEL_H
 #define PTQTP_KERNELS_PANEL_H
@@ -14,20 +18,28 @@
 #include "kernels/kernels.h"
 
 #define PTQTP_QUADS 8
+#define PTQTP_LEVEL_BIAS 6   /* what decoded levels, -6 .. 6, have added */
 #define PTQTP_CODES_SIZE 512 /* bytes of a tile's unpacked codes: 8 quads x 16 rows x 4 weights */
+
+/* How a tile is decoded: wide ones hold levels, so they are alike. */
+enum ptqtp_layout { PTQTP_LAYOUT_TP2_1 = 0, PTQTP_LAYOUT_WIDE = 1, PTQTP_LAYOUT_TP2_2 = 2 };
+
+static inline int ptqtp_layout(int type, int form) {
+    return form == PTQTP_WIDE ? PTQTP_LAYOUT_WIDE : type == PTQTP_TP2_2 ? PTQTP_LAYOUT_TP2_2 : PTQTP_LAYOUT_TP2_1;
+}
 
 struct ptqtp_panel_kernel {
     const char * name;
     bool (*supported)(void);
     void (*gemm_quantize)(const float * x, ptqtp_act * acts, int64_t n);
-    struct {                  /* for packed and for wide panels */
+    struct {                  /* by enum ptqtp_layout */
         size_t gemv_act_size; /* bytes of a block of 32 activations as gemv wants it */
         void (*gemv_quantize)(const float * x, void * acts, int64_t n);
         /* y: 16 floats for each of npanels panels */
         void (*gemv)(int64_t n, int64_t npanels, const void * panels, const void * acts, float * y);
         /* ntiles tiles of one panel -> PTQTP_CODES_SIZE bytes and 16 scales each. The codes are the kernel's own. */
         void (*unpack)(int64_t ntiles, const void * tiles, uint8_t * codes, float * scales);
-    } form[2];
+    } layout[3];
     /* y[c][0..15] (+)= sum over ntiles tiles, for c < ncols <= max_cols */
     void (*gemm)(int64_t ntiles, const uint8_t * codes, const float * scales, int ncols, const ptqtp_act * const * acts,
                  float * const * y, bool add);
@@ -80,7 +92,7 @@ static inline void ptqtp_quantize_quads(const float * x, ptqtp_act * acts, int64
         int8_t q[PTQTP_UNIT];
         int32_t sum;
         acts[i].d = ptqtp_quantize_act(x + i * PTQTP_UNIT, q, &sum);
-        acts[i].bias = -5 * sum;
+        acts[i].bias = -PTQTP_LEVEL_BIAS * sum;
         __builtin_memcpy(acts[i].q, q, 12); /* the quad order: two runs, and eight odd ones */
         __builtin_memcpy(acts[i].q + 12, q + 14, 12);
         for (int k = 24; k < PTQTP_UNIT; k++) {

@@ -16,6 +16,7 @@ static const struct ptqtp_maker makers[] = {
     { PTQTP_PAPER, PTQTP_TP2_0, ptqtp_paper_rows, ptqtp_paper_probe, ptqtp_paper_iters },
     { PTQTP_SEARCH, PTQTP_TP2_0, ptqtp_search_rows_tp2_0, NULL, NULL },
     { PTQTP_SEARCH, PTQTP_TP2_1, ptqtp_search_rows_tp2_1, NULL, NULL },
+    { PTQTP_SEARCH, PTQTP_TP2_2, ptqtp_search_rows_tp2_2, NULL, NULL },
 };
 
 static const struct ptqtp_method_traits * traits_of(int method) {

@@ -28,6 +28,8 @@ int ptqtp_search_rows_tp2_0(const float * x, const float * importance, void * ds
                             int64_t n_per_row, int settled);
 int ptqtp_search_rows_tp2_1(const float * x, const float * importance, void * dst, float * values, int64_t nrows,
                             int64_t n_per_row, int settled);
+int ptqtp_search_rows_tp2_2(const float * x, const float * importance, void * dst, float * values, int64_t nrows,
+                            int64_t n_per_row, int settled);
 
 /* `paper` stops the whole matrix at once, so it takes two passes: the first raises largest[t] to the largest change
  * of a scale pair in iteration t over these rows, the second runs every group for exactly `iters` iterations. The

@@ -4,6 +4,7 @@
  *     ptqtp-test-calibrate     run all; exit 1 at the first failure, named */
 #include "bulk/calibrate.h"
 #include "bulk/bulk.h"
+#include "codec/trellis.h"
 #include "test/test.h"
 
 #include <string.h>
@@ -55,7 +56,18 @@ static void same_floats(const float * got, const float * want, size_t n, const c
     }
 }
 
-static void test_loops(const struct ptqtp_bulk * bulk) {
+/* Whether a chain can have the levels of a group, which stand along it. */
+static bool closed(const int8_t * levels) {
+    static const uint8_t chain[PTQTP_UNIT] = { PTQTP_CHAIN_ORDER };
+    int8_t unit[PTQTP_UNIT];
+    uint8_t digits[PTQTP_UNIT];
+    for (int c = 0; c < PTQTP_UNIT; c++) {
+        unit[chain[c]] = levels[c];
+    }
+    return ptqtp_trellis_digits(unit, digits);
+}
+
+static void test_loops(const struct ptqtp_bulk * bulk, int type) {
     static float x[ROWS * LD], m[COLS * LD], buffer[PTQTP_CALIB_BUFFER(COLS)];
     static struct result start, got, want;
     const int windows[] = { 0, 1, 2, 3, 7 }, counts[] = { 1, 3, 15, 16, 17, 33, ROWS };
@@ -65,24 +77,29 @@ static void test_loops(const struct ptqtp_bulk * bulk) {
         fill_matrix(m, n, kind);
         for (int i = 0; i < ROWS * LD; i++) {
             x[i] = value((kind + i / LD % 2) % KINDS);
-            start.levels[i] = (int8_t) (kind == 7 ? rnd() : rnd() % 11 - 5);
+            start.levels[i] = (int8_t) (kind == 7 ? rnd() : rnd() % 11 - 5); /* TP2_2: no chain has them */
             start.codes[i % (ROWS * LDC)] = (uint8_t) (round % 3 ? rnd() : rnd() % 2 ? 254 : 1);
             start.moved[i] = 123;
         }
-        struct ptqtp_calib block;
-        ptqtp_calib_lay_out(m, LD, n, buffer, &block);
         for (int cd = 0; cd < 2; cd++) {
+            struct ptqtp_calib block;
+            ptqtp_calib_lay_out(cd, m, LD, n, buffer, &block);
             got = want = start;
             const struct ptqtp_calib_rows to_got = { x, ld, got.levels, ld, got.codes, ldc, got.moved, ld };
             const struct ptqtp_calib_rows to_want = { x, ld, want.levels, ld, want.codes, ldc, want.moved, ld };
-            (cd ? bulk->cd : bulk->gptq)(&block, &to_got, rows, window);
-            (cd ? ptqtp_bulk_plain.cd : ptqtp_bulk_plain.gptq)(&block, &to_want, rows, window);
+            (cd ? bulk->cd : bulk->gptq)(type, &block, &to_got, rows, window);
+            (cd ? ptqtp_bulk_plain.cd : ptqtp_bulk_plain.gptq)(type, &block, &to_want, rows, window);
             const char * what = cd ? "descent" : "gptq";
             CHECK(!memcmp(got.levels, want.levels, sizeof got.levels), "%s: %s, levels in round %d", bulk->name, what,
                   round);
             CHECK(!memcmp(got.codes, want.codes, sizeof got.codes), "%s: %s, codes in round %d", bulk->name, what,
                   round);
             same_floats(got.moved, want.moved, ROWS * LD, bulk->name, what);
+            for (int64_t i = 0; type == PTQTP_TP2_2 && i < rows * n; i += PTQTP_UNIT) {
+                const int8_t * group = got.levels + i / n * ld + i % n;
+                const bool kept = cd && !memcmp(group, start.levels + (group - got.levels), PTQTP_UNIT);
+                CHECK(kept || closed(group), "%s: %s, row %d: no chain", bulk->name, what, (int) (i / n));
+            }
             for (int64_t i = 0; i < ROWS * LD; i++) { /* nothing between rows or behind them */
                 const bool inside = i / ld < rows && i % ld < n;
                 CHECK(inside || (got.levels[i] == start.levels[i] && got.moved[i] == start.moved[i]),
@@ -119,14 +136,18 @@ static void test_checks(void) {
     for (int i = 0; i < 64; i++) {
         m[65 * i] = 1;
     }
-    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        const int status[2] = {
-            ptqtp_gptq_block(cases[i].nrows, cases[i].ncols, x, cases[i].ldx, m, cases[i].ldm, levels, cases[i].ldl,
-                             codes, cases[i].ldc, moved, cases[i].ldo, cases[i].window, 2),
-            ptqtp_cd_block(cases[i].nrows, cases[i].ncols, x, cases[i].ldx, m, cases[i].ldm, levels, cases[i].ldl,
-                           codes, cases[i].ldc, moved, cases[i].ldo, cases[i].window, 2),
-        };
-        CHECK(status[0] == cases[i].want && status[1] == cases[i].want, "case %zu: %d, %d", i, status[0], status[1]);
+    for (int type = PTQTP_TP2_0; type <= PTQTP_TYPE_END; type++) {
+        const bool known = type == PTQTP_TP2_1 || type == PTQTP_TP2_2;
+        for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+            const int want = known ? cases[i].want : PTQTP_BAD_TYPE;
+            const int status[2] = {
+                ptqtp_gptq_block(type, cases[i].nrows, cases[i].ncols, x, cases[i].ldx, m, cases[i].ldm, levels,
+                                 cases[i].ldl, codes, cases[i].ldc, moved, cases[i].ldo, cases[i].window, 2),
+                ptqtp_cd_block(type, cases[i].nrows, cases[i].ncols, x, cases[i].ldx, m, cases[i].ldm, levels,
+                               cases[i].ldl, codes, cases[i].ldc, moved, cases[i].ldo, cases[i].window, 2),
+            };
+            CHECK(status[0] == want && status[1] == want, "type %d, case %zu: %d, %d", type, i, status[0], status[1]);
+        }
     }
 }
 
@@ -134,7 +155,8 @@ int main(void) {
     int count;
     const struct ptqtp_bulk * const * all = ptqtp_bulk_all(&count);
     for (int i = 0; i < count; i++) {
-        test_loops(all[i]);
+        test_loops(all[i], PTQTP_TP2_1);
+        test_loops(all[i], PTQTP_TP2_2);
         printf("ok: %s\n", all[i]->name);
     }
     test_checks();

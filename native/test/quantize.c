@@ -108,10 +108,14 @@ static void test_methods(void) {
 
 /* ---- every instruction set against the plain C ---- */
 
-static void test_search(const struct ptqtp_bulk * bulk) {
+/* A type of one unit a block; search_rows as for the codec, which is plain C. */
+static void test_search(const struct ptqtp_bulk * bulk, int type,
+                        int (*search_rows)(const float *, const float *, void *, float *, int64_t, int64_t, int)) {
     enum { BLOCKS = 4 * KINDS * 8 + 4, N = 32 * BLOCKS };
     static float x[N], h[N], values[N], want_values[N];
-    static block_tp2_1 got[BLOCKS], want[BLOCKS];
+    static ptqtp_unit got[BLOCKS], want[BLOCKS];
+    const ptqtp_bulk_maker_fn search = ptqtp_bulk_maker(bulk, PTQTP_SEARCH, type);
+    CHECK(search, "%s: type %d", bulk->name, type);
     for (int i = 0; i < N / GROUP; i++) {
         fill(x + i * GROUP, i % KINDS);
     }
@@ -121,23 +125,26 @@ static void test_search(const struct ptqtp_bulk * bulk) {
     const int counts[] = { BLOCKS, BLOCKS - 1, BLOCKS - 5, 1, 3, 17 };
     for (int weighted = 0; weighted < 2; weighted++) {
         const float * importance = weighted ? h : NULL;
-        CHECK(ptqtp_search_rows_tp2_1(x, importance, want, want_values, 1, N, 0) == PTQTP_OK, "plain C");
+        CHECK(search_rows(x, importance, want, want_values, 1, N, 0) == PTQTP_OK, "plain C");
         for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++) {
             const int n = counts[c];
             memset(got, 0, sizeof got);
             memset(values, 0, sizeof values);
-            bulk->search_tp2_1(x, importance, BLOCKS, got, values, n);
+            search(x, importance, BLOCKS, got, values, n);
             for (int b = 0; b < n; b++) {
-                CHECK(!memcmp(&got[b], &want[b], sizeof got[b]), "%s: block %d of kind %d differs, weighted %d",
-                      bulk->name, b, b / 4 % KINDS, weighted);
+                CHECK(!memcmp(&got[b], &want[b], sizeof got[b]),
+                      "%s, type %d: block %d of kind %d differs, weighted %d", bulk->name, type, b, b / 4 % KINDS,
+                      weighted);
             }
             CHECK(!memcmp(values, want_values, (size_t) n * 32 * sizeof(float)), "%s: values", bulk->name);
-            CHECK(n == BLOCKS || got[n].u.r == 0, "%s: wrote too far", bulk->name);
+            CHECK(n == BLOCKS || got[n].r == 0, "%s: wrote too far", bulk->name);
         }
+        ptqtp_traits(type)->dequantize(want, values, N);
+        CHECK(!memcmp(values, want_values, sizeof values), "type %d: values are not those of the blocks", type);
     }
     /* rows: the importance begins anew */
-    CHECK(ptqtp_search_rows_tp2_1(x, h, want, NULL, 9, 96, 0) == PTQTP_OK, "plain C");
-    bulk->search_tp2_1(x, h, 3, got, NULL, 27);
+    CHECK(search_rows(x, h, want, NULL, 9, 96, 0) == PTQTP_OK, "plain C");
+    search(x, h, 3, got, NULL, 27);
     CHECK(!memcmp(got, want, 27 * sizeof got[0]), "%s: importance by row", bulk->name);
 }
 
@@ -315,6 +322,32 @@ static void test_count_words(void) {
     CHECK(ptqtp_count_words(units, -1, 0, five, last) == PTQTP_BAD_SIZE, "a negative count");
 }
 
+/* The third trits of TP2_2, from the weights that dequantizing gives, counted on any number of threads. */
+static void test_count_third(void) {
+    enum { UNITS = 40000 };
+    static ptqtp_unit units[UNITS];
+    static float values[UNITS * PTQTP_UNIT];
+    uint64_t counts[3] = { 5, 6, 7 }, want[3] = { 5, 6, 7 };
+    for (size_t i = 0; i < sizeof units; i++) {
+        ((uint8_t *) units)[i] = (uint8_t) rnd();
+    }
+    ptqtp_dequantize_tp2_2(units, values, UNITS * PTQTP_UNIT);
+    for (int u = 0; u < UNITS; u++) {
+        uint8_t digits[PTQTP_UNIT];
+        ptqtp_unit_unpack(&units[u], digits);
+        for (int i = 0; i < PTQTP_UNIT; i++) {
+            const float level = values[u * PTQTP_UNIT + i] / ptqtp_scale_value(units[u].side);
+            want[1 + (int) level - ptqtp_level[digits[i]]] += 3;
+        }
+    }
+    for (int threads = 1; threads <= 4; threads += threads == 1 ? 1 : 2) {
+        CHECK(ptqtp_count_third(units, UNITS, threads, counts) == PTQTP_OK, "counting");
+    }
+    CHECK(!memcmp(counts, want, sizeof counts), "counts of third trits");
+    CHECK(ptqtp_count_third(units, 0, 0, counts) == PTQTP_OK && counts[1] == want[1], "no units");
+    CHECK(ptqtp_count_third(units, -1, 0, counts) == PTQTP_BAD_SIZE, "a negative count");
+}
+
 /* Each kernel that runs here means one of the builds that do: a better instruction set no worse one. */
 static void test_forcing(void) {
     int nbuilds, nkernels;
@@ -353,12 +386,14 @@ int main(int argc, char ** argv) {
     test_forcing();
     test_methods();
     for (int i = 0; i < count; i++) {
-        test_search(all[i]);
+        test_search(all[i], PTQTP_TP2_1, ptqtp_search_rows_tp2_1);
+        test_search(all[i], PTQTP_TP2_2, ptqtp_search_rows_tp2_2);
         test_floats(all[i], &ptqtp_bulk_plain);
         printf("ok: %s\n", all[i]->name);
     }
     test_sums();
     test_count_words();
+    test_count_third();
     puts("quantizer tests passed");
     return 0;
 }

@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include "test/test.h"
+#include "codec/trellis.h"
 #include "codec/unit.h"
 #include "kernels/kernels.h"
 
@@ -193,6 +194,34 @@ static void test_round_trip(void) {
     CHECK(ptqtp_validate(2, packed, 14, NULL) == PTQTP_BAD_TYPE, "type 2");
 }
 
+/* Levels and digits of TP2_2 are inverse; levels without digits are refused. */
+static void test_trellis(void) {
+    uint8_t digits[PTQTP_UNIT], back[PTQTP_UNIT];
+    int8_t levels[PTQTP_UNIT], again[PTQTP_UNIT];
+    int with = 0;
+    for (int round = 0; round < 20000; round++) {
+        for (int i = 0; i < PTQTP_UNIT; i++) {
+            digits[i] = (uint8_t) (round < 9 ? (uint32_t) round : rnd() % 9);
+        }
+        ptqtp_trellis_levels(digits, levels);
+        CHECK(ptqtp_trellis_digits(levels, back) && !memcmp(digits, back, sizeof back), "levels to digits");
+        for (int i = 0; i < PTQTP_UNIT; i++) { /* -2 .. 2 have digits always; one of 5 has in a third of all cases */
+            CHECK(levels[i] >= -6 && levels[i] <= 6, "level %d", levels[i]);
+            levels[i] = (int8_t) (rnd() % 5 - 2);
+        }
+        CHECK(ptqtp_trellis_digits(levels, back), "levels up to 2");
+        ptqtp_trellis_levels(back, again);
+        CHECK(!memcmp(levels, again, sizeof again), "levels up to 2 and back");
+        levels[rnd() % PTQTP_UNIT] = rnd() & 1 ? 5 : -5;
+        if (ptqtp_trellis_digits(levels, back)) {
+            ptqtp_trellis_levels(back, again);
+            CHECK(!memcmp(levels, again, sizeof again), "a large level and back");
+            with++;
+        }
+    }
+    CHECK(with > 6400 && with < 6933, "%d of 20000 units with a 5 have digits", with);
+}
+
 /* ---- quantizers ---- */
 
 static double rel_mse(int type, const float * x, const uint8_t * q, int64_t n) {
@@ -218,7 +247,8 @@ static void test_quantizers(void) {
     const struct {
         int type, method;
         double low, high;
-    } cases[] = { /* relative MSE on Gaussian weights, two-sided; of TP2_1 it is not what search makes small */
+    } cases[] = { /* relative MSE on Gaussian weights, two-sided; only of TP2_0 it is what search makes small */
+                  { PTQTP_TP2_2, PTQTP_SEARCH, 0.0152, 0.0162 },
                   { PTQTP_TP2_1, PTQTP_SEARCH, 0.0203, 0.0217 },
                   { PTQTP_TP2_0, PTQTP_SEARCH, 0.0245, 0.0261 },
                   { PTQTP_TP2_0, PTQTP_PAPER, 0.0260, 0.0290 }
@@ -250,12 +280,26 @@ static void test_quantizers(void) {
             CHECK(!memcmp(levels, back, sizeof back), "code %d, largest level %d", code, top);
         }
     }
+    /* so do ternary weights as TP2_2: level 2 is free of the chain */
+    for (int code = 0; code < 256; code++) {
+        float levels[PTQTP_UNIT], back[PTQTP_UNIT];
+        for (int i = 0; i < PTQTP_UNIT; i++) {
+            levels[i] = 2 * ptqtp_scale_to_float((uint8_t) code) * (float) (i == 0 ? 1 : ptqtp_t2((int) (rnd() % 9)));
+        }
+        CHECK(ptqtp_quantize_rows(PTQTP_TP2_2, PTQTP_SEARCH, levels, NULL, one, 1, PTQTP_UNIT) == PTQTP_OK, "q");
+        ptqtp_dequantize_tp2_2(one, back, PTQTP_UNIT);
+        for (int i = 0; i < PTQTP_UNIT; i++) {
+            CHECK(levels[i] == back[i], "ternary, code %d: %g, not %g", code, back[i], levels[i]);
+        }
+    }
     memset(x, 0, sizeof x);
-    CHECK(ptqtp_quantize_rows(PTQTP_TP2_1, PTQTP_SEARCH, x, NULL, one, 1, 32) == PTQTP_OK, "zeros");
-    uint8_t digits[32], code;
-    ptqtp_unpack_tp2_1(one, digits, &code, 32);
-    for (int i = 0; i < 32; i++) {
-        CHECK(digits[i] == 4 && code == 0, "zeros are digit 4, code 0");
+    for (int type = PTQTP_TP2_1; type <= PTQTP_TP2_2; type++) {
+        CHECK(ptqtp_quantize_rows(type, PTQTP_SEARCH, x, NULL, one, 1, 32) == PTQTP_OK, "zeros");
+        uint8_t digits[32], code;
+        ptqtp_unpack_tp2_1(one, digits, &code, 32);
+        for (int i = 0; i < 32; i++) {
+            CHECK(digits[i] == 4 && code == 0, "zeros are digit 4, code 0");
+        }
     }
     for (int method = PTQTP_PAPER; method <= PTQTP_SEARCH; method++) {
         CHECK(ptqtp_quantize_rows(PTQTP_TP2_0, method, x, NULL, one, 1, 128) == PTQTP_OK, "zeros");
@@ -271,6 +315,10 @@ static void test_quantizers(void) {
         CHECK(ptqtp_quantize_parallel(PTQTP_TP2_1, PTQTP_SEARCH, x, NULL, one, ROWS, COLS, 2) == bad[i].status,
               "bad %d", i);
     }
+    x[N - 3] = 11.625f;
+    CHECK(ptqtp_quantize_rows(PTQTP_TP2_2, PTQTP_SEARCH, x, NULL, one, ROWS, COLS) == PTQTP_OK, "6 * 1.9375");
+    x[N - 3] = 11.63f;
+    CHECK(ptqtp_quantize_rows(PTQTP_TP2_2, PTQTP_SEARCH, x, NULL, one, ROWS, COLS) == PTQTP_TOO_LARGE, "above it");
     x[N - 3] = 0;
     float h[COLS] = { 0 };
     CHECK(ptqtp_quantize_rows(PTQTP_TP2_1, PTQTP_SEARCH, x, h, one, 1, COLS) == PTQTP_OK, "no importance anywhere");
@@ -295,7 +343,9 @@ static const struct ptqtp_kernel * kernel;
 static uint8_t * unit_scales(const struct ptqtp_type_traits * t, int64_t n) {
     const uint16_t three_two[2] = { 0x4200, 0x4000 };
     const uint8_t one = 0xf0;
-    const void * of_group = t->type == PTQTP_TP2_0 ? (const void *) three_two : t->type == PTQTP_TP2_1 ? &one : NULL;
+    const void * of_group = t->type == PTQTP_TP2_0                             ? (const void *) three_two
+                            : t->type == PTQTP_TP2_1 || t->type == PTQTP_TP2_2 ? &one
+                                                                               : NULL;
     CHECK(of_group, "no unit scale for %s", t->name);
     uint8_t * scales = malloc((size_t) (n / t->group) * t->scale_size);
     CHECK(scales, "malloc");
@@ -313,12 +363,17 @@ static void check_integer_sums(int64_t n, int fill) {
     uint8_t * digits = malloc((size_t) n);
     uint8_t * scales = unit_scales(t, n);
     CHECK(digits, "malloc");
+    float * levels = malloc((size_t) n * sizeof(float));
+    CHECK(levels, "malloc");
     uint8_t * w = guarded(wbytes);
     ptqtp_block_q8_0 * y = (ptqtp_block_q8_0 *) guarded(ybytes);
     for (int64_t i = 0; i < n; i++) {
-        digits[i] = (uint8_t) (fill == 0 ? rnd() % 9 : fill == 1 ? 8 : 0); /* levels: random, all 5, all -5 */
+        digits[i] = (uint8_t) (fill == 0   ? rnd() % 9
+                               : fill == 1 ? 8
+                                           : 0); /* random; all of the largest digit, of the smallest */
     }
     CHECK(t->pack(digits, scales, w, n) == PTQTP_OK, "pack");
+    t->dequantize(w, levels, n);
     /* all groups at once, then one group alone: a lane that leaks into its neighbour's group shows */
     for (int64_t only = -1; only < ny; only += 1 + ny / 7) {
         int64_t expect = 0;
@@ -327,7 +382,7 @@ static void check_integer_sums(int64_t n, int fill) {
             for (int k = 0; k < 32; k++) {
                 const int a = fill == 0 ? (int) (rnd() % 256) - 128 : fill == 1 ? 127 : -128;
                 y[i].qs[k] = (int8_t) a;
-                expect += y[i].d ? ptqtp_level[digits[i * 32 + k]] * a : 0;
+                expect += y[i].d ? (int) levels[i * 32 + k] * a : 0;
             }
         }
         const float got = kernel->dot(n, w, y);
@@ -338,6 +393,7 @@ static void check_integer_sums(int64_t n, int fill) {
     release(w, wbytes);
     release((uint8_t *) y, ybytes);
     free(digits);
+    free(levels);
     free(scales);
 }
 
@@ -363,7 +419,7 @@ static void check_any_bytes(int64_t n) {
     /* |error| <= (terms + a few roundings each) * eps * sum of |term| */
     double bound = 0;
     for (int64_t i = 0; i < ny; i++) {
-        bound += 5 * 2.0 * 32 * 128 * (double) ptqtp_half_to_float(y[i].d);
+        bound += 6 * 2.0 * 32 * 128 * (double) ptqtp_half_to_float(y[i].d);
     }
     bound *= (double) (ny + 8) * 6e-8;
     const float got = kernel->dot(n, w, y), want = ptqtp_dot_scalar(kernel->type)(n, w, y);
@@ -412,7 +468,7 @@ static void test_kernels(void) {
 /* ---- panels ---- */
 
 static const struct ptqtp_panel_kernel * panel_kernel;
-static int form;
+static int form, panel_type;
 
 /* Integer activations with a 127 in each block quantize to themselves, d = 1; with unit scales every result is an
  * integer and must be equal. block >= 0: all other blocks are 0, so that a lane that leaks shows. */
@@ -424,10 +480,11 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
     CHECK(size == (size_t) (npanels * nb * (form == PTQTP_WIDE ? 272 : 224)), "panels_size");
     uint8_t *digits = malloc((size_t) (nrows * n)), *codes = malloc((size_t) (nrows * nb));
     uint8_t *rows = malloc((size_t) nrows * row_bytes), *back = malloc((size_t) nrows * row_bytes);
+    float * levels = malloc((size_t) (nrows * n) * sizeof(float));
     float *x = malloc((size_t) n * sizeof(float)), *want = calloc((size_t) (nrows * NCOLS), sizeof(float));
-    CHECK(digits && codes && rows && back && x && want, "malloc");
+    CHECK(digits && codes && rows && back && levels && x && want, "malloc");
     uint8_t * panels = guarded(size);
-    uint8_t * gemv_acts = guarded((size_t) nb * ptqtp_gemv_act_size(k, form));
+    uint8_t * gemv_acts = guarded((size_t) nb * ptqtp_gemv_act_size(k, panel_type, form));
     ptqtp_act * acts = (ptqtp_act *) guarded(NCOLS * (size_t) nb * sizeof(ptqtp_act));
     float * y = (float *) guarded((size_t) (nrows * NCOLS) * sizeof(float));
     uint8_t * scratch = guarded(PTQTP_GEMM_SCRATCH);
@@ -436,16 +493,17 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
         digits[i] = (uint8_t) (fill == 0 ? rnd() % 9 : fill == 1 ? 8 : 0);
     }
     memset(codes, 0xf0, (size_t) (nrows * nb)); /* 1.0 */
-    ptqtp_pack_tp2_1(digits, codes, rows, nrows * n);
-    ptqtp_panels_from_rows(form, rows, panels, 0, nrows, n);
-    ptqtp_rows_from_panels(form, panels, back, 0, nrows, n);
+    ptqtp_traits(panel_type)->pack(digits, codes, rows, nrows * n);
+    ptqtp_traits(panel_type)->dequantize(rows, levels, nrows * n); /* the scale is 1 */
+    ptqtp_panels_from_rows(panel_type, form, rows, panels, 0, nrows, n);
+    ptqtp_rows_from_panels(panel_type, form, panels, back, 0, nrows, n);
     CHECK(!memcmp(rows, back, (size_t) nrows * row_bytes), "panels and back");
     if (nrows > 20) {
-        ptqtp_rows_from_panels(form, panels, back, 17, 3, n);
+        ptqtp_rows_from_panels(panel_type, form, panels, back, 17, 3, n);
         CHECK(!memcmp(rows + 17 * row_bytes, back, 3 * row_bytes), "rows 17..19 from panels");
         memset(panels, 0, size); /* in two parts, as a thread or an expert at a time */
-        ptqtp_panels_from_rows(form, rows, panels, 0, 16, n);
-        ptqtp_panels_from_rows(form, rows + 16 * row_bytes, panels, 16, nrows - 16, n);
+        ptqtp_panels_from_rows(panel_type, form, rows, panels, 0, 16, n);
+        ptqtp_panels_from_rows(panel_type, form, rows + 16 * row_bytes, panels, 16, nrows - 16, n);
     }
     const ptqtp_act * act_of[NCOLS];
     float * y_of[NCOLS];
@@ -458,12 +516,12 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
         y_of[c] = y + c * nrows;
         ptqtp_gemm_quantize(k, x, acts + c * nb, n);
         if (c == 0) {
-            ptqtp_gemv_quantize(k, form, x, gemv_acts, n);
+            ptqtp_gemv_quantize(k, panel_type, form, x, gemv_acts, n);
         }
         if (fill == 2 && c == 1) { /* the most negative code, which no quantizer makes */
             for (int64_t i = 0; i < nb; i++) {
                 acts[c * nb + i].d = 1;
-                acts[c * nb + i].bias = 5 * 32 * 128;
+                acts[c * nb + i].bias = 6 * 32 * 128;
                 memset(acts[c * nb + i].q, -128, 32);
             }
             for (int64_t i = 0; i < n; i++) {
@@ -473,7 +531,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
         for (int64_t r = 0; r < nrows; r++) {
             int64_t sum = 0;
             for (int64_t i = 0; i < n; i++) {
-                sum += ptqtp_level[digits[r * n + i]] * (int64_t) x[i];
+                sum += (int64_t) levels[r * n + i] * (int64_t) x[i];
             }
             want[c * nrows + r] = (float) sum;
         }
@@ -482,7 +540,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
         for (int64_t p1 = p0; p1 <= npanels; p1 += 1 + npanels / 2) {
             memset(y, 0x5a, (size_t) nrows * sizeof(float));
             const int64_t r0 = p0 * 16, r1 = p1 * 16 < nrows ? p1 * 16 : nrows;
-            ptqtp_gemv(k, form, n, nrows, panels, p0, p1, gemv_acts, y);
+            ptqtp_gemv(k, panel_type, form, n, nrows, panels, p0, p1, gemv_acts, y);
             for (int64_t r = 0; r < nrows; r++) {
                 float untouched;
                 memset(&untouched, 0x5a, sizeof untouched);
@@ -494,7 +552,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
     }
     for (int ncols = 1; ncols <= NCOLS; ncols += n > 1000 ? 6 : 1) {
         memset(y, 0, (size_t) (nrows * NCOLS) * sizeof(float));
-        ptqtp_gemm(k, form, n, nrows, panels, 0, npanels, ncols, act_of, y_of, scratch);
+        ptqtp_gemm(k, panel_type, form, n, nrows, panels, 0, npanels, ncols, act_of, y_of, scratch);
         for (int64_t i = 0; i < nrows * ncols; i++) {
             CHECK(y[i] == want[i], "%s gemm, n %d, %d columns, column %d, row %d, fill %d: %.1f, expected %.1f",
                   ptqtp_panel_kernel_name(k), (int) n, ncols, (int) (i / nrows), (int) (i % nrows), fill, y[i],
@@ -502,7 +560,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
         }
     }
     release(panels, size);
-    release(gemv_acts, (size_t) nb * ptqtp_gemv_act_size(k, form));
+    release(gemv_acts, (size_t) nb * ptqtp_gemv_act_size(k, panel_type, form));
     release((uint8_t *) acts, NCOLS * (size_t) nb * sizeof(ptqtp_act));
     release((uint8_t *) y, (size_t) (nrows * NCOLS) * sizeof(float));
     release(scratch, PTQTP_GEMM_SCRATCH);
@@ -510,6 +568,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
     free(codes);
     free(rows);
     free(back);
+    free(levels);
     free(x);
     free(want);
 }
@@ -523,17 +582,17 @@ static void check_panels_any_bytes(int64_t n, int64_t nrows) {
     const struct ptqtp_panel_kernel * const * all = ptqtp_panel_kernels(&count);
     const struct ptqtp_panel_kernel * scalar = all[count - 1];
     const int64_t nb = n / 32, npanels = (nrows + 15) / 16;
-    const size_t size = ptqtp_panels_size(form, nrows, n), scalar_act = ptqtp_gemv_act_size(scalar, form);
+    const size_t size = ptqtp_panels_size(form, nrows, n), scalar_act = ptqtp_gemv_act_size(scalar, panel_type, form);
     uint8_t *panels = guarded(size), *scratch = guarded(PTQTP_GEMM_SCRATCH);
-    uint8_t * one = guarded((size_t) nb * ptqtp_gemv_act_size(k, form));
+    uint8_t * one = guarded((size_t) nb * ptqtp_gemv_act_size(k, panel_type, form));
     uint8_t * one_ref = guarded((size_t) nb * scalar_act);
     ptqtp_act acts[NCOLS][32], ref[NCOLS][32];
     float x[NCOLS][32 * 32], y[NCOLS + 1][64], want[NCOLS + 1][64];
     CHECK(nb <= 32 && nrows <= 64, "test sizes");
     for (size_t i = 0; i < size; i++) {
         panels[i] = (uint8_t) rnd();
-        if (form == PTQTP_WIDE && i % 272 < 256) { /* a code is 0 to 10 */
-            panels[i] = (uint8_t) (rnd() % 11 | rnd() % 11 << 4);
+        if (form == PTQTP_WIDE && i % 272 < 256) { /* a code is 0 to 12 */
+            panels[i] = (uint8_t) (rnd() % 13 | rnd() % 13 << 4);
         }
     }
     const ptqtp_act *act_of[NCOLS], *ref_of[NCOLS];
@@ -547,7 +606,7 @@ static void check_panels_any_bytes(int64_t n, int64_t nrows) {
                 const float value = size_of_block * ((float) rnd() / 4294967296.0f - 0.5f);
                 x[c][b * 32 + i] = rnd() % 50 == 0 ? 0.0f : value;
             }
-            sum += 5 * 2.0 * 32 * (double) size_of_block;
+            sum += 6 * 2.0 * 32 * (double) size_of_block;
         }
         bound = fmax(bound, sum * (double) (nb + 8) * 1.2e-7);
         ptqtp_gemm_quantize(k, x[c], acts[c], n);
@@ -556,12 +615,12 @@ static void check_panels_any_bytes(int64_t n, int64_t nrows) {
               ptqtp_panel_kernel_name(k));
         act_of[c] = acts[c], ref_of[c] = ref[c], y_of[c] = y[c], want_of[c] = want[c];
     }
-    ptqtp_gemm(k, form, n, nrows, panels, 0, npanels, NCOLS, act_of, y_of, scratch);
-    ptqtp_gemm(scalar, form, n, nrows, panels, 0, npanels, NCOLS, ref_of, want_of, scratch);
-    ptqtp_gemv_quantize(k, form, x[0], one, n);
-    ptqtp_gemv_quantize(scalar, form, x[0], one_ref, n);
-    ptqtp_gemv(k, form, n, nrows, panels, 0, npanels, one, y[NCOLS]);
-    ptqtp_gemv(scalar, form, n, nrows, panels, 0, npanels, one_ref, want[NCOLS]);
+    ptqtp_gemm(k, panel_type, form, n, nrows, panels, 0, npanels, NCOLS, act_of, y_of, scratch);
+    ptqtp_gemm(scalar, panel_type, form, n, nrows, panels, 0, npanels, NCOLS, ref_of, want_of, scratch);
+    ptqtp_gemv_quantize(k, panel_type, form, x[0], one, n);
+    ptqtp_gemv_quantize(scalar, panel_type, form, x[0], one_ref, n);
+    ptqtp_gemv(k, panel_type, form, n, nrows, panels, 0, npanels, one, y[NCOLS]);
+    ptqtp_gemv(scalar, panel_type, form, n, nrows, panels, 0, npanels, one_ref, want[NCOLS]);
     for (int c = 0; c <= NCOLS; c++) {
         for (int64_t r = 0; r < nrows; r++) {
             CHECK(fabs((double) y[c][r] - want[c][r]) <= bound, "%s, n %d, column %d, row %d: %g, reference %g",
@@ -573,13 +632,13 @@ static void check_panels_any_bytes(int64_t n, int64_t nrows) {
         x[0][5] = bad[i];
         ptqtp_gemm_quantize(k, x[0], acts[0], n);
         CHECK(isnan(acts[0][0].d), "a block with Inf or NaN is marked");
-        ptqtp_gemv_quantize(k, form, x[0], one, n);
-        ptqtp_gemv(k, form, n, nrows, panels, 0, npanels, one, y[0]);
+        ptqtp_gemv_quantize(k, panel_type, form, x[0], one, n);
+        ptqtp_gemv(k, panel_type, form, n, nrows, panels, 0, npanels, one, y[0]);
         CHECK(isnan(y[0][0]) && isnan(y[0][nrows - 1]), "Inf and NaN reach the result");
     }
     release(panels, size);
     release(scratch, PTQTP_GEMM_SCRATCH);
-    release(one, (size_t) nb * ptqtp_gemv_act_size(k, form));
+    release(one, (size_t) nb * ptqtp_gemv_act_size(k, panel_type, form));
     release(one_ref, (size_t) nb * scalar_act);
 }
 
@@ -592,7 +651,14 @@ static void test_panels(void) {
             printf("not on this CPU: panels, %s\n", ptqtp_panel_kernel_name(panel_kernel));
             continue;
         }
-        for (form = PTQTP_PACKED; form <= PTQTP_WIDE; form++) {
+        int ntypes;
+        const struct ptqtp_type_traits * types = ptqtp_type_table(&ntypes);
+        for (int of = 0; of < 2 * ntypes; of++) {
+            panel_type = types[of / 2].type;
+            form = of % 2;
+            if (!types[of / 2].panels) {
+                continue;
+            }
             for (int64_t blocks = 1; blocks <= 19; blocks += 1 + blocks / 4) {
                 for (int64_t nrows = 1; nrows <= 64; nrows += 21) {
                     for (int fill = 0; fill < 3; fill++) {
@@ -632,6 +698,7 @@ int main(int argc, char ** argv) {
     test_any_bytes_decode();
     test_scales();
     test_round_trip();
+    test_trellis();
     test_quantizers();
     test_kernels();
     test_panels();

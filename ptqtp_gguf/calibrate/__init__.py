@@ -6,7 +6,7 @@ from . import mapping, texts
 from .model import quiet
 from .run import ENDS
 from .store import PlaneStore, planes_folder, remove_planes
-from .work import HELD_OUT, Work, rows_in
+from .work import HELD_OUT, Work, planned, rows_in
 
 __all__ = [
     "ENDS",
@@ -15,6 +15,7 @@ __all__ = [
     "Work",
     "mapping",
     "planes_folder",
+    "planned",
     "quiet",
     "remove_planes",
     "rows_in",

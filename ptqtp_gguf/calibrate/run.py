@@ -47,14 +47,15 @@ def run(work: Work) -> None:
         missing = [n for n in missing if not _begin(work, work.tensors[n])]
     if missing:
         n = f"{len(missing)} tensors, e.g. {missing[0]}" if len(missing) > 1 else missing[0]
-        work.store.say(f"{n}: not seen by the calibration, or not fit for {work.kind.name}; left to search")
+        kinds = " or ".join(sorted({work.kinds[n].name for n in missing}))
+        work.store.say(f"{n}: not seen by the calibration, or not fit for {kinds}; left to search")
 
 
 def _begin(work: Work, t: TensorInfo) -> bool:
     """Planes by search for an embedding or output, which tuning begins with; whether they were made."""
-    if role_of(t.name) not in ENDS or not work.fits(w := work.weights(t)):
+    if role_of(t.name) not in ENDS or not work.fits(t.name, w := work.weights(t)):
         return False
-    work.store.put(t, *work.searched(w))
+    work.store.put(t, *work.searched(t.name, w))
     return True
 
 
@@ -125,9 +126,11 @@ def _quantize(work: Work, moments: dict[str, Moment], cross: torch.Tensor | None
     if all(work.store.has(n) for n in moments):
         return
     todo = {n: work.weights(work.tensors[n]) for n in moments}
-    todo = {n: w for n, w in todo.items() if work.fits(w)}
-    flat = {n: w for n, w in todo.items() if moments[n].h.ndim == 2}
-    if flat:
+    todo = {n: w for n, w in todo.items() if work.fits(n, w)}
+    for kind in {work.kinds[n].id: work.kinds[n] for n in todo}.values():
+        flat = {n: w for n, w in todo.items() if moments[n].h.ndim == 2 and work.kinds[n] == kind}
+        if not flat:
+            continue
         m = moments[next(iter(flat))]
         w = torch.from_numpy(np.concatenate(list(flat.values()))).to(work.device)
         planes = _planes(work, next(iter(flat)), w, m.h.to(work.device), cross)
@@ -140,13 +143,13 @@ def _quantize(work: Work, moments: dict[str, Moment], cross: torch.Tensor | None
         ):
             work.store.put(work.tensors[n], levels, codes)
     for n in todo:
-        if n not in flat and not work.store.has(n):
+        if moments[n].h.ndim > 2 and not work.store.has(n):
             _experts(work, n, todo[n], moments[n])
 
 
 def _planes(work: Work, name: str, w: torch.Tensor, h: torch.Tensor, cross: torch.Tensor | None) -> gptq.Planes:
     try:
-        return gptq.calibrate(w, h, cross, work.how.settings, work.options.threads)
+        return gptq.calibrate(w, h, cross, work.how.settings, work.options.threads, work.kinds[name])
     except QuantizeError as e:
         raise QuantizeError(f"tensor {name}: {e}") from None
 
@@ -158,7 +161,7 @@ def _experts(work: Work, name: str, w: F32, m: Moment) -> None:
     levels, codes = [], []
     for e, part in enumerate(np.split(w, len(m.counts))):
         if e in few:
-            found, c = work.searched(part)
+            found, c = work.searched(name, part)
             levels.append(found)
             codes.append(c)
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,13 +68,21 @@ def remove_planes(out: Path) -> None:
 class PlaneStore:
     """The folder of one target, locked while it is open. A context manager.
 
+    kind     type of the tensors that `kinds` does not name
     Raises ResumeError where it holds planes that were made in another way, OutputError where it cannot be written.
     """
 
-    def __init__(self, out: Path, job: dict[str, Any], kind: TensorType = DEFAULT, restart: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        job: dict[str, Any],
+        kind: TensorType = DEFAULT,
+        restart: bool = False,
+        kinds: Mapping[str, TensorType] | None = None,
+    ) -> None:
         """job: all that decides the planes; "options" in it by the names that the command line has for them.
-        kind: their type, one with levels."""
-        self.kind = kind
+        kinds: types of the tensors by name, each one with levels."""
+        self.kind, self._kinds = kind, kinds or {}
         self.folder = planes_folder(out)
         try:
             self.folder.mkdir(exist_ok=True)
@@ -159,13 +168,17 @@ class PlaneStore:
         self._note(name=name, file=file, **record)
         self._note_row(self._journal.rows[-1])
 
+    def kind_of(self, name: str) -> TensorType:
+        """Type of a tensor's planes."""
+        return self._kinds.get(name, self.kind)
+
     def put(self, t: TensorInfo, levels: I8, codes: U8) -> None:
         """Planes of a whole tensor: levels int8 (R, C), codes uint8 (R, C/32)."""
-        assert self.kind.from_levels
-        rows = len(levels)
-        weights = levels.reshape(rows, -1, self.kind.group).astype(np.float32) * scale_to_float(codes)[:, :, None]
+        kind, rows = self.kind_of(t.name), len(levels)
+        assert kind.from_levels
+        weights = levels.reshape(rows, -1, kind.group).astype(np.float32) * scale_to_float(codes)[:, :, None]
         hash_ = native.float_hash(weights.reshape(-1))
-        self._write(t.name, native.pack(self.kind, self.kind.from_levels(levels), codes), hash=hash_)
+        self._write(t.name, native.pack(kind, kind.from_levels(levels), codes), hash=hash_)
 
     def put_vector(self, t: TensorInfo, values: F32) -> None:
         """New values of a norm or a bias, float32 (C,)."""
@@ -182,7 +195,7 @@ class PlaneStore:
         path, rows = self.folder / record["file"], t.n_weights // t.shape[0]
         try:
             with open_regular(path) as f:
-                width = row_size(self.kind.id, t.shape[0]) if len(t.shape) > 1 else 4 * t.shape[0]
+                width = row_size(self.kind_of(t.name).id, t.shape[0]) if len(t.shape) > 1 else 4 * t.shape[0]
                 if file_size(f, str(path)) != rows * width:
                     raise InputError(f"{path}: damaged")
                 return read_bytes(f, start * width, n * width, str(path)).reshape(n, width)
@@ -192,17 +205,17 @@ class PlaneStore:
     def planes(self, t: TensorInfo) -> tuple[I8, U8]:
         """Levels int8 (R, C) and codes uint8 (R, C/32) of a tensor, as the stage that runs found it: a stage that was
         killed begins with the same again. Of a tensor that this stage was the first to put, as it was put first."""
-        return unpacked(self.kind, self._rows(t, self._before[t.name], 0, t.n_weights // t.shape[0]))
+        return unpacked(self.kind_of(t.name), self._rows(t, self._before[t.name], 0, t.n_weights // t.shape[0]))
 
     def encode(self, t: TensorInfo, source: U8, first: int, threads: int = 0) -> Encoded:
         """A piece of a tensor: source uint8 (R, bytes a row) from weight `first` on -> the same rows of the planes, and
         what was seen of the weights."""
-        at = first // t.shape[0]
+        at, kind = first // t.shape[0], self.kind_of(t.name)
         data = self._rows(t, self._of[t.name], at, len(source))
         w = to_float(source, t.type, threads)
-        scan = native.scan(w.reshape(-1), self.kind.group, FLOOR, threads)
+        scan = native.scan(w.reshape(-1), kind.group, FLOOR, threads)
         if len(t.shape) == 1:
             return Encoded(data, 0.0, 0.0, *scan)
-        difference = w - native.dequantize(self.kind, data)
+        difference = w - native.dequantize(kind, data)
         error, power = float(np.vdot(difference, difference)), float(np.vdot(w, w))
         return Encoded(data, error, power, *scan, self._of[t.name]["hash"] if first == 0 else 0)

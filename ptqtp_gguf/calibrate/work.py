@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import F32, I8, U8, native
+from ..codec import F32, I8, TYPES, U8, TensorType, native
 from ..errors import CalibrationError, OutputError, QuantizeError
 from ..files import TensorInfo, partial_file, read_whole
 from ..plan import TOKENS_CPU, TOKENS_GPU, Below, Calibration, PlanRow, Request
@@ -27,9 +27,9 @@ HELD_OUT = 16  # one window of so many is never tuned on, but measured
 class Work:
     """The common ground of the stages of one conversion.
 
-    kind     type of the planes
+    kinds    name -> type, of those that become planes by a stage
     direct   the data-free method for what a stage cannot do
-    tensors  name -> tensor, of those that become planes by a stage
+    tensors  name -> tensor, of the same
     types    name -> ggml type id that each tensor becomes
     device   torch's
     arch, layers  the model's architecture by GGUF's name, and its number of blocks
@@ -41,8 +41,8 @@ class Work:
     ) -> None:
         self.source, self.options, self.store, self.progress = source, request.options, store, progress
         self.how: Calibration = request.calibration
-        self.kind, self.direct = request.kind, request.direct
-        self.tensors = {r.tensor.name: r.tensor for r in rows if r.choice.type == self.kind.id}
+        self.kinds, self.direct = planned(rows, request), request.direct
+        self.tensors = {r.tensor.name: r.tensor for r in rows if r.tensor.name in self.kinds}
         self.types = {r.tensor.name: r.choice.type for r in rows}
         self.device = _device(self.options.device)
         self.n_tokens = self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
@@ -110,15 +110,23 @@ class Work:
         """All of a tensor, float32 (R, C)."""
         return np.concatenate([to_float(raw, t.type, self.options.threads) for raw in self.source.pieces(t)])
 
-    def fits(self, w: F32) -> bool:
-        """Whether the planes' type can hold these weights; what it cannot, the conversion lets fall back."""
-        below = Below(self.kind.id)
-        seen = native.scan(w.reshape(-1), self.kind.group, FLOOR, self.options.threads)
+    def fits(self, name: str, w: F32) -> bool:
+        """Whether a tensor's type can hold its weights; what it cannot, the conversion lets fall back."""
+        kind = self.kinds[name]
+        below = Below(kind.id)
+        seen = native.scan(w.reshape(-1), kind.group, FLOOR, self.options.threads)
         return seen.bad < 0 and not (below.why(seen.largest, seen.groups, seen.below) or below.why_at_end())
 
-    def searched(self, w: F32) -> tuple[I8, U8]:
+    def searched(self, name: str, w: F32) -> tuple[I8, U8]:
         """Planes without calibration: float32 (R, C) -> levels int8 (R, C), codes uint8 (R, C/32)."""
-        return unpacked(self.kind, methods.quantize(self.kind, self.direct, w, threads=self.options.threads))
+        kind = self.kinds[name]
+        return unpacked(kind, methods.quantize(kind, self.direct, w, threads=self.options.threads))
+
+
+def planned(rows: list[PlanRow], request: Request) -> dict[str, TensorType]:
+    """Names and types of the tensors that become planes by the method's stages; tuning knows one type at a time."""
+    types = {r.tensor.name: TYPES[r.choice.type] for r in rows if r.choice.type in TYPES}
+    return {n: t for n, t in types.items() if t == request.kind or (t.calibratable and not request.calibration.tune)}
 
 
 def rows_in(link: Link, n: int) -> NDArray[np.int64]:

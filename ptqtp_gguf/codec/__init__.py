@@ -10,11 +10,13 @@ from .reference import dequantize, pack, unpack
 from .tensor_type import TensorType
 from .tp2_0 import T1_OF_DIGIT, T2_OF_DIGIT, TP2_0
 from .tp2_1 import LEVELS, MAX_LEVEL, SMALLEST_SCALE, TP2_1, digits_of_levels, scale_from_float, scale_to_float
-from .types import BY_NAME, DEFAULT, FILE_TYPE, FORMAT_VERSION, TYPES, Key
+from .tp2_2 import CHAIN, THIRD_OF_SUM, TP2_2
+from .types import BY_NAME, DEFAULT, FILE_TYPE, FORMAT_VERSION, TYPES, Key, format_version
 from .unit import SIDE, UNIT, UNIT_BYTES
 
 __all__ = [
     "BY_NAME",
+    "CHAIN",
     "DEFAULT",
     "F32",
     "F64",
@@ -29,8 +31,10 @@ __all__ = [
     "SMALLEST_SCALE",
     "T1_OF_DIGIT",
     "T2_OF_DIGIT",
+    "THIRD_OF_SUM",
     "TP2_0",
     "TP2_1",
+    "TP2_2",
     "TYPES",
     "U8",
     "UNIT",
@@ -40,6 +44,7 @@ __all__ = [
     "TritPlanes",
     "dequantize",
     "digits_of_levels",
+    "format_version",
     "native",
     "pack",
     "scale_from_float",

@@ -35,6 +35,7 @@ class _Kernel(ctypes.Structure):
 class _Type(ctypes.Structure):  # struct ptqtp_type_traits, without its functions
     _fields_ = (
         ("type", ctypes.c_int),
+        ("since", ctypes.c_int),
         ("planes", ctypes.c_int),
         ("name", ctypes.c_char_p),
         ("block", ctypes.c_int64),
@@ -61,6 +62,7 @@ class TypeRow(NamedTuple):
 
     id: int
     name: str
+    since: int
     block: int
     group: int
     size: int
@@ -142,10 +144,12 @@ def _lib() -> ctypes.CDLL:
     lib.ptqtp_to_float.argtypes = lib.ptqtp_from_float.argtypes = [i, p, p, i64, i]
     lib.ptqtp_scan.argtypes = [p, i64, i64, f, i, ctypes.POINTER(_Scan)]
     lib.ptqtp_read_sum.argtypes, lib.ptqtp_read_sum.restype = [p, ctypes.c_size_t], u64
+    lib.ptqtp_nearest_levels.argtypes = [p, p, i64, i]
     lib.ptqtp_count_words.argtypes = [p, i64, i, p, p]
+    lib.ptqtp_count_third.argtypes = [p, i64, i, p]
     lib.ptqtp_hash.argtypes, lib.ptqtp_hash.restype = [p, i64, u64, i], u64
     matrices = (p, i64) * 5
-    lib.ptqtp_gptq_block.argtypes = lib.ptqtp_cd_block.argtypes = [i64, i64, *matrices, i, i]
+    lib.ptqtp_gptq_block.argtypes = lib.ptqtp_cd_block.argtypes = [i, i64, i64, *matrices, i, i]
     lib.ptqtp_kernels.argtypes = [ctypes.POINTER(i)]
     lib.ptqtp_kernels.restype = ctypes.POINTER(_Kernel)
     lib.ptqtp_kernel_for.argtypes, lib.ptqtp_kernel_for.restype = [i], ctypes.POINTER(_Kernel)
@@ -166,7 +170,10 @@ def types() -> list[TypeRow]:
     count = ctypes.c_int()
     table = _lib().ptqtp_type_table(ctypes.byref(count))
     rows = [table[i] for i in range(count.value)]
-    return [TypeRow(r.type, r.name.decode(), r.block, r.group, r.size, r.planes, r.scale_size, r.reach) for r in rows]
+    return [
+        TypeRow(r.type, r.name.decode(), r.since, r.block, r.group, r.size, r.planes, r.scale_size, r.reach)
+        for r in rows
+    ]
 
 
 @functools.cache
@@ -310,7 +317,7 @@ def scan(x: F32, group: int, floor: float, threads: int = 0) -> Scan:
 
 
 def count_words(units: U8, five: NDArray[np.uint64], last: NDArray[np.uint64], threads: int = 0) -> None:
-    """Counts words of trit-plane data of either type. units: uint8, any shape, contiguous, whole units of 14 bytes.
+    """Counts words of trit-plane data of any type. units: uint8, any shape, contiguous, whole units of 14 bytes.
 
     five, last: uint64 (65536,), added to: how many of words 0..5 of the units, and of words 6 (side + 256*r), have each
     value. Raises QuantizeError where the units are not whole.
@@ -325,10 +332,31 @@ def count_words(units: U8, five: NDArray[np.uint64], last: NDArray[np.uint64], t
     _check(status, "counting words")
 
 
+def count_third(units: U8, threads: int = 0) -> NDArray[np.int64]:
+    """How many weights of TP2_2 data have the third trit -1, 0, 1: (3,). units: uint8, any shape, whole units of 14
+    bytes. Raises QuantizeError where they are not whole."""
+    if units.nbytes % UNIT_BYTES:
+        raise QuantizeError(f"{units.nbytes} bytes; units have {UNIT_BYTES}")
+    units, counts = np.ascontiguousarray(units), np.zeros(3, np.uint64)
+    status = _lib().ptqtp_count_third(_ptr(units), units.nbytes // UNIT_BYTES, threads, _ptr(counts))
+    _check(status, "counting third trits")
+    return counts.astype(np.int64)
+
+
+def nearest_levels(values: int, levels: int, n: int, threads: int = 0) -> None:
+    """The levels that a TP2_2 matrix can hold nearest to n values in units of their scale, group by group of 32.
+
+    values, levels: addresses of n contiguous float32, finite, and of n int8 that are written. Raises QuantizeError
+    unless n is a multiple of 32.
+    """
+    _check(_lib().ptqtp_nearest_levels(values, levels, n, threads), "nearest levels")
+
+
 Matrix = tuple[int, int]  # address of the first element, elements from row to row; rows are contiguous
 
 
 def gptq_block(
+    t: TensorType,
     rows: int,
     cols: int,
     w: Matrix,
@@ -339,20 +367,22 @@ def gptq_block(
     window: int = 2,
     threads: int = 0,
 ) -> None:
-    """GPTQ with feedback over one block of columns, in place, as quantize.blocks.gptq_block.
+    """GPTQ with feedback over one block of columns, in place, as gptq_block of quantize/gptq_reference.py.
 
+    t       TP2_1 or TP2_2; the latter's columns in the order of its chain within each group, w, u and levels alike
     w       float32 (rows, cols), cols a multiple of 32 and at most 256
     u       float32 (cols, cols), this block of the upper U with inv(H) = U^T U; only its upper triangle is read
     levels  int8 (rows, cols), codes uint8 (rows, cols/32), err float32 (rows, cols): written
     window  scale codes tried to each side, 0..255
-    Any memory of the CPU will do (numpy's, torch's); buffers may not overlap. Raises QuantizeError where a size, the
-    window or the distance between rows is out of bounds.
+    Any memory of the CPU will do (numpy's, torch's); buffers may not overlap. Raises QuantizeError for another type,
+    and where a size, the window or the distance between rows is out of bounds.
     """
-    status = _lib().ptqtp_gptq_block(rows, cols, *w, *u, *levels, *codes, *err, window, threads)
-    _check(status, f"GPTQ block of {rows} x {cols}, window {window}")
+    status = _lib().ptqtp_gptq_block(t.id, rows, cols, *w, *u, *levels, *codes, *err, window, threads)
+    _check(status, f"GPTQ block of {t.name}, {rows} x {cols}, window {window}")
 
 
 def cd_block(
+    t: TensorType,
     rows: int,
     cols: int,
     r: Matrix,
@@ -363,7 +393,7 @@ def cd_block(
     window: int = 2,
     threads: int = 0,
 ) -> None:
-    """A sweep of coordinate descent over one block of columns, in place, as quantize.blocks.cd_block.
+    """A sweep of descent over one block of columns, in place, as cd_block of quantize/gptq_reference.py.
 
     r       float32 (rows, cols), these columns of (W - levels * scales) H; cols a multiple of 32 and at most 256
     h       float32 (cols, cols), this block of H, symmetric; only its upper triangle is read
@@ -371,8 +401,8 @@ def cd_block(
     delta   float32 (rows, cols), the change of levels * scales: written
     The rest as for gptq_block.
     """
-    status = _lib().ptqtp_cd_block(rows, cols, *r, *h, *levels, *codes, *delta, window, threads)
-    _check(status, f"coordinate descent on a block of {rows} x {cols}, window {window}")
+    status = _lib().ptqtp_cd_block(t.id, rows, cols, *r, *h, *levels, *codes, *delta, window, threads)
+    _check(status, f"descent on a block of {t.name}, {rows} x {cols}, window {window}")
 
 
 def pack(t: TensorType, digits: U8, scales: NDArray[np.generic]) -> U8:

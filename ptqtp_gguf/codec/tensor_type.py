@@ -21,6 +21,7 @@ class TensorType:
     """One custom ggml type.
 
     id, name        of the ggml type; part of the file format
+    since           format version that brought it
     block, size     weights a block; bytes a block
     group           weights that share their scales
     reach           largest |weight|
@@ -36,11 +37,13 @@ class TensorType:
     weights         digits uint8 (R, C), scales -> float32 (R, C)
     to_levels       digits uint8 (R, C) -> levels int8 (R, C); None without levels
     from_levels     the inverse; another level gives 255, which no packer takes
+    chain           weights of a unit in the order in which a computed trit follows from those before; () = none is
     bad_scale       side bytes uint8 (U,) -> bool (blocks,): a scale that is not finite; None where every byte is one
     """
 
     id: int
     name: str
+    since: int
     block: int
     size: int
     group: int
@@ -58,6 +61,7 @@ class TensorType:
     to_levels: Callable[[U8], I8] | None = field(default=None, compare=False, repr=False)
     from_levels: Callable[[NDArray[np.signedinteger]], U8] | None = field(default=None, compare=False, repr=False)
     bad_scale: Callable[[U8], NDArray[np.bool_]] | None = field(default=None, compare=False, repr=False)
+    chain: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def bpw(self) -> float:

@@ -43,6 +43,7 @@ def _bad_scale(side: U8) -> NDArray[np.bool_]:
 TP2_0 = TensorType(
     id=250,
     name="TP2_0",
+    since=1,
     block=GROUP,
     size=4 * (2 * UNIT_WORDS + 1) + 2 * 2,
     group=GROUP,

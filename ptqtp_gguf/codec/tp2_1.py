@@ -61,6 +61,7 @@ def _weights(digits: U8, codes: Scales) -> F32:
 TP2_1 = TensorType(
     id=251,
     name="TP2_1",
+    since=1,
     block=UNIT,
     size=2 * UNIT_WORDS + 1 + 1,
     group=32,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..codec import BY_NAME
+from ..codec import BY_NAME, DEFAULT
 from ..compare import PEERS, WINDOWS, Settings, Stopped, check_tools, write_report
 from ..compare import as_json as as_document
 from ..compare import compare as compare_files
@@ -77,7 +77,7 @@ def compare(
 
       ptqtp-gguf compare model-bf16.gguf --against Q4_0,IQ4_XS --text wiki.txt --output report
 
-      ptqtp-gguf compare ./model --ours TP2_1,tuned=mine.gguf --against Q4_K_M,theirs.gguf --output report
+      ptqtp-gguf compare ./model --ours TP2_2,tuned=mine.gguf --against Q4_K_M,theirs.gguf --output report
 
       ptqtp-gguf compare ./model --calib builtin --against Q4_K_M,IQ3_XXS --output report --rounds 0
     """
@@ -85,7 +85,7 @@ def compare(
     check_tools()
     settings = Settings(
         against=_names(against, PEERS),
-        ours=_names(ours, ("TP2_1",)),
+        ours=_names(ours, (DEFAULT.name,)),
         text=text,
         ctx=ctx,
         windows=windows,

@@ -89,12 +89,12 @@ def _convert(
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A GGUF with TP2_1 tensors.")],
+    source: Annotated[Path, typer.Argument(help="A GGUF with TP2_1 or TP2_2 tensors.")],
     out: Annotated[Path, typer.Argument(help="The Q4_0 twin to write.")],
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the lossless Q4_0 twin of a TP2_1 file, for runtimes that are not patched.
+    """Write the lossless Q4_0 twin of a TP2_1 or TP2_2 file, for runtimes that are not patched.
 
     The weights are bit-exact the same, at 4.5 bits each.
 

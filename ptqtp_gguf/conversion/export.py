@@ -1,8 +1,8 @@
-"""The lossless Q4_0 twin of a TP2_1 file, for every runtime that is not patched.
+"""The lossless Q4_0 twin of a TP2_1 or TP2_2 file, for every runtime that is not patched.
 
-A TP2_1 group of 32 is exactly a Q4_0 block: the same scale in fp16 (five significant bits, down to 2^-15: exact, some
-as subnormals), code = 8 + level. Layout of a Q4_0 block: fp16 d, then 16 bytes; byte j holds element j in its low and
-element j + 16 in its high nibble (ggml/src/ggml-common.h, block_q4_0).
+A group of 32 is exactly a Q4_0 block: the same scale in fp16 (five significant bits, down to 2^-15: exact, some as
+subnormals), code = 8 + level, level being -6 .. 6. Layout of a Q4_0 block: fp16 d, then 16 bytes; byte j holds element
+j in its low and element j + 16 in its high nibble (ggml/src/ggml-common.h, block_q4_0).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec import DEFAULT, TYPES, U8, Key, TensorType, scale_to_float, unpack
+from ..codec import TYPES, U8, Key, TensorType, scale_to_float, unpack
 from ..errors import InputError, OutputError
 from ..files import (
     KV,
@@ -33,6 +33,7 @@ from ..progress import Progress, no_progress
 from .summary import Summary
 
 FILE_TYPE_Q4_0 = 2  # LLAMA_FTYPE_MOSTLY_Q4_0
+_TYPES = " or ".join(t.name for t in TYPES.values() if t.q4_0_twin)
 
 
 def to_q4_0(t: TensorType, data: U8) -> U8:
@@ -47,7 +48,8 @@ def to_q4_0(t: TensorType, data: U8) -> U8:
 
 
 def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progress = no_progress) -> Summary:
-    """Write the Q4_0 twin of a TP2_1 file. Raises InputError if the file has TP2_0 tensors, or no TP2_1 tensor."""
+    """Write the Q4_0 twin of a file. Raises InputError if it has tensors of one of our types that has no twin, or none
+    of one that has."""
     started = time.monotonic()
     with system_errors(out), Reader(source) as reader:
         check_target(out, source, force)
@@ -55,7 +57,7 @@ def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progr
         if free := next(((name, kind) for name, kind in ours if not kind.q4_0_twin), None):
             raise InputError(f"{source}: tensor {free[0]} is {free[1].name}; its free scales have no exact Q4_0 twin")
         if not ours:
-            raise InputError(f"{source}: no {DEFAULT.name} tensor in it; nothing to export")
+            raise InputError(f"{source}: no {_TYPES} tensor in it; nothing to export")
         rows = [_row(t) for t in reader.tensors]
         kvs = _metadata(reader)
         tensors = [r.out for r in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import __version__
-from ..codec import FORMAT_VERSION, TYPES, Key
+from ..codec import TYPES, Key
 from ..files import type_name
 from ..plan import Options, Request
 from .model_card import CardFacts, OutFile, TypeLine, origin_of
@@ -39,6 +39,6 @@ def card_facts(summary: Summary, source: Path, options: Options) -> CardFacts:
         recipe_description=recipe.description,
         errors=[(r.tensor.name, r.rel_mse) for r in summary.rows if r.rel_mse is not None],
         fallbacks=[(r.tensor.name, type_name(r.choice.type), r.choice.reason) for r in summary.fallbacks],
-        provenance=[(Key.SOURCE_HASH, summary.source_hash), (Key.FORMAT_VERSION, str(FORMAT_VERSION))],
+        provenance=[(Key.SOURCE_HASH, summary.source_hash), (Key.FORMAT_VERSION, str(meta[Key.FORMAT_VERSION]))],
         q4_0_twin=all(t.q4_0_twin for r in summary.rows if (t := TYPES.get(r.choice.type))),
     )

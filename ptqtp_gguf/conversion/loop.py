@@ -139,7 +139,7 @@ def _tensor(job: Job, row: PlanRow, pieces: Generator[U8, None, None], writer: T
 def _submit(job: Job, row: PlanRow, raw: U8, first: int, importance: Importance | None) -> Pending:
     planes = job.planes
     try:
-        if planes and planes.has(row.tensor.name) and row.choice.type in (planes.kind.id, F32_ID):
+        if planes and planes.has(row.tensor.name) and row.choice.type in (planes.kind_of(row.tensor.name).id, F32_ID):
             return Done(planes.encode(row.tensor, raw, first, job.threads))
         return job.encoder.submit(raw, row.tensor.type, row.choice.type, job.method.name, first, importance)
     except QuantizeError as e:

@@ -8,7 +8,7 @@ import struct
 from collections import Counter
 
 from .. import __version__
-from ..codec import FILE_TYPE, FORMAT_VERSION, TYPES, Key
+from ..codec import FILE_TYPE, TYPES, Key, format_version
 from ..errors import RecipeError
 from ..files import BOOL, FLOAT32, INT64, KV, STRING, UINT32, UINT64, kv_list, kv_scalar, kv_string, kv_u32, kv_u32_list
 from ..plan import PlanRow
@@ -71,7 +71,7 @@ def build(
     ours = [
         kv_u32("general.file_type", FILE_TYPE[type_name.upper()]),
         kv_u32("general.quantization_version", 2),
-        kv_u32(Key.FORMAT_VERSION, FORMAT_VERSION),
+        kv_u32(Key.FORMAT_VERSION, format_version(TYPES[i] for i in used)),
         kv_u32_list(Key.TYPE_IDS, used),
         kv_u32_list(Key.GROUP_SIZE, [TYPES[i].group for i in used]),
         kv_string(Key.METHOD, method),

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from ..calibrate import PlaneStore, Work
+from ..calibrate import PlaneStore, Work, planned
+from ..codec import TensorType
 from ..plan import PlanRow, Request
 from ..progress import Progress
 from ..source import Source, fingerprint
@@ -25,9 +26,10 @@ def prepared(
     Yields the store with the planes; its notes tell what did not go as it should.
     Raises CalibrationError, QuantizeError, TuneError, OutputError, ResumeError.
     """
-    options = request.calibration.decisive() | {"method": request.method.name}
-    job = {**fingerprint(source, options), "tensors": _named(rows, request.kind.id)}
-    with PlaneStore(out, job, request.kind, request.options.restart) as store:
+    kinds = planned(rows, request)
+    options = request.calibration.decisive() | {"--type": request.kind.name, "method": request.method.name}
+    job = {**fingerprint(source, options), "tensors": _named(kinds)}
+    with PlaneStore(out, job, request.kind, request.options.restart, kinds) as store:
         todo = [stage for stage in request.method.stages if not store.ended(stage)]
         if todo:
             work = Work(source, rows, request, store, progress)
@@ -43,6 +45,6 @@ def stage_of(name: str) -> Callable[[Work], None]:
     return run
 
 
-def _named(rows: list[PlanRow], kind: int) -> str:
-    names = "\n".join(r.tensor.name for r in rows if r.choice.type == kind)
+def _named(kinds: dict[str, TensorType]) -> str:
+    names = "\n".join(f"{kind.name} {name}" for name, kind in kinds.items())
     return hashlib.sha256(names.encode()).hexdigest()

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 
-from ..codec import F32, FORMAT_VERSION, TYPES, U8, Key, native
+from ..codec import F32, FORMAT_VERSION, TYPES, U8, Key, format_version, native
 from ..errors import InputError
 from .gguf_values import ARRAY as ARRAY
 from .gguf_values import BOOL as BOOL
@@ -264,13 +264,21 @@ class Reader:
     def _check_format_version(self) -> None:
         if self.get("split.no"):  # only the first part of a split file carries the metadata
             return
-        ours = any(t.type in TYPES for t in self.tensors)
+        ours = [TYPES[i] for i in sorted({t.type for t in self.tensors} & TYPES.keys())]
         version = self.get(Key.FORMAT_VERSION)
-        if (ours or version is not None) and version != FORMAT_VERSION:
+        if not ours and version is None:
+            return
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             found = "none" if version is None else version
             raise InputError(
                 f"{self.path}: {Key.FORMAT_VERSION} is {found}; this version of ptqtp-gguf reads "
-                f"{FORMAT_VERSION}; convert the model again"
+                f"1 to {FORMAT_VERSION}; convert the model again"
+            )
+        if version < (needed := format_version(ours)):
+            late = next(t.name for t in ours if t.since == needed)
+            raise InputError(
+                f"{self.path}: {Key.FORMAT_VERSION} is {version}, but the file holds {late} tensors, which begin with "
+                f"version {needed}; convert the model again"
             )
 
     def __enter__(self) -> Reader:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from .check import Verdict, check_file, intact, verify
 from .contents import FEW, TEMPLATE, Report, inspect, plain
 from .diff import SHOWN, Difference, TensorDifference, TensorError, difference, tensor_errors
-from .histograms import DIGIT_VALUES, PlaneStatistics, Statistics, plane_statistics
+from .histograms import DIGIT_VALUES, TRIT_VALUES, PlaneStatistics, Statistics, plane_statistics
 
 __all__ = [
     "DIGIT_VALUES",
     "FEW",
     "SHOWN",
     "TEMPLATE",
+    "TRIT_VALUES",
     "Difference",
     "PlaneStatistics",
     "Report",

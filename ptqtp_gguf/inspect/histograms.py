@@ -1,9 +1,10 @@
 """How the digits and scales of trit-plane tensors are distributed: by tensor, by role, over a whole file.
 
 A word of five digits has one of 65536 values, so words are counted, and decoded once they are counted: a file is read
-about as fast as the counting goes, and memory is that of a piece. Scales of both types are fp16 values without loss
-(docs/format.md), so they are counted as such. Their histogram has four bins an octave, which are four neighbouring
-codes of TP2_1 each: the edges are (1 + m/4) * 2^e.
+about as fast as the counting goes, and memory is that of a piece. The third trits of TP2_2 depend on neighbours in
+other words: those are decoded. Scales of all types are fp16 values without loss (docs/format.md), so they are counted
+as such. Their histogram has four bins an octave, which are four neighbouring 8-bit codes each: the edges are
+(1 + m/4) * 2^e.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import SIDE, TP2_1, TYPES, U8, UNIT, UNIT_BYTES, native, pack, scale_to_float
+from ..codec import SIDE, TP2_1, TP2_2, TYPES, U8, UNIT, UNIT_BYTES, native, pack, scale_to_float
 from ..files import ReadAhead, TensorInfo
 from ..plan import Role, role_of
 from ..progress import Progress, no_progress
 from ..source import GgufSource, Source, rows_together
 
 DIGIT_VALUES = tuple(range(-4, 5))  # digit - 4 = 3*t1 + t2
+TRIT_VALUES = (-1, 0, 1)
 BINS_AN_OCTAVE = 4
 FINITE_HALVES = 0x7C00  # fp16 magnitudes by their bits: 0, the finite ones in order, then Inf and NaN
 PIECE = 1 << 24  # weights read at a time
@@ -34,7 +36,7 @@ _SHIFT = 21  # of a float32's bits: exponent and two bits of the mantissa are le
 _HALVES = np.arange(FINITE_HALVES, dtype=np.uint16).view(np.float16).astype(np.float32)
 _BIN_OF_HALF = (_HALVES.view(np.uint32) >> _SHIFT).astype(np.int64)  # of zero: 0
 _HALF_OF_CODE = scale_to_float(np.arange(256, dtype=np.uint8)).astype(np.float16).view(np.uint16)
-_EMPTY = pack(TP2_1, np.full((1, UNIT), 4, np.uint8), np.zeros((1, 1), np.uint8))  # code 0, all digits 4
+_EMPTY = pack(TP2_1, np.full((1, UNIT), 4, np.uint8), np.zeros((1, 1), np.uint8))  # code 0, all digits 4; of TP2_2 too
 
 
 @functools.cache
@@ -53,12 +55,13 @@ class PlaneStatistics:
     """Digits and scales of some weights. A group is empty if it is all zero; its scale is not counted."""
 
     digits: tuple[int, ...]  # how often each of 0..8 stands; DIGIT_VALUES are what they mean
-    scales: tuple[int, ...]  # |scale|: one a group for TP2_1, two for TP2_0; one entry a bin
+    third: tuple[int, ...]  # of the weights of TP2_2, how often the third trit is -1, 0, 1; () where there are none
+    scales: tuple[int, ...]  # |scale|: two a group for TP2_0, one for the others; one entry a bin
     edges: tuple[float, ...]  # one more than bins; a bin holds its lower edge
     smallest: float  # of the scales; this and the next two NaN where none is counted
     median: float
     largest: float
-    empty: int  # scales of 0, and those of all-zero TP2_1 groups
+    empty: int  # scales of 0, and the codes of all-zero groups
     damaged: int  # scales that are Inf or NaN
 
     @property
@@ -66,20 +69,23 @@ class PlaneStatistics:
         return sum(self.digits)
 
     @property
-    def zero_share(self) -> tuple[float, float]:
-        """Share of zeros in plane 1 and in plane 2."""
+    def zero_share(self) -> tuple[float, ...]:
+        """Share of zeros in plane 1 and in plane 2; then in plane 3, where there is one."""
         n = max(1, self.weights)
-        return sum(self.digits[3:6]) / n, sum(self.digits[1::3]) / n
+        stored = sum(self.digits[3:6]) / n, sum(self.digits[1::3]) / n
+        return (*stored, self.third[1] / sum(self.third)) if self.third else stored
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """For JSON: digits and scales, as a report has them."""
         none = not self.scales
+        third = {"third": {"values": list(TRIT_VALUES), "counts": list(self.third)}} if self.third else {}
         return {
             "digits": {
                 "values": list(DIGIT_VALUES),
                 "counts": list(self.digits),
                 "zero_share": [round(s, 6) for s in self.zero_share],
             },
+            **third,
             "scales": {
                 "edges": list(self.edges),
                 "counts": list(self.scales),
@@ -97,16 +103,20 @@ class _Count:
 
     def __init__(self) -> None:
         self.five, self.last = np.zeros(_WORDS, np.uint64), np.zeros(_WORDS, np.uint64)
+        self.third = np.zeros(3, np.int64)
         self.halves = np.zeros(1 << 15, np.int64)  # scales, by the bits of their magnitude
 
     def add(self, other: _Count) -> None:
         self.five += other.five
         self.last += other.last
+        self.third += other.third
         self.halves += other.halves
 
     def take(self, data: U8, type_id: int, threads: int) -> None:
         """data: uint8, any shape, contiguous, whole blocks."""
         native.count_words(data, self.five, self.last, threads)
+        if type_id == TP2_2.id:
+            self.third += native.count_third(data, threads)
         units = data.reshape(-1, UNIT_BYTES)
         sides = units[:, SIDE]
         if TYPES[type_id].scale_dtype == "uint8":
@@ -136,7 +146,8 @@ class _Count:
             low, median, high = (float(_HALVES[i]) for i in (used[0], middle, used[-1]))
         empty, damaged = int(self.halves[0]), int(self.halves[FINITE_HALVES:].sum())
         counted = tuple(int(n) for n in digits)
-        return PlaneStatistics(counted, tuple(bins), tuple(edges), low, median, high, empty, damaged)
+        third = tuple(self.third.tolist()) if self.third.any() else ()
+        return PlaneStatistics(counted, third, tuple(bins), tuple(edges), low, median, high, empty, damaged)
 
 
 @dataclass(frozen=True)

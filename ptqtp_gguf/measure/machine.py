@@ -58,7 +58,7 @@ class Machine:
     memory: int | None
     os: str
     features: tuple[str, ...]
-    kernel: str | None  # of TP2_1 matrices, as the patched runtime chose it
+    kernel: str | None  # of trit-plane matrices, as the patched runtime chose it
     governor: str | None
     quota: float | None = None
 

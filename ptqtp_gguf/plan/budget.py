@@ -56,7 +56,8 @@ def fit_budget(
 ) -> dict[str, Choice]:
     """Choose every tensor's type so that the file has at most `target` bits per weight; name -> choice.
 
-    recipe        bound; says what is quantized. What it keeps, gives a float type, or has from --tensor-type stays so
+    recipe        bound; says what is quantized and which trit-plane types are tried. What it keeps, gives a float type,
+                  or has from --tensor-type stays so
     target        8 * bytes of the whole file / weights of all tensors, as `inspect` counts
     header_bytes  what stands before the tensor data, padded
     sample        sample(tensor, n) -> float32 (r, C): rows spread evenly over the tensor, about n weights; see `spread`
@@ -73,8 +74,10 @@ def fit_budget(
     if not isfinite(target) or target <= 0:
         raise RecipeError(f"target of {target} bits per weight; give a number above 0")
     recipe.check_overrides(tensors)
-    ours = next((BY_NAME[r.target] for r in recipe.rules if r.target in BY_NAME), DEFAULT)
-    methods.require(method, ours)
+    named = [BY_NAME[r.target] for r in recipe.rules if r.target in BY_NAME and not r.override]
+    ours = list(dict.fromkeys(named or [DEFAULT]))
+    for kind in ours:
+        methods.require(method, kind)
     model, weights = Model(tensors), sum(t.n_weights for t in tensors)
     chosen: dict[str, Choice] = {}
     free: list[tuple[TensorInfo, list[Option]]] = []
@@ -82,7 +85,7 @@ def fit_budget(
         progress("measuring", i, len(tensors), t.name)
         if _is_free(rule_for(t, recipe.rules, model)):
             fitting = [k for k in _ladder(t, ours) if takes(t, k)]
-            options = _measure(t, fitting, sample, method, threads, alignment, importance(t, ours.id))
+            options = _measure(t, fitting, sample, method, threads, alignment, importance(t, ours[0].id))
             free.append((t, options or [Option(t.type, align(t.nbytes, alignment), 0.0)]))
         else:
             chosen[t.name] = choose(t, recipe.rules, model)
@@ -154,9 +157,12 @@ def _is_free(rule: Rule | None) -> bool:
     return rule is not None and not rule.override and rule.target != KEEP and TYPE_IDS.get(rule.target) not in FLOAT_IDS
 
 
-def _ladder(t: TensorInfo, ours: TensorType) -> list[int]:
-    """Type ids that the tensor's rows fit into and that can be written here, ours first; then its own, or F16."""
-    rungs = [[ours.id], *([TYPE_IDS[name] for name in rung] for rung in LADDER)]
+def _ladder(t: TensorInfo, ours: Sequence[TensorType]) -> list[int]:
+    """Type ids that the tensor's rows fit into and that can be written here, ours first; then its own, or F16.
+
+    Ours all, since of equal bytes the hull takes the least error: so TP2_2 where a recipe names TP2_1 too.
+    """
+    rungs = [*([kind.id] for kind in ours), *([TYPE_IDS[name] for name in rung] for rung in LADDER)]
     fitting = [[k for k in rung if t.shape[0] % GGML_TYPES[k][1] == 0 and _writable(k)] for rung in rungs]
     found = [rung[0] for rung in fitting if rung]
     last = F16_ID if t.type_name in ("F32", "F64") else t.type

@@ -15,7 +15,7 @@ from .tuning import TuneSettings
 AUTO = "auto"  # the method that the other options ask for
 TOKENS_GPU, TOKENS_CPU = 1 << 18, 1 << 15
 METHOD_NAMES = (AUTO, *methods.METHODS)
-_TYPE_NAMES = " or ".join(sorted((t.name for t in TYPES.values()), reverse=True))
+_TYPE_NAMES = ", ".join(sorted((t.name for t in TYPES.values()), reverse=True))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ A recipe file is JSON; `ptqtp_gguf/recipes/` holds those that ship:
       {"pattern": "blk\\\\..*", "type": "{type}", "reason": "the user's --type"}]}
 
 pattern  regular expression that matches the WHOLE name of a tensor; the first rule that matches decides
-type     TP2_1, TP2_0, a ggml type that llama-quantize writes (some want --imatrix), "keep", or "{type}"; a tensor
-         without a rule is kept
+type     TP2_2, TP2_1, TP2_0, a ggml type that llama-quantize writes (some want --imatrix), "keep", or "{type}"; a
+         tensor without a rule is kept
 layers   optional: only layers whose depth i/n lies in one of these half-open ranges
 with     optional: regular expression; only in a model that has a tensor whose WHOLE name it matches, as
          "output\\\\.weight": where embedding and output are two tensors
@@ -317,5 +317,5 @@ def block_type(name: str) -> TensorType:
     try:
         return BY_NAME[name.upper()]
     except KeyError:
-        known = " and ".join(sorted(BY_NAME, reverse=True))
+        known = ", ".join(sorted(BY_NAME, reverse=True))
         raise RecipeError(f"no trit-plane type '{name}'; there are {known}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import gptq, methods
 from .encode import make_encoder
-from .gptq import Settings
+from .gptq import Settings, nearest_in_chain
 from .methods import Method
 from .pieces import FLOOR, MASK, Done, Encoded, Encoder, Pending, checksum, to_float
 from .torch_codec import GROUP, Tensor, change_unit, code_scales, latent_start, nearest_levels, scale_codes
@@ -27,6 +27,7 @@ __all__ = [
     "latent_start",
     "make_encoder",
     "methods",
+    "nearest_in_chain",
     "nearest_levels",
     "scale_codes",
     "to_float",

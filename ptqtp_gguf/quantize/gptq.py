@@ -1,20 +1,23 @@
-"""`calibrated`: second-order quantization to TP2_1 with the second moments of calibration text. PyTorch, CPU or CUDA.
+"""`calibrated`: second-order quantization with the second moments of calibration text. PyTorch, CPU or CUDA.
 
 H = sum of c * x xT over the calibration tokens, x the input of a matrix, c a weight of the token (calibration.py). The
 error of a row is e H eT, e = w - q. Four steps, each kept because it paid (docs/results/accuracy.md):
 
 1. GPTQ (arXiv 2210.17323): column by column, each column's rounding error goes to the columns not yet done, through the
    Cholesky factor of inv(H). A group's scale is chosen when its first column comes: the codes near the best one for the
-   weights as they have become by then, each by the feedback that it would really cause.
+   weights as they have become by then, each by the feedback that it would really cause. In a group
+   of TP2_2 nine paths survive, each with its own feedback: per-survivor processing (Raheli, Polydoros, Tzou, IEEE
+   Trans. Commun. 43, 1995).
 2. Coordinate descent (as QuantEase, arXiv 2309.01885): a group of 32 at a time, its levels and scale code together; the
-   error never grows.
+   error never grows. Levels of TP2_1 change one by one, those of TP2_2 as the best path for the whole group.
 3. Joint least squares of all scales of a row, levels fixed, rounded to their codes; kept for a row where it helps.
 4. Coordinate descent again.
 
 In sequential use the inputs come from layers that are quantized already; `aim` moves the weights a part of the way to
 those that would give the unquantized layer's outputs (as GPTAQ, arXiv 2504.02692, which goes the whole way).
 
-The inner loops are native/bulk/calibrate.inc (CPU) and calibrate.cu (CUDA); gptq_reference.py is their numpy reference.
+The inner loops are native/bulk/calibrate.inc (CPU) and calibrate.cu (CUDA); gptq_reference.py is their numpy
+reference.
 """
 
 from __future__ import annotations
@@ -23,11 +26,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..codec import TP2_1, native
+from ..codec import CHAIN, TP2_1, TP2_2, TensorType, native
 from ..errors import QuantizeError
 from .cuda import driver as nvidia
 
@@ -39,23 +42,26 @@ SOURCE_FILE = Path(__file__).parent / "cuda" / "calibrate.cu"
 RIDGE = 1e-3  # of the scales' least squares, relative to the mean diagonal
 MAX_DAMP = 1.0
 ROWS_AT_ONCE = 1 << 26  # floats of least squares' systems held together
+ROW_THREADS = 16  # of calibrate.cu's kernels for TP2_2
+WINDOWS = {TP2_1.id: 2, TP2_2.id: 1}  # TP2_2: 0 costs 1 to 3 % of error; 2 gains .3 % in a quarter more time
 
 
 @dataclass(frozen=True)
 class Settings:
     """damp: added to the diagonal of H, relative to its mean; passes: coordinate descents before and after least
-    squares; window: scale codes tried on either side; aim: share of the way to the unquantized layer's outputs."""
+    squares; window: scale codes tried on either side, None = the type's of WINDOWS; aim: share of the way to the
+    unquantized layer's outputs."""
 
     damp: float = 0.05
     passes: tuple[int, int] = (1, 1)
-    window: int = 2
+    window: int | None = None
     aim: float = 0.5
 
 
 class Planes(NamedTuple):
-    """A TP2_1 matrix, unpacked: w = scale(code) * level."""
+    """A matrix of a type with levels, unpacked: w = scale(code) * level."""
 
-    levels: Tensor  # int8 (R, C): 0, 1, 2, 3, 5 with sign
+    levels: Tensor  # int8 (R, C)
     codes: Tensor  # uint8 (R, C/32)
 
     def weights(self) -> Tensor:
@@ -83,23 +89,43 @@ def _cuda(index: int) -> nvidia.Device:
     return nvidia.Device(index, SOURCE_FILE)
 
 
-def _blocks(like: Tensor, threads: int) -> _Blocks:
+def _blocks(kind: TensorType, like: Tensor, threads: int) -> _Blocks:
     if like.device.type == "cpu":
-        return _Blocks(4 * G, partial(native.gptq_block, threads=threads), partial(native.cd_block, threads=threads))
+        loops = [partial(loop, kind, threads=threads) for loop in (native.gptq_block, native.cd_block)]
+        return _Blocks(4 * G, *loops)
+    device, stream = _device_of(like)
+    threads_a_row, chain = (ROW_THREADS, "_chain") if kind == TP2_2 else (1, "")
+
+    def launch(name: str, rows: int, cols: int, *matrices: Matrix, window: int) -> None:
+        assert cols == G
+        places = [x for address, stride in matrices for x in (address, np.int64(stride))]
+        device.launch(name, rows * threads_a_row, *places, np.int32(rows), np.int32(window), stream=stream)
+
+    return _Blocks(G, partial(launch, f"gptq{chain}_group"), partial(launch, f"cd{chain}_group"))
+
+
+def _device_of(like: Tensor) -> tuple[nvidia.Device, Any]:
+    """The kernels on a tensor's device, and torch's stream there. Raises QuantizeError."""
     import torch
 
     try:
         device = _cuda(like.device.index or 0)
     except (nvidia.Unavailable, nvidia.CudaError) as e:
         raise QuantizeError(f"--device cuda: {e}; use --device cpu") from None
-    stream = device.driver.CUstream(torch.cuda.current_stream(like.device).cuda_stream)
+    return device, device.driver.CUstream(torch.cuda.current_stream(like.device).cuda_stream)
 
-    def launch(name: str, rows: int, cols: int, *matrices: Matrix, window: int) -> None:
-        assert cols == G
-        places = [x for address, stride in matrices for x in (address, np.int64(stride))]
-        device.launch(name, rows, *places, np.int32(rows), np.int32(window), stream=stream)
 
-    return _Blocks(G, partial(launch, "gptq_group"), partial(launch, "cd_group"))
+def nearest_in_chain(v: Tensor, levels: Tensor) -> None:
+    """Writes the levels that TP2_2 can hold nearest to weights in units of their scale, each 32 by themselves.
+
+    v float32, finite, levels int8: contiguous, of one size, a multiple of 32, on one device.
+    """
+    if v.device.type == "cpu":
+        native.nearest_levels(v.data_ptr(), levels.data_ptr(), v.numel())
+        return
+    device, stream = _device_of(v)
+    groups = v.numel() // G
+    device.launch("nearest_tp2_2", groups, v.data_ptr(), levels.data_ptr(), np.uint32(groups), stream=stream)
 
 
 def _at(t: Tensor, row: int = 0, col: int = 0) -> Matrix:
@@ -108,13 +134,19 @@ def _at(t: Tensor, row: int = 0, col: int = 0) -> Matrix:
 
 
 def calibrate(
-    w: Tensor, h: Tensor, cross: Tensor | None = None, settings: Settings | None = None, threads: int = 0
+    w: Tensor,
+    h: Tensor,
+    cross: Tensor | None = None,
+    settings: Settings | None = None,
+    threads: int = 0,
+    kind: TensorType = TP2_1,
 ) -> Planes:
     """Quantize one matrix.
 
-    w      float32 (R, C), C a multiple of 32, finite and within the reach of TP2_1
+    w      float32 (R, C), C a multiple of 32, finite and within the reach of the type
     h      float32 (C, C), second moments of the inputs; on the same device, which decides where the work is done
     cross  float32 (C, C), sum of c * x_full xT, x as in h, x_full the same input in the unquantized model; or None
+    kind   TP2_1 or TP2_2
     Raises QuantizeError where h or cross is not finite, or h has no direction with any power.
     """
     settings = settings or Settings()
@@ -123,15 +155,41 @@ def calibrate(
         raise QuantizeError(
             f"second moments of shape {tuple(h.shape)} for rows of {cols}; rows must be multiples of {G}"
         )
+    order = _chain_order(kind, w)
+    if order is None:
+        return _calibrate(w, h, cross, settings, threads, kind)
+    w, h = w[:, order].contiguous(), h[order[:, None], order]
+    cross = None if cross is None else cross[order[:, None], order]
+    planes = _calibrate(w, h, cross, settings, threads, kind)
+    levels = planes.levels.clone()
+    levels[:, order] = planes.levels
+    return Planes(levels, planes.codes)
+
+
+def _chain_order(kind: TensorType, like: Tensor) -> Tensor | None:
+    """The columns of a matrix in the order of its type's chain, group by group; None where the order is as it is."""
+    import torch
+
+    if kind != TP2_2:
+        return None
+    first = torch.arange(0, like.shape[1], G, device=like.device)
+    return (first[:, None] + torch.from_numpy(CHAIN).to(like.device)).flatten()
+
+
+def _calibrate(
+    w: Tensor, h: Tensor, cross: Tensor | None, settings: Settings, threads: int, kind: TensorType
+) -> Planes:
+    """The steps, columns in the order in which the inner loops want them."""
+    window = WINDOWS[kind.id] if settings.window is None else settings.window
     d, u = _prepare(h, settings.damp)
     if cross is not None and settings.aim:
-        w = _aimed(w, h, cross, settings)
-    blocks = _blocks(w, threads)
-    planes = _gptq(blocks, w, u, settings.window)
+        w = _aimed(w, h, cross, settings, kind.reach)
+    blocks = _blocks(kind, w, threads)
+    planes = _gptq(blocks, w, u, window)
     del u
-    planes = _descend(blocks, w, d, planes, settings.passes[0], settings.window)
+    planes = _descend(blocks, w, d, planes, settings.passes[0], window)
     planes = _least_squares(w, d, planes)
-    return _descend(blocks, w, d, planes, settings.passes[1], settings.window)
+    return _descend(blocks, w, d, planes, settings.passes[1], window)
 
 
 def _prepare(h: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -163,7 +221,7 @@ def _prepare(h: Tensor, damp: float) -> tuple[Tensor, Tensor]:
         damp = min(max(damp * 4, 1e-3), MAX_DAMP)
 
 
-def _aimed(w: Tensor, h: Tensor, cross: Tensor, settings: Settings) -> Tensor:
+def _aimed(w: Tensor, h: Tensor, cross: Tensor, settings: Settings, limit: float) -> Tensor:
     """w + aim * w (cross - h) inv(h): towards what gives the full model's outputs on the quantized inputs."""
     import torch
 
@@ -174,7 +232,6 @@ def _aimed(w: Tensor, h: Tensor, cross: Tensor, settings: Settings) -> Tensor:
     damped.diagonal().add_(settings.damp)
     gap = (cross.double() - h.double()) / mean
     step = torch.linalg.solve(damped, gap.T).T
-    limit = TP2_1.reach
     return (w + settings.aim * (w.double() @ step).float()).clamp(-limit, limit)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codec import F32, TP2_0, TP2_1, TYPES, U8, TensorType, native
+from ..codec import F32, TP2_0, TP2_1, TP2_2, TYPES, U8, TensorType, native
 from ..errors import QuantizeError
 from . import paper, search
 
@@ -68,7 +68,7 @@ METHODS = {
         Method(
             "search",
             "best planes without calibration",
-            (TP2_1, TP2_0),
+            (TP2_2, TP2_1, TP2_0),
             takes_importance=True,
             reference=search.reference,
         ),

@@ -30,6 +30,7 @@ from ..codec import (
     T2_OF_DIGIT,
     TP2_0,
     TP2_1,
+    TP2_2,
     U8,
     TensorType,
     digits_of_levels,
@@ -37,7 +38,7 @@ from ..codec import (
     scale_from_float,
     scale_to_float,
 )
-from . import paper
+from . import paper, trellis
 from .sums import lane_sum
 
 BELOW, ABOVE = 12, 13
@@ -155,7 +156,15 @@ def fit_tp2_0(w: F32, h: F32 | None) -> tuple[U8, NDArray[np.float16]]:
     return digits.astype(np.uint8), alphas
 
 
-FITS: dict[int, Callable[[F32, F32 | None], tuple[U8, NDArray[Any]]]] = {TP2_1.id: fit_tp2_1, TP2_0.id: fit_tp2_0}
+def _fit_tp2_2(w: F32, h: F32 | None) -> tuple[U8, U8]:
+    return trellis.fit_tp2_2(w, own_weights(np.abs(w)) if h is None else h)
+
+
+FITS: dict[int, Callable[[F32, F32 | None], tuple[U8, NDArray[Any]]]] = {
+    TP2_0.id: fit_tp2_0,
+    TP2_1.id: fit_tp2_1,
+    TP2_2.id: _fit_tp2_2,
+}
 
 
 def reference(t: TensorType, weights: F32, importance: F32 | None = None) -> U8:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from enum import Enum
+from statistics import fmean
 
 from rich.table import Table
 
-from ..codec import T1_OF_DIGIT, T2_OF_DIGIT
+from ..codec import T1_OF_DIGIT, T2_OF_DIGIT, TP2_2
 from ..errors import printable
 from ..files import TensorInfo
 from ..inspect import (
@@ -15,6 +16,7 @@ from ..inspect import (
     FEW,
     SHOWN,
     TEMPLATE,
+    TRIT_VALUES,
     Difference,
     PlaneStatistics,
     Report,
@@ -140,13 +142,13 @@ def print_tensors(report: Report, planes: Statistics, order: Sort = Sort.FILE) -
             Sort.TYPE: t.type_name,
             Sort.SIZE: -t.nbytes,
             Sort.BPW: -t.nbytes / t.n_weights,
-            Sort.ZEROS: -(s.zero_share[0] + s.zero_share[1] if s else -math.inf),
+            Sort.ZEROS: -(fmean(s.zero_share) if s else -math.inf),
             Sort.SCALE: -(s.median if s and s.scales else -math.inf),
         }
         return (by[order],)
 
-    with_planes = bool(planes.tensors)
-    more = ("0 in plane 1", "in plane 2", "scale min", "median", "max") if with_planes else ()
+    n = max((len(s.zero_share) for s in planes.tensors.values()), default=0)
+    more = ("0 in plane 1", *(f"in plane {i}" for i in range(2, n + 1)), "scale min", "median", "max") if n else ()
     table = Table(whole("tensor"), "shape", "type", *map(right, ("bpw", "MB")), "role", *map(right, more))
     for t in report.tensors if order is Sort.FILE else sorted(report.tensors, key=key):
         s = planes.tensors.get(t.name)
@@ -157,20 +159,21 @@ def print_tensors(report: Report, planes: Statistics, order: Sort = Sort.FILE) -
             f"{8 * t.nbytes / t.n_weights:.3f}",
             f"{t.nbytes / 1e6:.3f}",
             role_of(t.name).value,
-            *(_of_planes(s) if with_planes else ()),
+            *(_of_planes(s, n) if n else ()),
         )
     out_console.print(table)
 
 
-def _of_planes(s: PlaneStatistics | None) -> list[str]:
+def _of_planes(s: PlaneStatistics | None, planes: int) -> list[str]:
     if s is None:
-        return [""] * 5
+        return [""] * (planes + 3)
     scales = [f"{x:.3g}" for x in (s.smallest, s.median, s.largest)] if s.scales else ["none"] * 3
-    return [*(f"{100 * z:.1f} %" for z in s.zero_share), *scales]
+    zeros = [f"{100 * z:.1f} %" for z in s.zero_share]
+    return [*zeros, *[""] * (planes - len(zeros)), *scales]
 
 
 def print_histograms(planes: Statistics) -> None:
-    """Digits and scales as bars: of the whole file, and by role where there are several."""
+    """Digits, third trits and scales as bars: of the whole file, and by role where there are several."""
     if planes.total is None:
         line("  no trit planes in it: no digits and no scales to count")
         return
@@ -178,9 +181,10 @@ def print_histograms(planes: Statistics) -> None:
     if len(planes.roles) > 1:
         parts |= {role.value: s for role, s in planes.roles.items()}
     for name, s in parts.items():
-        zeros = [f"{100 * z:.1f} %" for z in s.zero_share]
-        line(f"{name}: {s.weights / 1e6:.2f} M weights; zeros in plane 1 {zeros[0]}, in plane 2 {zeros[1]}")
+        zeros = ", in ".join(f"plane {i} {100 * z:.1f} %" for i, z in enumerate(s.zero_share, 1))
+        line(f"{name}: {s.weights / 1e6:.2f} M weights; zeros in {zeros}")
         _print_digits(s)
+        _print_third(s)
         _print_scales(s)
 
 
@@ -196,6 +200,18 @@ def _print_digits(s: PlaneStatistics) -> None:
             bar(n / most),
         )
     out_console.print(table)
+
+
+def _print_third(s: PlaneStatistics) -> None:
+    if not s.third:
+        return
+    total = sum(s.third)
+    table = Table(*map(right, ("t3", "share")), "", box=None)
+    for trit, n in zip(TRIT_VALUES, s.third, strict=True):
+        table.add_row(str(trit), f"{100 * n / total:.2f} %", bar(n / max(s.third)))
+    out_console.print(table)
+    only = "" if total == s.weights else f"; the {total / 1e6:.2f} M weights of {TP2_2.name} have one"
+    line(f"  t3 is not stored: it follows from the t2 of the two weights before{only}")
 
 
 def _print_scales(s: PlaneStatistics) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..codec import TritPlanes
+from ..codec import DEFAULT, TensorType, TritPlanes
 from ..errors import TuneError
 from ..plan import TuneSettings
 from ..progress import Progress, no_progress
@@ -66,6 +66,7 @@ def tune(
     only_vectors: Collection[str] | None = None,
     trust_code: bool = False,
     fixed: Mapping[str, Any] | None = None,
+    kind: TensorType = DEFAULT,
 ) -> Tuned:
     """Tune the planes of the model in a folder.
 
@@ -77,6 +78,7 @@ def tune(
     only_vectors  HF names of the norms and biases that may be trained, None = all; name those that you can store
     trust_code  run Python code that the folder brings
     fixed     HF name -> embedding or head as the file holds it, (R, C), where that is neither the original nor planes
+    kind      type of the planes
     Raises TuneError: what does not fit, memory, a start that is not finite; OutputError where state cannot be written.
     """
     import torch
@@ -84,7 +86,7 @@ def tune(
     settings = settings or TuneSettings()
     _check_settings(settings)
     train, held = _windows(windows, "windows"), _windows(held_out, "held-out windows")
-    student = _student(folder, planes, train, held, settings, device, only_vectors, trust_code, fixed)
+    student = _student(folder, planes, train, held, settings, device, only_vectors, trust_code, fixed, kind)
     try:
         run = Run(student, settings, train, held, progress)
         if state is not None:
@@ -108,13 +110,14 @@ def evaluate_kl(
     settings: TuneSettings | None = None,
     device: str = "cpu",
     progress: Progress = no_progress,
+    kind: TensorType = DEFAULT,
 ) -> float:
     """Mean KL(original || planes and vectors), nats, over all positions of windows int64 (N, L). Raises TuneError."""
     import torch
 
     settings = settings or TuneSettings()
     ids = _windows(windows, "windows")
-    student = _student(folder, planes, ids, ids, settings, device)
+    student = _student(folder, planes, ids, ids, settings, device, kind=kind)
     known = {v.name: v.student for v in student.vectors}
     for name, value in (vectors or {}).items():
         if name not in known or tuple(np.shape(value)) != tuple(known[name].shape):
@@ -154,6 +157,7 @@ def _student(
     only: Collection[str] | None = None,
     trust_code: bool = False,
     fixed: Mapping[str, Any] | None = None,
+    kind: TensorType = DEFAULT,
 ) -> Student:
     import torch
 
@@ -172,6 +176,7 @@ def _student(
             only=only,
             trust_code=trust_code,
             fixed=fixed,
+            kind=kind,
         )
         for ids in (train, held):
             if int(ids.min()) < 0 or int(ids.max()) >= student.embeddings:

@@ -73,6 +73,7 @@ def run(work: Work) -> None:
         {hf for hf, (t, _) in links.items() if len(t.shape) == 1},
         found.trust_code,
         fixed,
+        work.store.kind,
     )
     for note in result.notes:
         work.store.say(note)

@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..codec import MAX_LEVEL
+from ..codec import DEFAULT, TensorType
 from ..errors import TuneError
-from ..quantize import GROUP, Tensor, code_scales, latent_start
+from ..quantize import GROUP, Tensor, code_scales, latent_start, nearest_in_chain, nearest_levels
 from ..source import transformers_reason
 from .layers import Flat, PlaneEmbedding, PlaneLinear
 
@@ -59,6 +59,7 @@ class Student:
     """The model of a folder with planes in place of weights, and its teacher.
 
     planes     HF parameter name -> levels int8 (R, C), codes uint8 (R, C/32)
+    kind       their type
     bf16       matrix products inside the blocks, see above; else everything is float32
     vectors    train norms and biases too; only: just those of these names, None = all
     fixed      HF parameter name -> what the file holds of an embedding or a head that has no planes, (R, C)
@@ -79,7 +80,9 @@ class Student:
         only: Collection[str] | None = None,
         trust_code: bool = False,
         fixed: Mapping[str, Any] | None = None,
+        kind: TensorType = DEFAULT,
     ) -> None:
+        self.kind = kind
         self.device = _device(device)
         self.folder = folder
         self.model = _load(folder, trust_code)
@@ -179,8 +182,9 @@ class Student:
         for name, a, c in zip(self.names, levels, codes, strict=True):
             if a.dtype != torch.int8 or c.dtype != torch.uint8:
                 raise TuneError(f"{name}: levels of {a.dtype} and codes of {c.dtype}; expected int8 and uint8")
-            if int(a.abs().max()) > MAX_LEVEL or bool((a.abs() == 4).any()):
-                raise TuneError(f"{name}: a level that is none of 0, +-1, +-2, +-3, +-5")
+            if not bool(torch.isin(a, torch.tensor(self.kind.levels, dtype=torch.int8)).all()):
+                levels_known = ", ".join(str(v) for v in sorted(self.kind.levels) if v >= 0)
+                raise TuneError(f"{name}: a level that is none of {levels_known} and their negatives")
         self.levels = torch.cat([a.flatten() for a in levels]).to(self.device)
         sizes = [a.numel() for a in levels]
         self.level_views = [v.view(a.shape) for v, a in zip(self.levels.split(sizes), levels, strict=True)]
@@ -188,7 +192,7 @@ class Student:
         self.latent: Flat | None = None
         if latent is not None:
             starts = [
-                latent_start(module.weight, a, s, latent)
+                a.float() if self.kind.chain else latent_start(module.weight, a, s, latent)
                 for module, a, s in zip(planned, self.level_views, self.scales.leaves, strict=True)
             ]
             self.latent = Flat(starts, self.device)
@@ -219,6 +223,16 @@ class Student:
 
     def _look_up(self, embedding: Any, scale: Tensor, latent: Tensor | None, levels: Tensor, ids: Tensor) -> Tensor:
         return embedding.weight[ids] if self._teaching else PlaneEmbedding.apply(ids, scale, latent, levels)
+
+    def round_latent(self) -> None:
+        """The levels that the latent weights stand for: the nearest ones, or the nearest that a chain can hold."""
+        assert self.latent
+        edge = self.kind.max_level + 0.5
+        self.latent.value.clamp_(-edge, edge)
+        if self.kind.chain:
+            nearest_in_chain(self.latent.value, self.levels)
+        else:
+            self.levels.copy_(nearest_levels(self.latent.value))
 
     def zero_grad(self) -> None:
         for flat in (self.scales, self.vector_values, self.latent):

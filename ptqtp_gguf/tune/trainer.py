@@ -186,7 +186,7 @@ class Run:
 
     def apply(self) -> None:
         """Put the variables into the student: rounded scales, vectors, levels."""
-        from ..quantize import code_scales, nearest_levels, scale_codes
+        from ..quantize import code_scales, scale_codes
 
         student, d = self.student, self.d["scales"][0]
         wanted = self.scale0 * (d.exp() if self.settings.form == "log" else 1 + d)
@@ -194,8 +194,7 @@ class Run:
         if "vectors" in self.d:
             student.vector_values.value.copy_(self.vector0 + self.unit * self.d["vectors"][0])
         if student.latent:
-            student.latent.value.clamp_(-5.5, 5.5)
-            student.levels.copy_(nearest_levels(student.latent.value))
+            student.round_latent()
 
     def measure(self) -> None:
         """Measure the held-out text; keep the state if it is the best so far. Raises TuneError if the first is none."""

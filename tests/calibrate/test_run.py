@@ -19,6 +19,7 @@ from ptqtp_gguf.calibrate.gather import walk
 from ptqtp_gguf.calibrate.store import PlaneStore, planes_folder
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import CalibrationError, Interrupted, ResumeError
 from ptqtp_gguf.files.gguf import Reader, TensorInfo
@@ -110,6 +111,63 @@ def test_moments_serve_a_gguf(
         assert all(np.array_equal(a.bytes_of(t), b.bytes_of(b.by_name[t.name])) for t in a.tensors)
     first, second = planes_of(out), planes_of(in_order_file[0])
     assert not any(np.array_equal(first[n], second[n]) for n in first)
+
+
+def test_types_by_tensor(
+    folder: Path,
+    how: Options,
+    in_order_file: tuple[Path, Path],
+    moments_file: tuple[Path, Path],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    """TP2_2 everywhere, or for some tensors beside TP2_1: each is calibrated as what it is planned to be."""
+    bf16, options = in_order_file[1], with_(how, hessians=moments_file[1], texts=())
+    found = checkpoint.check(tiny_checkpoint)
+    tokens = texts.tokens([texts.load(t) for t in how.calibration.texts], found, WINDOW, TOKENS)
+    h = {n: m.h.double().numpy() for layer in walk(found, tokens, "llama") for n, m in layer.moments.items()}
+
+    def errors(name: str, options: Options) -> dict[str, tuple[int, float]]:
+        """Of each matrix, its type and what its error does to the outputs."""
+        out = tmp_path / name
+        convert(bf16, out, options)
+        with open_source(bf16) as source:
+            assert verify(out, source).good
+        result = {}
+        with Reader(out) as q, Reader(bf16) as full:
+            for t in (q.by_name[n] for n in planes_of(moments_file[0])):
+                e = (q.rows_f32(t) - full.rows_f32(full.by_name[t.name])).astype(np.float64)
+                result[t.name] = t.type, float(((e @ h[t.name]) * e).sum())
+        return result
+
+    ours = errors("ours.gguf", replace(options, type="TP2_2"))
+    mixed = errors("mixed.gguf", replace(options, tensor_types=("attn_q|ffn_down=TP2_2",)))
+    search = errors("search.gguf", Options(type="TP2_2", device="cpu"))
+    plain = errors("plain.gguf", options)
+    assert all(kind == TP2_2.id for kind, _ in ours.values())
+    for name, (kind, error) in mixed.items():
+        assert kind == (TP2_2.id if "attn_q" in name or "ffn_down" in name else TP2_1.id)
+        assert error == pytest.approx((ours if kind == TP2_2.id else plain)[name][1], rel=0.05)
+    assert all(ours[n][1] < min(0.9 * plain[n][1], 0.4 * search[n][1]) for n in ours)
+
+
+def test_planes_of_another_type_are_not_taken(
+    how: Options, in_order_file: tuple[Path, Path], moments_file: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Also where the conversion's own journal is lost."""
+    out, options = tmp_path / "t.gguf", with_(how, hessians=moments_file[1], texts=())
+
+    def progress(stage: str, *_: object) -> None:
+        if stage == "quantizing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        convert(in_order_file[1], out, options, progress)
+    for path in tmp_path.glob(".t.gguf.*"):
+        if path != planes_folder(out):
+            path.unlink()
+    with pytest.raises(ResumeError, match="unfinished calibration exists beside it, begun with another --type;"):
+        convert(in_order_file[1], out, replace(options, type="TP2_2"))
 
 
 def test_experts_with_few_tokens_are_left_to_search(

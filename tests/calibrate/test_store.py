@@ -14,6 +14,7 @@ from ptqtp_gguf.calibrate.store import PlaneStore, remove_planes, unpacked
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.reference import pack
 from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, digits_of_levels, scale_to_float
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.errors import OutputError, ResumeError
 from ptqtp_gguf.files.gguf import Reader, TensorInfo
 
@@ -40,6 +41,20 @@ def test_planes_that_are_cut(source: Path, out: Path) -> None:
         os.truncate(store.folder / "0.bin", 0)
         with pytest.raises(OutputError, match=r"damaged; start over"):
             store.raw(t)
+
+
+def test_types_by_name(source: Path, out: Path, rng: np.random.Generator) -> None:
+    """Two types in one store: what is read back is what was put, and pieces are those of the type."""
+    with Reader(source) as r, PlaneStore(out, {"options": {}}, TP2_1, kinds={"blk.1.w.weight": TP2_2}) as store:
+        for t, kind in zip(r.tensors, (TP2_1, TP2_2, TP2_1), strict=True):
+            assert store.kind_of(t.name) == kind
+            w = r.rows_f32(t)
+            levels, codes = unpacked(kind, native.quantize(kind, "search", w))
+            store.put(t, levels, codes)
+            assert all(map(np.array_equal, store.planes(t), (levels, codes)))
+            whole = store.encode(t, w.view(np.uint8), 0)
+            assert np.array_equal(whole.data, native.quantize(kind, "search", w))
+            assert whole.hash == native.float_hash(native.dequantize(kind, whole.data).reshape(-1))
 
 
 def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:

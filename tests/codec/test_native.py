@@ -17,11 +17,12 @@ from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import MAX_LEVEL, SMALLEST_SCALE, TP2_1
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.codec.unit import POW2, POW5
 from ptqtp_gguf.errors import QuantizeError
 
 MASK = (1 << 64) - 1
-CASES = [(TP2_1, "search"), (TP2_0, "search"), (TP2_0, "paper")]
+CASES = [(TP2_2, "search"), (TP2_1, "search"), (TP2_0, "search"), (TP2_0, "paper")]
 Q = gguf.GGMLQuantizationType
 
 
@@ -113,12 +114,12 @@ def test_second_decoder_agrees_on_any_bytes(data: np.ndarray, t: TensorType) -> 
     assert native.check(t, data)[0] == packing.first_bad_block(t, data)
 
 
-@pytest.mark.parametrize("t", [TP2_0, TP2_1], ids=lambda t: t.name)
+@pytest.mark.parametrize("t", fmt.TYPES.values(), ids=lambda t: t.name)
 def test_second_decoder_on_all_scales_and_digits(t: TensorType, rng: np.random.Generator) -> None:
     digits = rng.integers(0, 9, size=(1024, t.block), dtype=np.uint8)
-    if t is TP2_1:
+    if t.scale_dtype == "uint8":
         scales = np.arange(1024, dtype=np.uint32).astype(np.uint8)[:, None]
-        data = packing.pack(TP2_1, digits, scales)
+        data = packing.pack(t, digits, scales)
     else:
         halves = np.arange(0, 65536, 32, dtype=np.uint16)  # all signs and exponents, both scales
         halves = halves[halves & 0x7C00 != 0x7C00]

@@ -15,6 +15,7 @@ from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec import reference as packing
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tensor_type import TensorType
+from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.codec.unit import POW5, unpack_units
 from ptqtp_gguf.errors import InputError, QuantizeError
@@ -36,14 +37,32 @@ def decode_unit(unit: bytes) -> list[int]:
     return weights
 
 
+CHAIN = """
+    0 4  8 14 18 22 26 30
+    1 5  9 15 19 23 28 12
+    2 6 10 16 20 24 27 31
+    3 7 11 17 21 25 29 13"""
+
+
+def third_trits(t2: list[int]) -> list[int]:
+    """Of 32 weights in weight order: the sum of the t2 of the two before, mod 3; before the first, minus the last."""
+    order, p = [int(i) for i in CHAIN.split()], [0] * 32
+    for c, i in enumerate(order):
+        both = sum(t2[order[c - k]] if c >= k else -t2[order[c - k]] for k in (1, 2))
+        p[i] = {0: 0, 1: 1, 2: -1}[both % 3]
+    return p
+
+
 def decode_by_hand(t: TensorType, row: bytes) -> list[float]:
     out: list[float] = []
     for b in range(0, len(row), t.size):
         units = [row[b + 14 * i : b + 14 * i + 14] for i in range(t.size // 14)]
-        if t is TP2_1:
+        if t is not TP2_0:
             e, m = divmod(units[0][12], 16)
+            trits = [(d // 3 - 1, d % 3 - 1) for d in decode_unit(units[0])]
+            third = {"TP2_1": [0] * 32, "TP2_2": third_trits([t2 for _, t2 in trits])}[t.name]
             out += [
-                (1 + m / 16) * 2.0 ** (e - 15) * (3 * (d // 3 - 1) + 2 * (d % 3 - 1)) for d in decode_unit(units[0])
+                (1 + m / 16) * 2.0 ** (e - 15) * (3 * t1 + 2 * t2 + p) for (t1, t2), p in zip(trits, third, strict=True)
             ]
         else:
             side = bytes(u[12] for u in units)
@@ -68,6 +87,11 @@ def test_golden_bytes(case: dict) -> None:
     assert decode_by_hand(t, data.tobytes()) == case["values"]
 
 
+def test_every_type_has_golden_bytes() -> None:
+    assert {case["type"] for case in GOLDEN} == set(fmt.BY_NAME)
+    assert len({case["name"] for case in GOLDEN}) == len(GOLDEN)
+
+
 @given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 4), t=st.sampled_from(list(fmt.TYPES.values())))
 def test_round_trip_python_to_c_and_back(data: st.DataObject, rows: int, blocks: int, t: TensorType) -> None:
     cols = blocks * t.block
@@ -90,6 +114,8 @@ def test_any_bytes_decode_alike(data: np.ndarray, t: TensorType) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         a, b = packing.dequantize(t, data), native.dequantize(t, data)
     assert a.tobytes() == b.tobytes() or np.array_equal(a, b, equal_nan=True)
+    if t.levels:
+        assert b.tolist() == [decode_by_hand(t, row.tobytes()) for row in data]
     digits = [decode_unit(data.reshape(-1, 14)[i].tobytes()) for i in range(data.size // 14)]
     assert np.array_equal(np.array(digits).reshape(len(data), -1), native.unpack(t, data)[0])
     assert np.array_equal(

@@ -59,7 +59,7 @@ def test_convert_inspect_export(cli: Cli, tiny_gguf: Path, tmp_path: Path) -> No
         (["inspect", "noise.gguf"], 1, "noise.gguf: not a GGUF file"),
         (["inspect", "cut.gguf"], 1, "truncated"),
         (["run", "cut.gguf", "-p", "x"], 1, "truncated"),
-        (["export-q4_0", "tiny.gguf", "b.gguf"], 1, "no TP2_1 tensor"),
+        (["export-q4_0", "tiny.gguf", "b.gguf"], 1, "no TP2_1 or TP2_2 tensor"),
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["--frobnicate"], 2, "No such option"),
     ],

@@ -81,6 +81,8 @@ def test_what_is_not_known_is_not_said() -> None:
     text = card(replace(FACTS, origin=Origin(), errors=[], fallbacks=[], recipe_text=None, provenance=[]))
     assert front(text) == {"tags": ["gguf", "ptqtp", "quantized"]}
     assert "Error" not in text and "could not take" not in text and "None" not in text
+    ours = card(replace(FACTS, types=[TypeLine("TP2_2", 2, 960, 420), TypeLine("TP2_1", 1, 320, 140)]))
+    assert "M, TP2_2 GGUF" in ours and "The tensor types TP2_2 and TP2_1 are ours" in ours and "export-q4_0" in ours
     stock = card(replace(FACTS, types=[TypeLine("Q4_K", 1, 256, 144)]))
     assert "are ours" not in stock and "export-q4_0" not in stock
     assert "already quantized (Q5_0)" in card(replace(FACTS, quantized_source=True, source_type="Q5_0"))

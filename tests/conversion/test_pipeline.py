@@ -60,10 +60,21 @@ def test_plan_bytes_and_metadata(tiny_gguf: Path, weights: dict[str, np.ndarray]
             if key != "general.file_type":
                 assert got.header.kvs[key].raw == kv.raw
         assert got.get("general.file_type") == 251
+        assert got.get(Key.FORMAT_VERSION) == 1
         assert got.get(Key.TYPE_IDS) == [251] and got.get(Key.GROUP_SIZE) == [32]
         assert (got.get(Key.METHOD), got.get(Key.VERSION), got.get(Key.SOURCE_TYPE)) == ("search", __version__, "F32")
     fallback = {r.tensor.name: r.choice.reason for r in summary.fallbacks}
     assert fallback == {"blk.0.odd.weight": "rows of 40 are not a multiple of 32 (TP2_1)"}
+
+
+def test_the_format_version_is_the_newest_of_the_types(tiny_gguf: Path, tmp_path: Path) -> None:
+    for name, options, ids in (
+        ("a.gguf", Options(type="TP2_2"), [252]),
+        ("b.gguf", Options(tensor_types=("attn_q=TP2_2",)), [251, 252]),
+    ):
+        conversion.convert(tiny_gguf, tmp_path / name, options)
+        with Reader(tmp_path / name) as got:
+            assert got.get(Key.TYPE_IDS) == ids and got.get(Key.FORMAT_VERSION) == 2
 
 
 def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptqtp_gguf.codec.reference import pack
+from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_1 import TP2_1
-from ptqtp_gguf.codec.types import FORMAT_VERSION
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files import gguf as gguf_io
 from ptqtp_gguf.files.gguf import KV, OutTensor, Reader, build_header, kv_string, kv_u32, parse_header
@@ -51,12 +52,12 @@ def written(tmp_path: Path, kvs: list[KV], tensors: list[OutTensor], blocks: lis
     return path
 
 
-def ours(tmp_path: Path, rng: np.random.Generator, version: int | None = FORMAT_VERSION) -> Path:
-    packed = pack(TP2_1, rng.integers(0, 9, size=(5, 64)).astype(np.uint8), np.full((5, 2), 99, np.uint8))
+def ours(tmp_path: Path, rng: np.random.Generator, version: int | None = 1, kind: TensorType = TP2_1) -> Path:
+    packed = pack(kind, rng.integers(0, 9, size=(5, 64)).astype(np.uint8), np.full((5, 2), 99, np.uint8))
     kvs = [kv_string("general.architecture", "llama"), kv_string("name", "\u00fc"), kv_u32("n", 7)]
     if version is not None:
         kvs.append(kv_u32("ptqtp.format_version", version))
-    tensors = [OutTensor("a", (64, 5), TP2_1.id), OutTensor("b", (3,), gguf_io.F32_ID)]
+    tensors = [OutTensor("a", (64, 5), kind.id), OutTensor("b", (3,), gguf_io.F32_ID)]
     return written(tmp_path, kvs, tensors, [packed, np.array([1, 2, 3], np.float32).view(np.uint8)[None]])
 
 
@@ -76,10 +77,20 @@ def test_gguf_py_reads_what_we_write(tmp_path: Path, rng: np.random.Generator) -
         )
 
 
-@pytest.mark.parametrize("version", [None, 99])
+@pytest.mark.parametrize("version", [None, 0, 3, 99])
 def test_unknown_format_version_is_refused(tmp_path: Path, rng: np.random.Generator, version: int | None) -> None:
-    with pytest.raises(InputError, match=f"format_version is {version if version else 'none'}"):
+    found = "none" if version is None else version
+    with pytest.raises(InputError, match=f"format_version is {found}; this version of ptqtp-gguf reads 1 to 2;"):
         Reader(ours(tmp_path, rng, version))
+
+
+def test_a_version_older_than_a_type_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A newer one than the types need is read."""
+    for version, kind in ((1, TP2_1), (2, TP2_1), (2, TP2_2)):
+        with Reader(ours(tmp_path, rng, version, kind)) as reader:
+            assert reader.by_name["a"].type == kind.id
+    with pytest.raises(InputError, match="is 1, but the file holds TP2_2 tensors, which begin with version 2; convert"):
+        Reader(ours(tmp_path, rng, 1, TP2_2))
 
 
 def s(text: str | bytes) -> bytes:

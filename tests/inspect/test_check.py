@@ -13,8 +13,8 @@ from helpers import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptqtp_gguf.codec.tp2_1 import TP2_1
 from ptqtp_gguf.codec.types import Key
+from ptqtp_gguf.codec.unit import UNIT_BYTES
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
@@ -25,15 +25,15 @@ from ptqtp_gguf.source.opening import open_source
 from ptqtp_gguf.terminal.console import verdict_dict
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=["TP2_1", "TP2_2"])
+def files(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("verify")
     rng = np.random.default_rng(3)
     shapes = {"token_embd": (40, 64), "blk.0.attn_q": (48, 64), "blk.0.ffn_down": (64, 96), "blk.0.exps": (3, 16, 64)}
     tensors = {f"{n}.weight": (rng.normal(size=s) * 0.05).astype(np.float32) for n, s in shapes.items()}
     tensors["blk.0.attn_norm.weight"] = np.ones(63, np.float32)  # padding behind it
     source = write_gguf(folder / "source.gguf", tensors)
-    convert(source, folder / "ours.gguf")
+    convert(source, folder / "ours.gguf", Options(type=request.param))
     return source, folder / "ours.gguf"
 
 
@@ -79,7 +79,7 @@ def test_what_the_faults_say(files: tuple[Path, Path], tmp_path: Path) -> None:
         return verify(tmp_path / "bad.gguf").faults
 
     word = struct.pack("<H", 1)  # no word of five digits packs to 1
-    assert faults(q.offset + 5 * TP2_1.size, word) == [
+    assert faults(q.offset + 5 * UNIT_BYTES, word) == [
         "tensor blk.0.attn_q.weight: block 5 holds a word or scale that no packer writes"
     ]
     other = bytes([good[q.offset + 12] ^ 1])  # another scale: a valid block of other weights

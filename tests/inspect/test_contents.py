@@ -10,7 +10,7 @@ import gguf
 import pytest
 from helpers import rewritten
 
-from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.types import DEFAULT
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError
 from ptqtp_gguf.files.gguf import kv_string, kv_u32
@@ -34,14 +34,14 @@ def converted(tmp_path: Path, tiny_gguf: Path) -> Path:
 
 def test_facts(converted: Path, tmp_path: Path) -> None:
     report = inspect(converted)
-    assert (report.gguf_version, report.format_version, report.alignment) == (3, 1, 32)
+    assert (report.gguf_version, report.format_version, report.alignment) == (3, DEFAULT.since, 32)
     assert report.tokenizer.special == {"bos": (0, "<s>"), "eos": (99, None)}
     assert (report.tokenizer.model, report.tokenizer.pre, report.tokenizer.tokens) == ("gpt2", "smollm", 4)
     assert report.template and report.template.startswith("{% first %}")
     matrices = [t for t in report.tensors if t.name.startswith("blk.") and len(t.shape) > 1]
     weights = sum(t.n_weights for t in matrices)
     assert report.bpw_blocks == 8 * sum(t.nbytes for t in matrices) / weights
-    assert report.types["TP2_1"] == sum(t.n_weights for t in matrices if t.type == TP2_1.id) / weights
+    assert report.types[DEFAULT.name] == sum(t.n_weights for t in matrices if t.type == DEFAULT.id) / weights
     assert sum(report.types.values()) == pytest.approx(1)
     parts = convert(converted.parent / "source.gguf", tmp_path / "m.gguf", Options(split_max_size=6000)).files
     whole = inspect(parts[-1])
@@ -71,12 +71,33 @@ def test_the_command(run: Callable[..., str], converted: Path) -> None:
     report = json.loads(run("inspect", converted, "--json", "--histograms"))
     total = report["planes"]["total"]
     assert total["digits"]["values"] == list(range(-4, 5)) and sum(total["digits"]["counts"]) == sum(
-        t["weights"] for t in report["tensors"] if t["type"] == "TP2_1"
+        t["weights"] for t in report["tensors"] if t["type"] == DEFAULT.name
     )
     assert len(total["scales"]["edges"]) == len(total["scales"]["counts"]) + 1
     assert report["metadata"]["tokenizer.chat_template"]["length"] == len(template)
     assert report["tokenizer"]["special"]["bos"] == {"id": 0, "text": "<s>"}
     assert json.loads(run("inspect", converted, "--json", "--kvs"))["chat_template"] == template
+
+
+def test_three_planes(run: Callable[..., str], tiny_gguf: Path, tmp_path: Path) -> None:
+    """The third plane of TP2_2 has its histogram, and its column where a file has other types beside it."""
+    ours = tmp_path / "ours.gguf"
+    convert(tiny_gguf, ours, Options(type="TP2_2", tensor_types=("attn_q=TP2_1",)))
+    planes = plane_statistics(ours)
+    assert planes.total and len(planes.total.zero_share) == 3
+    drawn = run("inspect", ours, "--histograms")
+    assert f"in plane 3 {100 * planes.total.zero_share[2]:.1f} %" in drawn
+    for trit, n in zip((-1, 0, 1), planes.total.third, strict=True):
+        assert f" {trit:2}  {100 * n / sum(planes.total.third):.2f} %  \u2588" in drawn
+    assert f"; the {sum(planes.total.third) / 1e6:.2f} M weights of TP2_2 have one" in drawn
+    table = run("inspect", ours, "--tensors", "--sort", "zeros")
+    rows = {line.split()[1]: line.split("\u2502") for line in table.splitlines() if line.startswith("\u2502 blk.")}
+    assert "in plane 3" in table and rows["blk.0.attn_q.weight"][9].strip() == rows["blk.0.odd.weight"][9].strip() == ""
+    share = planes.tensors["blk.0.ffn_down.weight"].zero_share[2]
+    assert rows["blk.0.ffn_down.weight"][9].strip() == f"{100 * share:.1f} %"
+    counted = json.loads(run("inspect", ours, "--json", "--histograms"))["planes"]["total"]
+    assert counted["third"] == {"values": [-1, 0, 1], "counts": list(planes.total.third)}
+    assert len(counted["digits"]["zero_share"]) == 3
 
 
 def test_a_terminal_without_unicode(cli: Callable, converted: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import rewritten, write_gguf
 
+from ptqtp_gguf.codec.types import DEFAULT
 from ptqtp_gguf.conversion.export import export_q4_0
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.files.gguf import Reader, kv_string, kv_u32
@@ -34,11 +35,30 @@ def test_a_file_with_itself_and_its_copy(ours: Path, tmp_path: Path) -> None:
 def test_the_twin_has_equal_weights_of_another_type(ours: Path, tmp_path: Path) -> None:
     export_q4_0(ours, tmp_path / "twin.gguf")
     found = difference(ours, tmp_path / "twin.gguf")
-    planes = [t for t in found.tensors if t.type_a == "TP2_1"]
+    planes = [t for t in found.tensors if t.type_a == DEFAULT.name]
     assert len(planes) == 3 == found.equal and found.identical == 4 and found.differs
     assert all(t.type_b == "Q4_0" and not t.identical and t.rel_mse == 0 for t in planes)
     assert "ptqtp.format_version" in found.keys_only_a and list(found.keys_only_b) == ["ptqtp.export"]
-    assert [(k.key, k.a, k.b) for k in found.keys_changed] == [("general.file_type", 251, 2)]
+    assert [(k.key, k.a, k.b) for k in found.keys_changed] == [("general.file_type", DEFAULT.id, 2)]
+
+
+def test_two_of_our_types(tiny_gguf: Path, weights: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """The same bytes a weight in the same digits: what differs is how they decode."""
+    first, second = tmp_path / "TP2_1.gguf", tmp_path / "TP2_2.gguf"
+    for path in (first, second):
+        convert(tiny_gguf, path, Options(type=path.stem))
+    found = difference(first, second)
+    planes = [t for t in found.tensors if t.type_a != t.type_b]
+    assert [(t.type_a, t.type_b) for t in planes] == [("TP2_1", "TP2_2")] * 3 and found.identical == 4
+    with Reader(first) as a, Reader(second) as b:
+        for t in planes:
+            x, y = (r.rows_f32(r.by_name[t.name]).astype(np.float64) for r in (a, b))
+            assert t.rel_mse == pytest.approx(((y - x) ** 2).sum() / (x**2).sum(), rel=1e-4)
+            assert t.max_abs == pytest.approx(np.abs(y - x).max(), rel=1e-5)
+            errors = [((v - weights[t.name].reshape(v.shape)) ** 2).sum() for v in (x, y)]
+            assert errors[1] < 0.9 * errors[0]
+    changed = {k.key: (k.a, k.b) for k in found.keys_changed}
+    assert changed["general.file_type"] == (251, 252) and changed["ptqtp.type_ids"] == ([251], [252])
 
 
 def test_errors_against_the_source(ours: Path, tiny_gguf: Path, weights: dict[str, np.ndarray]) -> None:
@@ -49,14 +69,14 @@ def test_errors_against_the_source(ours: Path, tiny_gguf: Path, weights: dict[st
         w = weights[t.name].astype(np.float64).reshape(-1)
         assert t.rel_mse == pytest.approx(((values[t.name] - w) ** 2).sum() / (w**2).sum(), rel=1e-4)
         assert t.max_abs == pytest.approx(np.abs(values[t.name] - w).max(), rel=1e-5)
-    (block,) = [r for r in found.roles if r.role is Role.BLOCK and r.type_b == "TP2_1"]
-    names = [t.name for t in found.tensors if t.type_b == "TP2_1"]
+    (block,) = [r for r in found.roles if r.role is Role.BLOCK and r.type_b == DEFAULT.name]
+    names = [t.name for t in found.tensors if t.type_b == DEFAULT.name]
     w, v = (np.concatenate([x[n].reshape(-1).astype(np.float64) for n in names]) for x in (weights, values))
     assert block.tensors == 3 and block.weights == w.size
     assert block.rel_mse == pytest.approx(((w - v) ** 2).sum() / (w**2).sum(), rel=1e-4)
     rows = tensor_errors(ours, tiny_gguf)
     assert [r.rel_mse for r in rows] == [t.rel_mse for t in found.tensors]
-    assert rows[1] == TensorError("blk.0.attn_q.weight", "TP2_1", "block matrix", 0, 48 * 64, rows[1].rel_mse)
+    assert rows[1] == TensorError("blk.0.attn_q.weight", DEFAULT.name, "block matrix", 0, 48 * 64, rows[1].rel_mse)
     assert rows[0].block is None and rows[0].role == "embedding"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from ptqtp_gguf.files.gguf import (
 )
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan.budget import Option, fit_budget, hull, spend, spread
-from ptqtp_gguf.plan.recipe import Choice, load
+from ptqtp_gguf.plan.recipe import Choice, Rule, load
 from ptqtp_gguf.source.imatrix import Importance
 
 items = st.lists(
@@ -222,6 +223,32 @@ def test_types_that_do_not_take_the_values(monkeypatch: pytest.MonkeyPatch) -> N
     assert "TP2_1" in got.values() and set(got.values()) <= {"TP2_1", "BF16", "Q4_0", "Q5_0", "Q8_0"}
     with pytest.raises(QuantizeError, match=r"tensor token_embd.weight: a value is not finite"):
         fit_budget(tensors, recipe, 5, 0, lambda t, n: np.full((1, t.shape[0]), np.nan, np.float32))
+
+
+def test_of_our_types_with_equal_bytes_the_better_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TP2_2 where the recipe names it beside TP2_1; no other type, and not what --tensor-type gives other tensors."""
+
+    def gone() -> None:
+        raise RuntimeMissing("not here")
+
+    monkeypatch.setattr(install, "ggml_library", gone)
+    tensors, sample = model()
+    tensors = [t for t in tensors if t.shape[0] % 32 == 0]
+    small = load("small")
+    both = replace(small, rules=(Rule(r"blk\.0\..*", "TP2_1", "r"), *small.bind("TP2_2").rules))
+    errors = {}
+    for recipe, kind in (
+        (small.bind("TP2_1"), "TP2_1"),
+        (small.bind("TP2_2"), "TP2_2"),
+        (small.bind("TP2_1").with_overrides(["attn_v=TP2_2"]), "TP2_1"),
+        (both, "TP2_2"),
+    ):
+        got = fit_budget(tensors, recipe, 4.0, header(tensors), sample)
+        free = {n: c for n, c in got.items() if c.reason.startswith("budget") and type_name(c.type).startswith("TP")}
+        assert "blk.0.ffn_up.weight" in free and {type_name(c.type) for c in free.values()} == {kind}
+        errors[recipe.canonical()] = float(free["blk.0.ffn_up.weight"].reason.split("error ")[1].split()[0])
+    first, second, third, last = errors.values()
+    assert second == last < 0.9 * first and third == first
 
 
 def test_a_budget_goes_to_what_counts() -> None:

@@ -21,7 +21,7 @@ from ptqtp_gguf.quantize.methods import METHODS
         (Options(method="tuned"), "--method tuned learns from text"),
         (Options(calibration=Calibration(("builtin",), tune_texts=("a.txt",))), "--tune-text says .*; give --tune too"),
         (Options(method="calibrated"), "--method calibrated learns from text"),
-        (Options(type="tp2_0", calibration=Calibration(("builtin",))), "--calib makes TP2_1, not TP2_0"),
+        (Options(type="tp2_0", calibration=Calibration(("builtin",))), "--calib makes TP2_1, TP2_2, not TP2_0"),
         (Options(method="paper", calibration=Calibration(("builtin",))), "--method paper takes no calibration"),
         (
             Options(calibration=Calibration(("builtin",), tune=True, tune_texts=("a",)), type="TP2_0"),

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.types import TYPES
 from ptqtp_gguf.errors import RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import TYPE_IDS, TensorInfo, type_name
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.plan import patterns, roles
 from ptqtp_gguf.plan import recipe as recipes
+from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.plan.recipe import (
     MAX_BYTES,
     SHIPPED,
@@ -33,6 +35,7 @@ from ptqtp_gguf.plan.recipe import (
     load,
     parse,
 )
+from ptqtp_gguf.plan.request import Request
 from ptqtp_gguf.plan.roles import Model
 
 
@@ -102,9 +105,20 @@ def test_a_quantized_embedding_stays_but_a_quantized_block_matrix_is_taken() -> 
 def test_unknown_types() -> None:
     with pytest.raises(RecipeError, match="unknown tensor type NOPE"):
         alone(info("blk.0.a.weight", 64, 8), [Rule(".*", "NOPE", "")])
-    with pytest.raises(RecipeError, match="no trit-plane type 'Q4_0'"):
+    with pytest.raises(RecipeError, match="no trit-plane type 'Q4_0'; there are TP2_2, TP2_1, TP2_0"):
         block_type("Q4_0")
     assert block_type("tp2_0") is TP2_0
+
+
+@pytest.mark.parametrize("kind", TYPES.values(), ids=lambda t: t.name)
+def test_each_of_our_types_can_be_named(kind: TensorType) -> None:
+    """By --type, by a rule, by --tensor-type; in any case."""
+    lower = kind.name.lower()
+    assert block_type(lower) is kind and Request.of(Options(type=lower)).kind is kind
+    raw = {"pattern": r"blk\.0\..*", "type": lower, "reason": "r"}
+    by_rule = parse(json.dumps({"name": "n", "description": "d", "rules": [raw]}).encode(), "x")
+    for recipe in (load("small").bind(lower), by_rule, by_rule.with_overrides([f"attn={lower}"])):
+        assert types(recipe, model(1))["blk.0.attn_q.weight"] == kind.name
 
 
 def model(layers: int = 16, width: int = 512) -> list[TensorInfo]:
@@ -394,6 +408,8 @@ def test_a_recipe_is_read_or_refused(value: object) -> None:
         ("Q6_K", 100, "F16"),
         ("Q4_0", 100, "F16"),
         ("TP2_0", 96, "Q8_0"),
+        ("TP2_2", 96, "TP2_2"),
+        ("TP2_2", 48, "F16"),
         ("MXFP4", 40, "F16"),
         ("Q6_K", 512, "Q6_K"),
     ],

@@ -12,6 +12,7 @@ from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import LEVELS, TP2_1, scale_to_float
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.conversion.prepare import stage_of
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize.methods import METHODS, Method, direct, find, quantize
@@ -157,7 +158,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_the_c_table_has_the_same_methods() -> None:
     direct = {m.name: m for m in METHODS.values() if m.reference}
-    assert {(TP2_1, SEARCH), (TP2_0, SEARCH), (TP2_0, PAPER)} <= set(CASES)
+    assert {(TP2_2, SEARCH), (TP2_1, SEARCH), (TP2_0, SEARCH), (TP2_0, PAPER)} <= set(CASES)
     assert native.methods().keys() == direct.keys()
     for row in native.methods().values():
         m = direct[row.name]

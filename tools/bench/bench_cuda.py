@@ -24,13 +24,14 @@ import numpy as np
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1, scale_to_float
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.quantize.cuda import encoder as cuda
 from ptqtp_gguf.quantize.cuda.driver import call
 from ptqtp_gguf.quantize.methods import find, quantize
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
-CASES = [(TP2_1.id, "search"), (TP2_0.id, "search"), (TP2_0.id, "paper"), (Q8_0, "")]
-TYPES = {TP2_1.id: TP2_1, TP2_0.id: TP2_0}
+CASES = [(TP2_2.id, "search"), (TP2_1.id, "search"), (TP2_0.id, "search"), (TP2_0.id, "paper"), (Q8_0, "")]
+TYPES = {TP2_2.id: TP2_2, TP2_1.id: TP2_1, TP2_0.id: TP2_0}
 COLUMNS = 8192
 PIECE = 64 << 20  # bytes
 

@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("peers", nargs="*", metavar="LABEL=PATH")
-    parser.add_argument("--stock", type=Path, required=True, help="folder of the stock llama-bench")
+    parser.add_argument("--stock", type=Path, help="folder of a stock llama-bench for the peers; else the patched one")
     parser.add_argument("--probe", type=Path, required=True, help="the built ptqtp-bench")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--prompt", default="128,512")
@@ -65,17 +65,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kernel", action="append", default=[], help="also FILE with this kernel forced")
     parser.add_argument("--wide", action="store_true", help="also FILE expanded to wide panels")
-    parser.add_argument("--also", type=Path, help="another file of ours, such as one with the head in the peer's type")
+    parser.add_argument("--also", action="append", default=[], metavar="LABEL=PATH", help="another file of ours")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     ours = install.tool("llama-bench")
-    rows = [Row("TP2_1", args.file, ours)]
-    rows += [Row("TP2_1 wide", args.file, ours, {"PTQTP_EXPAND": "1"})] if args.wide else []
-    rows += [Row(f"TP2_1 {name}", args.file, ours, {"PTQTP_KERNEL": name}) for name in args.kernel]
-    rows += [Row("TP2_1, other head", args.also, ours)] if args.also else []
-    for peer in args.peers:
-        label, _, path = peer.partition("=")
-        rows.append(Row(label, Path(path), args.stock / "llama-bench"))
+    rows = [Row("ours", args.file, ours)]
+    rows += [Row("ours wide", args.file, ours, {"PTQTP_EXPAND": "1"})] if args.wide else []
+    rows += [Row(f"ours {name}", args.file, ours, {"PTQTP_KERNEL": name}) for name in args.kernel]
+    theirs = args.stock / "llama-bench" if args.stock else ours
+    for tool, given in ((ours, args.also), (theirs, args.peers)):
+        pairs = [text.partition("=") for text in given]
+        rows += [Row(label, Path(path), tool) for label, _, path in pairs]
     threads = [int(t) for t in args.threads.split(",")]
     prompts = [int(p) for p in args.prompt.split(",") if p]
     bandwidth = dict.fromkeys(threads, 0.0)

@@ -35,7 +35,7 @@ PATCHES = REPO / "patches"
 NATIVE = REPO / "native"
 # What goes into ggml, whole folders and whatever a file is called. The others are tests, benchmarks, and what only a
 # converter needs.
-NATIVE_ROOMS = ("codec", "kernels", "quantize", "ggml")
+NATIVE_ROOMS = ("codec", "kernels", "quantize", "simd", "ggml")
 NATIVE_TOP = ("ptqtp.h", "sources.cmake")
 NATIVE_IN_TREE = "vendor/llama.cpp/ggml/src/ptqtp"
 TREE_STAMP = ".ptqtp-tree"

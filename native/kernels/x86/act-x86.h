@@ -59,7 +59,7 @@ static inline void quantize_quads(const float * x, ptqtp_act * acts, int64_t n) 
         __m128i q[2];
         int32_t sum;
         acts[i].d = quantize_act(x + i * PTQTP_UNIT, q, &sum);
-        acts[i].bias = -5 * sum;
+        acts[i].bias = -PTQTP_LEVEL_BIAS * sum;
         /* the quad order, gathered from both halves */
         const __m128i first = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, -1, -1);
         const __m128i first2 = _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1);

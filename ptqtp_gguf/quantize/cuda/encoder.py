@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ...codec import TP2_0, TP2_1, TYPES, U8, native
+from ...codec import TP2_0, TP2_1, TP2_2, TYPES, U8, native
 from ...errors import QuantizeError
 from ..pieces import Encoded
 from .driver import OUT_OF_MEMORY, Buffer, CudaError, Device, Unavailable, api, call
 
 _Q8_0 = 8
 SOURCES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), _Q8_0: ("Q8_0", 32, 34)}  # ggml's id: block, bytes
-TARGETS = {t.id: (t.block, t.size, t.reach) for t in (TP2_1, TP2_0)} | {_Q8_0: (32, 34, math.inf)}
+TARGETS = {t.id: (t.block, t.size, t.reach) for t in (TP2_2, TP2_1, TP2_0)} | {_Q8_0: (32, 34, math.inf)}
 KERNELS = {
+    (TP2_2.id, "search"): "search_tp2_2",
     (TP2_1.id, "search"): "search_tp2_1",
     (TP2_0.id, "search"): "search_tp2_0",
     (TP2_0.id, "paper"): "paper_tp2_0",
@@ -212,7 +213,7 @@ class CudaEncoder:
 
         raw          uint8 (R, bytes a row), R > 0: rows as a GGUF holds them; may be changed once this returns
         source_type  ggml's id: F32, F16, BF16 or Q8_0
-        target       251 (TP2_1), 250 (TP2_0) or 8 (Q8_0, which has no method)
+        target       252 (TP2_2), 251 (TP2_1), 250 (TP2_0) or 8 (Q8_0, which has no method)
         method       "search" or "paper"
         first        index in the tensor of the piece's first weight
         moved        of `paper`: the bits of `probe` of all pieces of the matrix, or-ed: as published, all groups of a
@@ -286,7 +287,7 @@ class CudaEncoder:
             device.launch("fold", m, stats, u32(groups), middle, u32(m))
             device.launch("fold", last, middle, u32(m), folded, u32(last))
 
-        threads = groups * (1 if kernel in ("search_tp2_1", "q8_0") else LANES)
+        threads = groups * (1 if kernel in ("search_tp2_2", "search_tp2_1", "q8_0") else LANES)
         piece = (slot.source.address, np.int32(source), u32(groups))
         if kernel == "probe_paper" or (kernel == "paper_tp2_0" and not have_moved):
             device.launch("probe_paper", threads, *piece, stats)

@@ -5,7 +5,7 @@
  * division and square root, no flush to zero (all but the first are NVRTC's defaults), and every sum over a group in
  * eight lanes joined by halves. A thread holds LANES of the eight lanes of a group: all 8 where a group of 32 fits the registers,
  * 1 where a group is 128 weights, so that 8 threads of a warp share a group and the joins are shuffles. */
-#include "scales.cuh"
+#include "trellis.cuh"
 
 #ifndef WIDE_LANES /* lanes a thread holds of a group of 128; the tests set 8 as well */
 #    define WIDE_LANES 1
@@ -14,7 +14,7 @@
 #define DOUBLE_MAX 1.7976931348623157e+308
 
 enum { F32 = 0, F16 = 1, Q8_0 = 8, BF16 = 30 }; /* ggml's ids */
-enum { UNIT = 32, UNIT_BYTES = 14, Q8_BYTES = 34, WIDE = 128, PAPER_ITERS = 50, SEARCH_ITERS = 24 };
+enum { UNIT_BYTES = 14, Q8_BYTES = 34, WIDE = 128, PAPER_ITERS = 50, SEARCH_ITERS = 24 };
 
 /* What was seen of one group; `fold` merges them. cuda.py mirrors this as a numpy dtype. */
 struct Stats {
@@ -229,11 +229,6 @@ template <int L> __device__ void pack_unit(const int * digits, int lane, u32 sid
 
 /* ---- search, TP2_1 ---- */
 
-__device__ float nearer(float best, float e) {
-    const float d = fabsf(e);
-    return d < best ? d : best;
-}
-
 /* Each squared error times 2 mean|w| + |w|; twice: 2 mean|w|. */
 __device__ float error_tp2_1(const float * x, float twice, float s) {
     const float s2 = 2 * s, s3 = 3 * s, s5 = 5 * s;
@@ -289,6 +284,71 @@ extern "C" __global__ void search_tp2_1(const u8 * src, int type, u32 groups, u6
         account(st, x[i], s * (float) (x[i] < 0 ? -level : level), first + base + i);
     }
     pack_unit<8>(digits, 0, (u32) code, dst + (u64) g * UNIT_BYTES);
+    stats[g] = st;
+}
+
+/* ---- search, TP2_2: native/quantize/trellis.inc, a thread a group ---- */
+
+extern "C" __global__ void search_tp2_2(const u8 * src, int type, u32 groups, u64 first, u8 * dst, Stats * stats) {
+    __shared__ float chains[UNIT * TRELLIS_THREADS];
+    const u32 g = blockIdx.x * blockDim.x + threadIdx.x;
+    if (g >= groups) {
+        return;
+    }
+    const u64 base = (u64) g * UNIT;
+    float top;
+    Stats st;
+    OwnWeights chain = { chains + threadIdx.x, 0, 0 };
+    {
+        float x[UNIT];
+        load_unit(src, type, base, x);
+        top = examine<8, 4>(x, base, 0, st);
+        float acc[8];
+#pragma unroll
+        for (int i = 0; i < UNIT; i++) {
+            acc[i % 8] = i < 8 ? fabsf(x[i]) : acc[i % 8] + fabsf(x[i]);
+        }
+        chain.twice = join<8>(acc) * (2.0f / UNIT);
+        const u32 exponent = __float_as_uint(chain.twice + top) >> 23; /* of the heaviest */
+        chain.unit = top > 0 ? __uint_as_float((exponent < 253 ? 254 - exponent : 1) << 23) : 0;
+#pragma unroll
+        for (int c = 0; c < UNIT; c++) {
+            chains[c * TRELLIS_THREADS + threadIdx.x] = x[chain_weight(c)];
+        }
+    }
+    float best = FLOAT_MAX;
+    int code = trellis_code(0, top);
+    for (int i = 0; i < TRELLIS_CODES; i++) {
+        const int candidate = trellis_code(i, top);
+        const float rank = trellis_rank(chain, scale_value(candidate), best);
+        code = rank < best ? candidate : code;
+        best = rank < best ? rank : best;
+    }
+    const float s = scale_value(code);
+    const int start = trellis_start(chain, s);
+    u32 from[UNIT];
+    trellis_trace(chain, s, start, from);
+    int state = STATES - 1 - start;
+    u32 n[7] = {};
+    st.error = st.power = 0;
+    for (int c = UNIT - 1; c >= 0; c--) {
+        const int before = state / 3, t = state % 3, before2 = trellis_from(from[c], state);
+        const int o = trellis_offset(before2, before, t) - 3, weight = chain_weight(c);
+        const float x = chain.at(c), v = x - (float) o * s, e = fabsf(v);
+        const int t1 = fabsf(e - 3 * s) < e ? v < 0 ? -1 : 1 : 0;
+        const u32 add = (u32) (3 * (t1 + 1) + t) * power_of(weight);
+#pragma unroll
+        for (int j = 0; j < 7; j++) {
+            n[j] += word_of(weight) == j ? add : 0;
+        }
+        account(st, x, s * (float) (3 * t1 + o), first + base + weight);
+        state = 3 * before2 + before;
+    }
+    u16 * q = (u16 *) (dst + (u64) g * UNIT_BYTES);
+#pragma unroll
+    for (int j = 0; j < 7; j++) {
+        q[j] = (u16) (j < 6 ? (n[j] * 65536u + 59048) / 59049 : (u32) code | (n[j] * 256u + 80) / 81 << 8);
+    }
     stats[g] = st;
 }
 

@@ -24,3 +24,9 @@ __device__ int scale_code(float s) {
     const int code = (int) (bits >> 19);
     return code + (low > half || (low == half && (code & 1)));
 }
+
+/* The smaller of best and |e|. */
+__device__ float nearer(float best, float e) {
+    const float d = fabsf(e);
+    return d < best ? d : best;
+}

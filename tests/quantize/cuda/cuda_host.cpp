@@ -18,6 +18,7 @@ static const struct {
     bool wide;
     void (*run)(const Call &);
 } kernels[] = {
+    { "search_tp2_2", false, [](const Call & c) { search_tp2_2(c.src, c.type, c.groups, c.first, c.dst, c.stats); } },
     { "search_tp2_1", false, [](const Call & c) { search_tp2_1(c.src, c.type, c.groups, c.first, c.dst, c.stats); } },
     { "q8_0", false, [](const Call & c) { q8_0(c.src, c.type, c.groups, c.first, c.dst, c.stats); } },
     { "search_tp2_0", true, [](const Call & c) { search_tp2_0(c.src, c.type, c.groups, c.first, c.dst, c.stats); } },

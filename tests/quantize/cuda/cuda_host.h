@@ -53,6 +53,12 @@ template <typename T> T __shfl_xor_sync(unsigned, T v, int mask) {
     return v;
 }
 
+template <typename T> T __shfl_sync(unsigned, T v, int from, int width) {
+    const unsigned lane = threadIdx.x, group = lane / (unsigned) width * (unsigned) width;
+    memcpy(&v, &exchange(v)[group + (unsigned) from % (unsigned) width], sizeof v);
+    return v;
+}
+
 static inline bool __all_sync(unsigned, int v) {
     const unsigned long long * all = exchange((unsigned long long) v);
     bool yes = true;
@@ -63,6 +69,10 @@ static inline bool __all_sync(unsigned, int v) {
 }
 
 static inline void __syncthreads() {
+    exchange(0ull);
+}
+
+static inline void __syncwarp() {
     exchange(0ull);
 }
 

@@ -15,7 +15,7 @@ from ptqtp_gguf.codec.tp2_1 import scale_to_float
 from ptqtp_gguf.quantize import gptq as calibrated
 from ptqtp_gguf.quantize.cuda import driver as nvidia
 from ptqtp_gguf.quantize.cuda import encoder as cuda
-from ptqtp_gguf.quantize.gptq_reference import cd_block, gptq_block
+from ptqtp_gguf.quantize.gptq_reference import cd_block, gptq_block, kbest_cd_block, kbest_gptq_block
 
 Arrays = tuple[np.ndarray, ...]
 EYE = np.eye(32, dtype=np.float32)
@@ -57,7 +57,8 @@ class GpuGroups:
             buffer.upload(raw.size)
             places += [buffer.address, np.int64(m.strides[0] // m.itemsize)]
         nvidia.call(wait())
-        self.device.launch(kernel, rows, *places, np.int32(rows), np.int32(window))
+        threads = rows * (calibrated.ROW_THREADS if "chain" in kernel else 1)
+        self.device.launch(kernel, threads, *places, np.int32(rows), np.int32(window))
         nvidia.call(wait())
         for raw, buffer in memory:
             buffer.download(raw.size)
@@ -168,3 +169,24 @@ def test_groups_are_those_of_the_reference(
             r = ((w - scale_to_float(codes) * levels) * np.diagonal(h)).astype(np.float32)
         want = cd_block(r, h, levels, codes, window)
         assert_same(groups, "cd_group", r, h, (levels, codes), window, want)
+
+
+@pytest.mark.parametrize("window", [0, 1])
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("inputs", [correlated, ladder, pairs, odd_diagonals, no_numbers, broken])
+def test_chains_are_those_of_the_reference(
+    groups: HostGroups | GpuGroups, inputs: Callable[[np.random.Generator], Arrays], rows: int, window: int
+) -> None:
+    rng = np.random.default_rng(rows)
+    w, u, h = inputs(rng)
+    w = w[:rows]
+    u[np.tril_indices(32, -1)] = h[np.tril_indices(32, -1)] = np.nan  # not to be read
+    found = kbest_gptq_block(w, u, window)
+    none = np.full((rows, 32), 99, np.int8), np.full((rows, 1), 99, np.uint8)
+    assert_same(groups, "gptq_chain_group", w, u, none, window, found)
+    near = np.clip(found[1] + rng.integers(-2, 3, (rows, 1)), 0, 255).astype(np.uint8)
+    for levels, codes in ((found[0], found[1]), (found[0], near)):
+        with np.errstate(all="ignore"):
+            r = ((w - scale_to_float(codes) * levels) * np.diagonal(h)).astype(np.float32)
+        want = kbest_cd_block(r, h, levels, codes, window)
+        assert_same(groups, "cd_chain_group", r, h, (levels, codes), window, want)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import shutil
 from pathlib import Path
 
 import gguf
@@ -20,6 +21,7 @@ from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import SMALLEST_SCALE, TP2_1
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.errors import QuantizeError
 from ptqtp_gguf.quantize import pieces
 from ptqtp_gguf.quantize.cuda import driver as nvidia
@@ -27,7 +29,7 @@ from ptqtp_gguf.quantize.cuda import encoder as cuda
 from ptqtp_gguf.quantize.methods import find, quantize
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
-CASES = [(TP2_1, "search"), (TP2_0, "search"), (TP2_0, "paper")]
+CASES = [(TP2_2, "search"), (TP2_1, "search"), (TP2_0, "search"), (TP2_0, "paper")]
 ids = [f"{t.name}-{m}" for t, m in CASES]
 
 
@@ -299,11 +301,14 @@ def test_kernels_with_other_bytes_are_refused(tmp_path: Path, monkeypatch: pytes
     text = cuda.SOURCE_FILE.read_text()
     for right, wrong, kernel in (
         ("2.5f * s", "2.6f * s", "search_tp2_1"),
+        ("sum == 2 ? 0 : -1", "sum == 2 ? -1 : 0", "search_tp2_2"),
         ("e2 < best ? d", "e2 <= best ? d", "tp2_0"),
     ):
         assert right in text
         file = tmp_path / "kernels.cu"
         file.write_text(text.replace(right, wrong))
+        for header in cuda.SOURCE_FILE.parent.glob("*.cuh"):
+            shutil.copy(header, tmp_path)
         monkeypatch.setattr(cuda, "SOURCE_FILE", file)
         with pytest.raises(QuantizeError, match=f"{kernel} makes other bytes than the CPU; .* use --device cpu"):
             cuda.CudaEncoder()

@@ -1,6 +1,6 @@
 /* No SIMD: one group, or row, at a time. float_of is bulk.inc's. */
-#ifndef PTQTP_BULK_SIMD_NONE_H
-#define PTQTP_BULK_SIMD_NONE_H
+#ifndef PTQTP_SIMD_NONE_H
+#define PTQTP_SIMD_NONE_H
 
 #include <math.h>
 #include <stdbool.h>
@@ -18,6 +18,7 @@ typedef bool vm;
 #define vf_sub(a, b) ((a) - (b))
 #define vf_mul(a, b) ((a) * (b))
 #define vf_div(a, b) ((a) / (b))
+#define vf_min(a, b) ((b) < (a) ? (b) : (a))
 static inline vf vf_nearer(vf best, vf a, vf v) {
     const vf d = fabsf(a - v);
     return d < best ? d : best;

@@ -1,6 +1,6 @@
 /* SSE2, the baseline of x86-64: 4 floats. */
-#ifndef PTQTP_BULK_SIMD_SSE2_H
-#define PTQTP_BULK_SIMD_SSE2_H
+#ifndef PTQTP_SIMD_SSE2_H
+#define PTQTP_SIMD_SSE2_H
 
 #include <emmintrin.h>
 
@@ -16,6 +16,7 @@ typedef __m128 vm;
 #define vf_sub _mm_sub_ps
 #define vf_mul _mm_mul_ps
 #define vf_div _mm_div_ps
+#define vf_min(a, b) _mm_min_ps(b, a)
 #define vf_nearer(best, a, v)                                                                                          \
     _mm_min_ps(best, _mm_and_ps(_mm_castsi128_ps(_mm_set1_epi32(0x7fffffff)), _mm_sub_ps(a, v)))
 #define vi_load(p) _mm_loadu_si128((const __m128i *) (p))

@@ -1,6 +1,6 @@
 /* NEON of AArch64: 4 floats. */
-#ifndef PTQTP_BULK_SIMD_NEON_H
-#define PTQTP_BULK_SIMD_NEON_H
+#ifndef PTQTP_SIMD_NEON_H
+#define PTQTP_SIMD_NEON_H
 
 #include <arm_neon.h>
 
@@ -16,6 +16,7 @@ typedef uint32x4_t vm;
 #define vf_sub vsubq_f32
 #define vf_mul vmulq_f32
 #define vf_div vdivq_f32
+#define vf_min(a, b) vminq_f32(a, b)
 #define vf_nearer(best, a, v) vminq_f32(best, vabdq_f32(a, v))
 #define vi_load vld1q_s32
 #define vi_store vst1q_s32

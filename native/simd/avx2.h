@@ -1,6 +1,6 @@
 /* AVX2: 8 floats. */
-#ifndef PTQTP_BULK_SIMD_AVX2_H
-#define PTQTP_BULK_SIMD_AVX2_H
+#ifndef PTQTP_SIMD_AVX2_H
+#define PTQTP_SIMD_AVX2_H
 
 #include <immintrin.h>
 
@@ -16,6 +16,7 @@ typedef __m256 vm;
 #define vf_sub _mm256_sub_ps
 #define vf_mul _mm256_mul_ps
 #define vf_div _mm256_div_ps
+#define vf_min(a, b) _mm256_min_ps(b, a)
 #define vf_nearer(best, a, v)                                                                                          \
     _mm256_min_ps(best, _mm256_and_ps(_mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), _mm256_sub_ps(a, v)))
 #define vi_load(p) _mm256_loadu_si256((const __m256i *) (p))

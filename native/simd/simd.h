@@ -5,6 +5,7 @@
  *     vf, vi, vm                floats, int32, the outcome of a comparison
  *     vf_load(p) vf_store(p, v) vf_set(f)          any alignment; f in all lanes
  *     vf_add vf_sub vf_mul vf_div(a, b)
+ *     vf_min(a, b)              neither is NaN
  *     vf_nearer(best, a, v)     the smaller of best >= 0 and |a - v|
  *     vf_abs(v)
  *     vf_signed(a, sign)        a >= 0 with the sign of another
@@ -13,21 +14,21 @@
  *     vf_pick(m, yes, no)       by lane; vi_pick: the same of int32
  *     vf_keep(m, v)             v where m holds, else +0
  *     vi_load(p) vi_store(p, v) vf_of_bits(v)      the floats of these bits */
-#ifndef PTQTP_BULK_SIMD_H
-#define PTQTP_BULK_SIMD_H
+#ifndef PTQTP_SIMD_H
+#define PTQTP_SIMD_H
 
 #if defined(PTQTP_NO_SIMD)
-#    include "bulk/simd/none.h"
+#    include "simd/none.h"
 #elif defined(__AVX512DQ__)
-#    include "bulk/simd/avx512.h"
+#    include "simd/avx512.h"
 #elif defined(__AVX2__)
-#    include "bulk/simd/avx2.h"
+#    include "simd/avx2.h"
 #elif defined(__SSE2__)
-#    include "bulk/simd/sse2.h"
+#    include "simd/sse2.h"
 #elif defined(__aarch64__)
-#    include "bulk/simd/neon.h"
+#    include "simd/neon.h"
 #else
-#    include "bulk/simd/none.h"
+#    include "simd/none.h"
 #endif
 
 #endif

@@ -1,6 +1,6 @@
 /* AVX-512 F and DQ: 16 floats. */
-#ifndef PTQTP_BULK_SIMD_AVX512_H
-#define PTQTP_BULK_SIMD_AVX512_H
+#ifndef PTQTP_SIMD_AVX512_H
+#define PTQTP_SIMD_AVX512_H
 
 #include <immintrin.h>
 
@@ -16,6 +16,7 @@ typedef __mmask16 vm;
 #define vf_sub _mm512_sub_ps
 #define vf_mul _mm512_mul_ps
 #define vf_div _mm512_div_ps
+#define vf_min(a, b) _mm512_min_ps(b, a)
 /* min(|best|, |a - v|) in one instruction */
 #define vf_nearer(best, a, v) _mm512_range_ps(best, _mm512_sub_ps(a, v), 10)
 #define vi_load(p) _mm512_loadu_si512(p)
