@@ -17,7 +17,7 @@ FORMAT_VERSION = 2  # the newest that is read; a file says the version that its 
 
 TYPES: dict[int, TensorType] = {t.id: t for t in (TP2_0, TP2_1, TP2_2)}
 BY_NAME = {t.name: t for t in TYPES.values()}
-DEFAULT = TP2_1  # of block matrices
+DEFAULT = TP2_2  # of block matrices
 
 # general.file_type of a file whose block matrices are of the type: the type's own id, named by the patched runtime.
 FILE_TYPE = {t.name: t.id for t in TYPES.values()}

@@ -67,7 +67,7 @@ def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
     levels = rng.choice(np.array(LEVELS, np.int8), (12, 64))
     codes = rng.integers(100, 150, (12, 2)).astype(np.uint8)
     values = rng.normal(size=48).astype(np.float32)
-    with PlaneStore(out, job) as store:
+    with PlaneStore(out, job, TP2_1) as store:
         assert not store.has(t.name) and not store.blocks and not store.marked("tuned")
         store.put(t, np.zeros_like(levels), codes)
         store.put(t, levels, codes)  # the last one counts
@@ -76,7 +76,7 @@ def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
         store.mark("tuned")
         store.say("look here")
         with pytest.raises(OutputError, match="another conversion to this file is running"):
-            PlaneStore(out, job)
+            PlaneStore(out, job, TP2_1)
     for change, what in (
         ({"header": "i"}, "source"),
         ({"options": {"--calib": ["b"], "--tune": False}}, "--calib"),
@@ -84,8 +84,8 @@ def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
         ({"more": 1}, "more"),
     ):
         with pytest.raises(ResumeError, match=f"begun with another {what};"):
-            PlaneStore(out, {**job, **change})
-    with PlaneStore(out, job) as store:
+            PlaneStore(out, {**job, **change}, TP2_1)
+    with PlaneStore(out, job, TP2_1) as store:
         assert store.has(t.name) and store.blocks == 1 and store.marked("tuned") and store.notes == ["look here"]
         before = store.planes(t)  # as calibration left them: what tuning begins with, and begins again with
         assert not before[0].any() and np.array_equal(before[1], codes)
@@ -102,7 +102,7 @@ def test_plane_store(tmp_path: Path, rng: np.random.Generator) -> None:
         (store.folder / "3.bin").unlink()
         with pytest.raises(OutputError, match=r"3\.bin.*--restart"):
             store.raw(norm)
-    with PlaneStore(out, {"options": {}}, restart=True) as store:
+    with PlaneStore(out, {"options": {}}, TP2_1, restart=True) as store:
         assert not store.has(t.name) and not store.marked("tuned")
     remove_planes(out)
     assert list(tmp_path.iterdir()) == []
@@ -114,11 +114,11 @@ def test_a_stage_begins_with_what_the_one_before_it_left(tmp_path: Path) -> None
     codes = np.full((4, 2), 100, np.uint8)
     planes = [np.full((4, 64), level, np.int8) for level in (1, 2, 3)]
     for stage in range(3):
-        with PlaneStore(out, {"options": {}}) as store:
+        with PlaneStore(out, {"options": {}}, TP2_1) as store:
             if stage == 0:  # the first one reads what it put first
                 store.put(t, planes[0], codes)
             assert np.array_equal(store.planes(t)[0], planes[max(0, stage - 1)])
-        with PlaneStore(out, {"options": {}}) as store:
+        with PlaneStore(out, {"options": {}}, TP2_1) as store:
             store.put(t, planes[stage], codes)
             assert np.array_equal(store.planes(t)[0], planes[max(0, stage - 1)])
             assert np.array_equal(unpacked(TP2_1, store.raw(t))[0], planes[stage])

@@ -148,7 +148,7 @@ def test_model_card(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = card.read_text()
     assert text.startswith("---\n") and events(done)[-1]["sha256"]["out.gguf"] in text
-    assert "TP2_1" in text and "search" in text and str(tmp_path) not in text
+    assert "TP2_2" in text and "search" in text and str(tmp_path) not in text
     done = cli("convert", model, tmp_path / "b.gguf", "--model-card", card)
     assert done.returncode == 1 and "README.md: exists already" in done.stderr and not (tmp_path / "b.gguf").exists()
 

@@ -14,7 +14,7 @@ from helpers import write_gguf
 
 from ptqtp_gguf import __version__
 from ptqtp_gguf.codec.tp2_0 import TP2_0
-from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.codec.types import Key
 from ptqtp_gguf.conversion import loop as transcode
 from ptqtp_gguf.conversion import pipeline as conversion
@@ -27,10 +27,10 @@ from ptqtp_gguf.quantize.methods import find, quantize
 
 EXPECTED = {
     "token_embd.weight": "Q4_0",
-    "blk.0.attn_q.weight": "TP2_1",
+    "blk.0.attn_q.weight": "TP2_2",
     "blk.0.attn_norm.weight": "F32",
-    "blk.0.ffn_down.weight": "TP2_1",
-    "blk.0.ffn_gate_exps.weight": "TP2_1",
+    "blk.0.ffn_down.weight": "TP2_2",
+    "blk.0.ffn_gate_exps.weight": "TP2_2",
     "blk.0.odd.weight": "F16",
     "output.weight": "Q8_0",
 }
@@ -51,30 +51,31 @@ def test_plan_bytes_and_metadata(tiny_gguf: Path, weights: dict[str, np.ndarray]
         assert [t.shape for t in got.tensors] == [t.shape for t in source.tensors]
         for t in got.tensors:
             w = weights[t.name].reshape(-1, t.shape[0])
-            if t.type == TP2_1.id:
-                expected = quantize(TP2_1, find("search"), w)
+            if t.type == TP2_2.id:
+                expected = quantize(TP2_2, find("search"), w)
             else:
                 expected = quantize_plain(w, t.type).reshape(len(w), -1)
             assert np.array_equal(got.bytes_of(t), expected), t.name
         for key, kv in source.header.kvs.items():
             if key != "general.file_type":
                 assert got.header.kvs[key].raw == kv.raw
-        assert got.get("general.file_type") == 251
-        assert got.get(Key.FORMAT_VERSION) == 1
-        assert got.get(Key.TYPE_IDS) == [251] and got.get(Key.GROUP_SIZE) == [32]
+        assert got.get("general.file_type") == 252
+        assert got.get(Key.FORMAT_VERSION) == 2
+        assert got.get(Key.TYPE_IDS) == [252] and got.get(Key.GROUP_SIZE) == [32]
         assert (got.get(Key.METHOD), got.get(Key.VERSION), got.get(Key.SOURCE_TYPE)) == ("search", __version__, "F32")
     fallback = {r.tensor.name: r.choice.reason for r in summary.fallbacks}
-    assert fallback == {"blk.0.odd.weight": "rows of 40 are not a multiple of 32 (TP2_1)"}
+    assert fallback == {"blk.0.odd.weight": "rows of 40 are not a multiple of 32 (TP2_2)"}
 
 
 def test_the_format_version_is_the_newest_of_the_types(tiny_gguf: Path, tmp_path: Path) -> None:
     for name, options, ids in (
-        ("a.gguf", Options(type="TP2_2"), [252]),
-        ("b.gguf", Options(tensor_types=("attn_q=TP2_2",)), [251, 252]),
+        ("a.gguf", Options(type="TP2_1"), [251]),
+        ("b.gguf", Options(), [252]),
+        ("c.gguf", Options(type="TP2_1", tensor_types=("attn_q=TP2_2",)), [251, 252]),
     ):
         conversion.convert(tiny_gguf, tmp_path / name, options)
         with Reader(tmp_path / name) as got:
-            assert got.get(Key.TYPE_IDS) == ids and got.get(Key.FORMAT_VERSION) == 2
+            assert got.get(Key.TYPE_IDS) == ids and got.get(Key.FORMAT_VERSION) == (2 if TP2_2.id in ids else 1)
 
 
 def test_tp2_0_and_paper(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -124,7 +125,7 @@ def test_any_source_type(tmp_path: Path, rng: np.random.Generator, kind: str) ->
     summary = conversion.convert(source, tmp_path / "b.gguf")
     with Reader(source) as a, Reader(tmp_path / "b.gguf") as b:
         values = a.rows_f32(a.by_name["blk.0.a.weight"])
-        assert np.array_equal(b.bytes_of(b.by_name["blk.0.a.weight"]), quantize(TP2_1, find("search"), values))
+        assert np.array_equal(b.bytes_of(b.by_name["blk.0.a.weight"]), quantize(TP2_2, find("search"), values))
         embedding = b.by_name["token_embd.weight"]
         assert embedding.type_name == ("Q8_0" if kind in ("BF16", "F16") else kind)
     assert summary.source_types == {kind: 1}
@@ -142,11 +143,11 @@ def test_same_input_same_bytes(tiny_gguf: Path, tmp_path: Path) -> None:
 
 def test_values_beyond_the_scales_fall_back(tmp_path: Path, rng: np.random.Generator) -> None:
     w = {f"blk.{i}.a.weight": (rng.normal(size=(8, 64)) * 0.05).astype(np.float32) for i in range(3)}
-    w["blk.1.a.weight"][3, 5] = 10
+    w["blk.1.a.weight"][3, 5] = 12
     w["blk.2.a.weight"] *= 1e-4
     summary = conversion.convert(write_gguf(tmp_path / "a.gguf", w), tmp_path / "b.gguf")
     reasons = {r.tensor.name: (r.out.type, r.choice.reason) for r in summary.fallbacks}
-    assert reasons["blk.1.a.weight"] == (8, "largest weight 10; TP2_1 reaches 9.688")
+    assert reasons["blk.1.a.weight"] == (8, "largest weight 12; TP2_2 reaches 11.62")
     assert "16 of 16 groups lie below the range" in reasons["blk.2.a.weight"][1]
     assert len(reasons) == 2
 
@@ -164,7 +165,7 @@ def test_damaged_weights_are_named(tmp_path: Path, weights: dict, name: str, val
 
 def test_nothing_to_quantize(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "a.gguf", {"blk.0.a.weight": np.ones((4, 40), np.float32)})
-    with pytest.raises(RecipeError, match=r"no tensor takes TP2_1; blk\.0\.a\.weight: rows of 40"):
+    with pytest.raises(RecipeError, match=r"no tensor takes TP2_2; blk\.0\.a\.weight: rows of 40"):
         conversion.convert(source, tmp_path / "b.gguf")
 
 
@@ -228,7 +229,7 @@ def test_unknown_method_and_type(tiny_gguf: Path, tmp_path: Path) -> None:
         conversion.convert(tiny_gguf, tmp_path / "b.gguf", Options(method="magic"))
     with pytest.raises(RecipeError, match="no trit-plane type"):
         conversion.convert(tiny_gguf, tmp_path / "b.gguf", Options(type="TP9"))
-    with pytest.raises(QuantizeError, match="paper makes TP2_0, not TP2_1"):
+    with pytest.raises(QuantizeError, match="paper makes TP2_0, not TP2_2"):
         conversion.convert(tiny_gguf, tmp_path / "b.gguf", Options(method="paper"))
     with pytest.raises(InputError, match="no such file or folder"):
         conversion.convert(tmp_path / "absent", tmp_path / "b.gguf")

@@ -87,7 +87,7 @@ def test_options_that_do_not_decide_the_bytes_may_change(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(type="TP2_0"), r"--type TP2_1 \(now TP2_0\)"),
+        (Options(type="TP2_0"), r"--type TP2_2 \(now TP2_0\)"),
         (Options(tensor_types=("blk.1=Q8_0",)), "another recipe"),
         (Options(overrides=("general.name=str:x",)), "--override-kv"),
         (Options(split_max_size=10**6), r"--split-max-size 0 \(now 1000000\)"),

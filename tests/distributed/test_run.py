@@ -199,7 +199,7 @@ def test_what_differs_among_ranks_is_refused(source: Path, out: Path) -> None:
     for rank, process in enumerate(by_hand([source, out], [source, out, "--type", "TP2_0"])):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1 and err.startswith(f"Error: rank {rank} of 2"), err
-        assert "rank 1 of 2" in err and "another --type: TP2_0, and TP2_1 on rank 0" in err and err.count("\n") == 1
+        assert "rank 1 of 2" in err and "another --type: TP2_0, and TP2_2 on rank 0" in err and err.count("\n") == 1
     assert files(out.parent) == {}
 
 

@@ -15,6 +15,7 @@ from imatrix_files import make_imatrix, tiny_table, write_imatrix
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.codec.types import TYPES
 from ptqtp_gguf.conversion import loop as transcode
 from ptqtp_gguf.conversion import pipeline as conversion
@@ -75,9 +76,9 @@ def test_experts_get_the_bytes_of_llama_quantize_and_of_quantize(
                 values = found.values[t.name]
                 assert values.shape == (*t.shape[2:], t.shape[0])
                 pairs = zip(w, values, strict=True) if w.ndim == 3 else [(w, values)]
-                expected = np.concatenate([methods.quantize(TP2_1, SEARCH, np.array(x), h) for x, h in pairs])
+                expected = np.concatenate([methods.quantize(TP2_2, SEARCH, np.array(x), h) for x, h in pairs])
                 assert np.array_equal(ours.bytes_of(t), expected), t.name
-                assert not np.array_equal(expected, methods.quantize(TP2_1, SEARCH, w.reshape(-1, t.shape[0])))
+                assert not np.array_equal(expected, methods.quantize(TP2_2, SEARCH, w.reshape(-1, t.shape[0])))
         assert weighted == 5  # among them the embedding, of which llama-imatrix tells nothing
         keys = ("file", "dataset", "entries_count", "chunks_count")
         told = [stock.get(f"quantize.imatrix.{k}") for k in keys]
@@ -95,7 +96,7 @@ def table(tmp_path: Path, rng: np.random.Generator) -> Path:
     return tiny_table(tmp_path / "t.imatrix", rng)
 
 
-@pytest.mark.parametrize("kind", [TP2_1, TP2_0], ids=["TP2_1", "TP2_0"])
+@pytest.mark.parametrize("kind", [TP2_2, TP2_1, TP2_0], ids=["TP2_2", "TP2_1", "TP2_0"])
 @pytest.mark.parametrize("reference", [False, True])
 def test_experts_and_what_goes_unweighted(
     table: Path, weights: dict[str, np.ndarray], tmp_path: Path, kind: TensorType, reference: bool
@@ -127,7 +128,7 @@ def test_experts_and_what_goes_unweighted(
     reasons = {r.tensor.name: r.choice.reason for r in done.rows}
     assert reasons[name].endswith(f"; {lacks[name]}") and ";" not in reasons["output.weight"]
     assert "output.weight" not in lacks and "blk.0.attn_q.weight" not in lacks
-    if kind == TP2_1:
+    if kind != TP2_0:
         name = "blk.0.ffn_down.weight"
         assert np.array_equal(rows_of(out, name), q(weights[name], None))
         assert lacks[name] == "unweighted, the imatrix has seen no token there"
@@ -202,7 +203,7 @@ def test_the_sums_scale_does_not_matter_and_cannot_overflow(tmp_path: Path, rng:
         conversion.convert(source, tmp_path / f"{power}.gguf", Options(imatrix=table, tensor_types=("blk.0.b=Q4_0",)))
         made.append([rows_of(tmp_path / f"{power}.gguf", n).tobytes() for n in (name, "blk.0.b.weight")])
     assert made[0] == made[1] == made[2]
-    assert made[0][0] == methods.quantize(TP2_1, SEARCH, w, sums).tobytes()
+    assert made[0][0] == methods.quantize(TP2_2, SEARCH, w, sums).tobytes()
 
 
 @pytest.mark.runtime

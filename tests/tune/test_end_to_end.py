@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptqtp_gguf.codec import TritPlanes
+from ptqtp_gguf.codec import TP2_1, TP2_2, TensorType, TritPlanes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from ptqtp_gguf.codec.tp2_1 import LEVELS, scale_to_float  # noqa: E402
+from ptqtp_gguf.codec.tp2_1 import scale_to_float  # noqa: E402
 from ptqtp_gguf.errors import OutputError, TuneError  # noqa: E402
 from ptqtp_gguf.plan.tuning import TuneSettings  # noqa: E402
 from ptqtp_gguf.quantize import search  # noqa: E402
@@ -71,14 +71,15 @@ def make_model(family: str, folder: Path, **more: object) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def planes_of(model: Any) -> dict[str, Planes]:
+def planes_of(model: Any, kind: TensorType = TP2_1) -> dict[str, Planes]:
+    assert kind.to_levels
     planes = {}
     plain = type(model.get_input_embeddings()) is torch.nn.Embedding  # not Gemma's, which multiplies
     for name, p in model.named_parameters():
         if p.ndim == 2 and ("proj" in name or "lm_head" in name or ("embed" in name and plain)):
             w = p.detach().numpy()
-            digits, codes = search.fit_tp2_1(w.reshape(-1, 32), None)
-            levels = np.array(LEVELS, np.int8)[digits].reshape(w.shape)
+            digits, codes = search.FITS[kind.id](w.reshape(-1, 32), None)
+            levels = kind.to_levels(digits).reshape(w.shape)
             planes[name] = Planes(levels, codes.reshape(len(w), -1))
     return planes
 
@@ -196,14 +197,18 @@ def test_bf16_is_close_to_float32(family: str, models: Any, text: tuple[Any, Any
         assert float(torch.cosine_similarity(exact, rounded, dim=0)) > 0.99
 
 
-def test_levels_can_be_trained(models: Any, text: Any) -> None:
+@pytest.mark.parametrize(("kind", "rate"), [(TP2_1, 1e-2), (TP2_2, 1e-1)], ids=["TP2_1", "TP2_2"])
+def test_levels_can_be_trained(models: Any, text: Any, kind: TensorType, rate: float) -> None:
     folder, model, planes = models["Llama"]
+    planes = planes if kind == TP2_1 else planes_of(model, kind)
     windows, _ = text
-    settings = dataclasses.replace(QUICK, train_planes=True, latent_start=1.0, lr_planes=1e-2)
-    got = tune(folder, planes, windows, windows, settings)
+    settings = dataclasses.replace(QUICK, train_planes=True, latent_start=1.0, lr_planes=rate)
+    got = tune(folder, planes, windows, windows, settings, kind=kind)
     moved = np.mean([np.mean(got.planes[n].levels != p.levels) for n, p in planes.items()])
     assert 0.001 < moved < 0.3
-    assert set(np.unique(np.concatenate([p.levels.ravel() for p in got.planes.values()]))) <= set(LEVELS)
+    assert kind.from_levels
+    for p in got.planes.values():  # what a file can hold
+        assert (kind.from_levels(np.asarray(p.levels)) <= 8).all()
     best = min(m.held_out for m in got.history)
     assert best < 0.8 * got.history[0].held_out
     changed = {**{n: weights(p) for n, p in got.planes.items()}, **got.vectors}
@@ -317,7 +322,7 @@ def test_what_does_not_fit(models: Any, text: tuple[Any, Any]) -> None:
             r"levels \(63, 64\) and codes \(64, 2\) for a weight of 64 x 64",
         ),
         ({name: Planes(good.levels.astype(np.int32), good.codes)}, r"levels of torch\.int32"),
-        ({name: Planes(np.full_like(good.levels, 4), good.codes)}, "a level that is none of"),
+        ({name: Planes(np.full_like(good.levels, 7), good.codes)}, "a level that is none of 0, 1, 2, 3, 4, 5, 6 and"),
         ({"model.norm.weight": good}, "none of the 1 planes stands for a linear layer or embedding"),
     ]
     for given, message in wrong:
