@@ -29,15 +29,15 @@ def test_convert_inspect_export(cli: Cli, tiny_gguf: Path, tmp_path: Path) -> No
     done = cli("convert", tiny_gguf, out)
     assert done.returncode == 0, done.stderr
     assert "bits per weight" in done.stdout
-    assert "fallback: blk.0.odd.weight is F16: rows of 40 are not a multiple of 32 (TP2_1)" in done.stdout
+    assert "fallback: blk.0.odd.weight is F16: rows of 40 are not a multiple of 32 (TP2_2)" in done.stdout
     done = cli("inspect", out, "--tensors")
     assert done.returncode == 0
-    for text in ("TP2_1", "3.500", "Q8_0", "blk.0.ffn_gate_exps.weight", "64 x 16 x 3", "ptqtp.method = search"):
+    for text in ("TP2_2", "3.500", "Q8_0", "blk.0.ffn_gate_exps.weight", "64 x 16 x 3", "ptqtp.method = search"):
         assert text in done.stdout
     report = json.loads(cli("inspect", out, "--json").stdout)
     assert report["bytes"] == out.stat().st_size
     assert report["bpw"] == pytest.approx(8 * report["bytes"] / report["weights"], abs=1e-4)
-    assert report["metadata"]["ptqtp.type_ids"] == [251]
+    assert report["metadata"]["ptqtp.type_ids"] == [252]
     assert sum(p["weights"] for p in report["parts"]) == report["weights"]
     done = cli("export-q4_0", out, twin)
     assert done.returncode == 0 and "bit for bit" in done.stdout

@@ -63,10 +63,10 @@ def test_types_by_hand(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = types(out)
     assert {found[f"blk.{i}.attn_v.weight"] for i in range(4)} == {"Q6_K"}
-    assert (found["blk.3.ffn_down.weight"], found["blk.2.ffn_down.weight"]) == ("TP2_0", "TP2_1")
+    assert (found["blk.3.ffn_down.weight"], found["blk.2.ffn_down.weight"]) == ("TP2_0", "TP2_2")
     with Reader(out) as r:
         assert r.get("ptqtp.recipe") == "default, --tensor-type attn_v=q6_k, --tensor-type blk.3.*down=TP2_0"
-        assert r.get("ptqtp.type_ids") == [250, 251] and r.get("ptqtp.group_size") == [128, 32]
+        assert r.get("ptqtp.type_ids") == [250, 252] and r.get("ptqtp.group_size") == [128, 32]
     assert cli("verify", out, "--against", model).returncode == 0
     done = cli("convert", model, tmp_path / "b.gguf", "--tensor-type", "nothing=Q8_0")
     assert done.returncode == 1 and "matches no tensor" in done.stderr and done.stderr.count("\n") == 1

@@ -98,7 +98,7 @@ def test_the_reference_of_a_checkpoint(
 @pytest.mark.hf
 def test_a_quantized_reference_is_refused(reference: Path, tmp_path: Path) -> None:
     conversion.convert(reference, tmp_path / "q.gguf")
-    with pytest.raises(InputError, match=r"q\.gguf: is quantized \(TP2_1\); give the original"):
+    with pytest.raises(InputError, match=r"q\.gguf: is quantized \(TP2_2\); give the original"):
         reference_of(tmp_path / "q.gguf", Store(tmp_path), no_progress)
     with pytest.raises(InputError, match=r"[Nn]o such file"):
         reference_of(tmp_path / "absent", Store(tmp_path), no_progress)
@@ -109,7 +109,7 @@ def test_a_quantized_reference_is_refused(reference: Path, tmp_path: Path) -> No
 def test_files_are_made_once(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[str, int, int]] = []
     shop = workshop(reference, tmp_path / "kept", progress=lambda *a: steps.append(a[:3]))
-    items = parse_items(["Q4_0", "TP2_1", "TP2_0", f"same={reference}"])
+    items = parse_items(["Q4_0", "TP2_2", "TP2_0", f"same={reference}"])
     made = [shop.make(i) for i in items]
     assert [m.kind for m in made] == ["stock", "ours", "ours", "stock"] and made[3].path == reference
     with Reader(reference) as r:

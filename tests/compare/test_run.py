@@ -162,13 +162,13 @@ def test_ours_of_a_checkpoint_is_calibrated(tiny_checkpoint: Path, settings: Set
     text = tmp_path / "calib.txt"
     text.write_text("\n".join(f"Line {i} tells of {i * 7 % 11} things that nobody else has seen." for i in range(900)))
     options = Options(calibration=Calibration(texts=(str(text),), tokens=512, window=64), device="cpu")
-    settings = replace(settings, ours=("TP2_1",), rounds=0)
+    settings = replace(settings, ours=("TP2_2",), rounds=0)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(peers, "IMATRIX_CHUNKS", 2)
         ours, stock = compare(tiny_checkpoint, tmp_path / "out", settings, options).rows[1:]
     assert ours.made.endswith("--calib calib.txt") and "--imatrix imatrix.gguf" in stock.made
     plain = compare(tiny_checkpoint, tmp_path / "out", settings).rows[1]
-    assert plain.sha256 != ours.sha256 and plain.made.endswith("TP2_1.gguf")
+    assert plain.sha256 != ours.sha256 and plain.made.endswith("TP2_2.gguf")
 
 
 def test_what_is_refused(
@@ -201,9 +201,9 @@ def test_the_command(run: Callable[..., str], reference: Path, settings: Setting
     words = ["compare", reference, "--against", "Q4_0", "--cache", cache, "--ctx", 64, "--windows", 2, "--rounds", 0]
     words += ["--no-generation", "--text", settings.text, "--output", out]
     told = run(*words)
-    assert "TP2_1" in told and "Q4_0" in told and "KL divergence" in told and "index.html" in told
+    assert "TP2_2" in told and "Q4_0" in told and "KL divergence" in told and "index.html" in told
     page = (out / "index.html").read_text()
-    assert "<svg" in page and "TP2_1" in page and (out / "kld-over-size.png").stat().st_size > 1000
+    assert "<svg" in page and "TP2_2" in page and (out / "kld-over-size.png").stat().st_size > 1000
     document = (out / "report.json").read_text()
     assert json.loads(document)["finished"] is True and str(cache) not in document
     with pytest.raises(OutputError, match="holds a report already; use --force"):

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from helpers import REPO, llama_tool
 
+from ptqtp_gguf.codec import TensorType
 from ptqtp_gguf.codec import types as fmt
 from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.codec.unit import POW5
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import RuntimeMissing
@@ -34,15 +36,19 @@ def test_an_unknown_kernel_is_an_error(demo_files: dict[str, Path]) -> None:
     assert "PTQTP_KERNEL" in done.stderr and "doesnotexist" in done.stderr
 
 
-def test_llama_quantize_makes_the_same_bytes(demo_files: dict[str, Path], tmp_path: Path) -> None:
-    """llama-quantize runs the same core, so each matrix that it turns into TP2_1 is ours byte for byte."""
-    out = tmp_path / "q.gguf"
-    install.run_tool("llama-quantize", str(demo_files["bf16"]), str(out), "TP2_1", "2")
-    with Reader(out) as theirs, Reader(demo_files["ours"]) as ours:
-        same = [t for t in theirs.tensors if t.type == TP2_1.id]
+@pytest.mark.parametrize("kind", [TP2_2, TP2_1], ids=lambda t: t.name)
+def test_llama_quantize_makes_the_same_bytes(demo_files: dict[str, Path], tmp_path: Path, kind: TensorType) -> None:
+    """llama-quantize runs the same core, so each matrix that it turns into our types is ours byte for byte."""
+    out, mine = tmp_path / "q.gguf", demo_files["ours"]
+    install.run_tool("llama-quantize", str(demo_files["bf16"]), str(out), kind.name, "2")
+    if kind != TP2_2:
+        mine = conversion.convert(demo_files["bf16"], tmp_path / "mine.gguf", Options(type=kind.name)).path
+    with Reader(out) as theirs, Reader(mine) as ours:
+        same = [t for t in theirs.tensors if t.type == kind.id]
         assert len(same) == 210
         assert all(np.array_equal(theirs.bytes_of(t), ours.bytes_of(ours.by_name[t.name])) for t in same)
-        assert theirs.get("general.file_type") == 251
+        assert theirs.get("general.file_type") == kind.id
+        assert theirs.get("ptqtp.format_version") == ours.get("ptqtp.format_version") == kind.since
 
 
 def test_llama_quantize_lists_the_types_and_makes_tp2_0(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -64,7 +70,7 @@ def test_bench_names_the_type(demo_files: dict[str, Path]) -> None:
     args = ["-m", str(demo_files["ours"]), "-p", "8", "-n", "2", "-r", "1", "-o", "json"]
     out = install.run_tool("llama-bench", *args)
     rows = json.loads(out[out.index("[\n") : out.rindex("]") + 1])
-    assert "TP2_1" in rows[0]["model_type"] and rows[0]["avg_ts"] > 0
+    assert "TP2_2" in rows[0]["model_type"] and rows[0]["avg_ts"] > 0
 
 
 def damaged(source: Path, target: Path, find: bytes, replace: bytes) -> Path:
@@ -149,7 +155,7 @@ def stock_loader() -> Path:
 def test_stock_llama_cpp_refuses_the_file(demo_files: dict[str, Path], stock_loader: Path) -> None:
     ours = subprocess.run([str(stock_loader), str(demo_files["ours"])], capture_output=True, text=True)
     assert ours.returncode == 1
-    assert re.search(r"invalid ggml type 251", ours.stderr)
+    assert re.search(r"invalid ggml type 252", ours.stderr)
     assert subprocess.run([str(stock_loader), str(demo_files["twin"])], capture_output=True).returncode == 0
 
 

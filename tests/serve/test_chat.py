@@ -24,7 +24,7 @@ N_CTX = 256
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talk")
     summary = conversion.convert(write_talking_model(folder / "f32.gguf"), folder / "talking.gguf")
-    assert "TP2_1" in summary.weights_by_type()
+    assert "TP2_2" in summary.weights_by_type()
     return summary.path
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ptqtp_gguf.calibrate import texts
-from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec import TYPES
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.plan.options import Calibration, Options
 from ptqtp_gguf.source.gguf import GgufSource
@@ -44,6 +44,6 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def planes_of(path: Path) -> dict[str, np.ndarray]:
-    """The bytes of all TP2_1 tensors."""
+    """The bytes of all trit-plane tensors."""
     with Reader(path) as r:
-        return {t.name: np.array(r.bytes_of(t)) for t in r.tensors if t.type == TP2_1.id}
+        return {t.name: np.array(r.bytes_of(t)) for t in r.tensors if t.type in TYPES}

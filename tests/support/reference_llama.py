@@ -1,7 +1,8 @@
 """A Llama forward pass in float64 numpy, straight from a GGUF file's dequantized tensors: the runtime's referee.
 
 Every matrix product is "dequantize and multiply". With `activations="rounded"` the inputs of products with quantized
-weights are rounded first, as the runtime does: to Q8_0, or for TP2_1 (panels) to the same codes with a float scale;
+weights are rounded first, as the runtime does: to Q8_0, or for TP2_1 and TP2_2 (panels) to the same codes with a float
+scale;
 "exact" leaves them alone.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec import TP2_1, TP2_2
 from ptqtp_gguf.files.gguf import FLOAT_IDS, Reader
 
 
@@ -41,7 +42,7 @@ class Llama:
             self.theta = float(get("rope.freq_base") or 10000.0)
             self.w = {t.name: r.rows_f32(t).astype(np.float64) for t in r.tensors}
             self.quantized = {t.name for t in r.tensors if t.type not in FLOAT_IDS}
-            self.panels = {t.name for t in r.tensors if t.type == TP2_1.id}
+            self.panels = {t.name for t in r.tensors if t.type in (TP2_1.id, TP2_2.id)}
 
     def product(self, x: np.ndarray, name: str, activations: str) -> np.ndarray:
         """x (T, C) times the matrix (R, C) -> (T, R)."""

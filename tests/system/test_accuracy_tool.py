@@ -109,14 +109,14 @@ def test_every_file_is_measured(run: Run) -> None:
     assert 0 < kld["Q8_0"] < kld["Q4_K_M"] < kld["search"] and kld["Q4_K_M imatrix"] < kld["search"]
     document = entries["search", "wiki.txt"]["document"]
     assert document["text"]["windows"] == CHUNKS and document["text"]["ctx"] == CTX and document["machine"]["cpu"]
-    # rows of 224 cannot be Q4_K, but TP2_1
+    # rows of 224 cannot be Q4_K, but TP2_2
     matrices = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER
     for label in ("Q4_K_M", "Q4_K_M imatrix"):
         fell_back = entries[label, "wiki.txt"]["fell_back"]
         assert fell_back == pytest.approx(WIDTH * INNER / matrices)
         others = [share for kind, share in wiki[label]["types"].items() if "_K" not in kind]
         assert sum(others) == pytest.approx(fell_back)
-    assert entries["search", "wiki.txt"]["fell_back"] == 0 and wiki["search"]["types"] == {"TP2_1": 1.0}
+    assert entries["search", "wiki.txt"]["fell_back"] == 0 and wiki["search"]["types"] == {"TP2_2": 1.0}
     assert entries["reference", "wiki.txt"]["head"] == entries["reference", "wiki.txt"]["embedding"] == "BF16"
     assert wiki["paper"]["types"]["TP2_0"] == pytest.approx(1 - WIDTH * INNER / matrices)
     assert wiki["paper"]["made"].endswith("convert -m paper -t TP2_0")
@@ -205,7 +205,7 @@ def test_the_page_keeps_words(run: Run, tmp_path: Path) -> None:
         if row.quality.kld is not None:
             assert " ± ".join(findings.with_error(row.quality.kld, findings.Z95 * row.quality.kld_se)) in table
     assert "| stock types reach it at |" in text and "code.txt: 2 windows of 128 tokens" in text
-    assert "bpw: TP2_1 100 % |" in table and "% fell back | " in table
+    assert "bpw: TP2_2 100 % |" in table and "% fell back | " in table
     assert "python tools/accuracy/accuracy.py --model tiny=tiny-bf16.gguf --text wiki.txt" in text
     assert f", commit {accuracy.commit()}, " in text and " cores of " in text
     assert str(tmp_path) not in text and str(run[0].parent) not in text

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.runtime
 def test_checkpoint_to_text(cli: Callable[..., subprocess.CompletedProcess[str]], demo_files: dict[str, Path]) -> None:
     with Reader(demo_files["ours"]) as r:
         matrices = [t for t in r.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
-        assert len(matrices) == 210 and {t.type_name for t in matrices} == {"TP2_1"}
+        assert len(matrices) == 210 and {t.type_name for t in matrices} == {"TP2_2"}
         assert {t.shape[0] for t in matrices} == {576, 1536}
     done = cli("run", demo_files["ours"], "-p", "The capital of France is", "-n", "12", "--temp", "0")
     assert done.returncode == 0, done.stderr
@@ -63,7 +63,7 @@ def test_random_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.gguf"
     summary = conversion.convert(tiny_checkpoint, out)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
-    assert summary.weights_by_type()["TP2_1"] == 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 192)
+    assert summary.weights_by_type()["TP2_2"] == 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 192)
 
 
 def test_unknown_architecture(tiny_checkpoint: Path, tmp_path: Path) -> None:

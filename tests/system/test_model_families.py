@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, Family, build
 
 from ptqtp_gguf.codec.tensor_type import TensorType
 from ptqtp_gguf.codec.tp2_0 import TP2_0
-from ptqtp_gguf.codec.tp2_1 import TP2_1
+from ptqtp_gguf.codec.tp2_2 import TP2_2
 from ptqtp_gguf.conversion.export import export_q4_0
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.conversion.summary import Summary
@@ -211,7 +211,7 @@ def check_logits(m: Made, got: np.ndarray, dequantized: np.ndarray) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_types_and_sizes(made: Callable[[str], Made], name: str) -> None:
     m = made(name)
-    check_types(m, m.ours, TP2_1)
+    check_types(m, m.ours, TP2_2)
     fallback = {r.tensor.name.split(".")[2] for r in m.summary.fallbacks}
     assert fallback == m.family.fallback.keys()
     assert m.summary.size == m.ours.stat().st_size

@@ -38,7 +38,7 @@ CLOCK = {
     "apple-m1": 3.2,
 }
 MARK = "// LLVM-MCA-BEGIN "
-WEIGHTS = {"row": 128, "gemv": 512, "unpack": 256}  # in one pass through the loop
+WEIGHTS = {"row": 128, "gemv": 512, "gemv tp2_2": 512, "gemv_wide": 512, "unpack": 256}  # in one pass through the loop
 
 
 @dataclass
