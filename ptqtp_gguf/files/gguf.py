@@ -256,15 +256,16 @@ class Reader:
             self.header, _ = read_header(self._file, str(self.path))
             self.tensors = self.header.tensors
             self.by_name = {t.name: t for t in self.tensors}
-            self._check_format_version()
+            if not self.get("split.no"):  # only the first part of a split file carries the metadata
+                self.check_format_version(self.tensors)
         except BaseException:
             self.close()
             raise
 
-    def _check_format_version(self) -> None:
-        if self.get("split.no"):  # only the first part of a split file carries the metadata
-            return
-        ours = [TYPES[i] for i in sorted({t.type for t in self.tensors} & TYPES.keys())]
+    def check_format_version(self, tensors: Iterable[TensorInfo]) -> None:
+        """Raises InputError unless the metadata names a version that this program reads and that knows the types of
+        these tensors: the file's own, or those of all parts of a split one."""
+        ours = [TYPES[i] for i in sorted({t.type for t in tensors} & TYPES.keys())]
         version = self.get(Key.FORMAT_VERSION)
         if not ours and version is None:
             return

@@ -61,6 +61,7 @@ class GgufSource(Source):
         expected = self.readers[0].get("split.tensors.count")
         if len(paths) > 1 and isinstance(expected, int) and expected != len(self.tensors):
             raise InputError(f"{path}: the parts hold {len(self.tensors)} tensors, {expected} are announced")
+        self.readers[0].check_format_version(self.tensors)
         self.stamp = [(p.name, s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]]
 
     def chunks(self, t: TensorInfo, size: int) -> Iterator[U8]:

@@ -71,3 +71,13 @@ def test_missing_and_foreign_parts(parts: list[Path], tmp_path: Path) -> None:
     parts[1].write_bytes(keep)
     with GgufSource(parts[-1]) as s:
         assert len(s.tensors) == 13
+
+
+def test_a_first_part_of_an_older_version(source: Path, tmp_path: Path) -> None:
+    """The first part speaks for all: it may not say a version that a later part's type is newer than."""
+    done = convert(source, tmp_path / "m.gguf", Options(type="TP2_1", split_max_size=LIMIT, tensor_types=("w=TP2_1",)))
+    new = convert(source, tmp_path / "n.gguf", Options(type="TP2_2", split_max_size=LIMIT, tensor_types=("w=TP2_2",)))
+    assert len(done.files) == len(new.files) > 2
+    done.files[-1].write_bytes(new.files[-1].read_bytes())
+    with pytest.raises(InputError, match=r"format_version is 1, but the file holds TP2_2 tensors, .* version 2;"):
+        GgufSource(done.files[0])
