@@ -11,7 +11,7 @@ from .arrays import U8
 
 
 class TritPlanes(NamedTuple):
-    """One matrix: levels int8 (R, C) of 0, +-1, +-2, +-3, +-5, and scale codes uint8 (R, C/32). Rows as in HF."""
+    """One matrix: levels of its type int8 (R, C), and scale codes uint8 (R, C/32). Rows as in HF."""
 
     levels: NDArray[np.int8]
     codes: U8

@@ -41,7 +41,7 @@ def evaluate_files(
 
       ptqtp-gguf eval model.gguf --text wiki.test.raw
 
-      ptqtp-gguf eval model-TP2_1.gguf model-Q4_0.gguf --reference model-bf16.gguf
+      ptqtp-gguf eval model-TP2_2.gguf model-Q4_0.gguf --reference model-bf16.gguf
 
       ptqtp-gguf eval model.gguf --reference model-bf16.gguf --windows 8 --no-generation --json
     """

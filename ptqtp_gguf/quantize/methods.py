@@ -1,9 +1,9 @@
 """The methods that turn weights into planes and scales: one row each, and what the rest of the program asks of them.
 
-    search      the best planes without calibration; TP2_1 and TP2_0
+    search      the best planes without calibration; TP2_2, TP2_1 and TP2_0
     paper       PTQTP as published (arXiv 2509.16989, Algorithm 1); TP2_0
-    calibrated  second order: errors weighed by the inputs that text gives each matrix; TP2_1
-    tuned       calibrated, then trained end to end against the original model; TP2_1
+    calibrated  second order: errors weighed by the inputs that text gives each matrix; TP2_2, TP2_1
+    tuned       calibrated, then trained end to end against the original model; TP2_2, TP2_1
 
 A data-free method is a module here with `reference`, clear numpy, and a twin in the native core (native/quantize/) that
 does the same arithmetic in the same order: the suite holds both together byte for byte.
@@ -134,8 +134,8 @@ def quantize(
     """Quantize one matrix by a data-free method.
 
     weights     float32 (R, C), finite, C a multiple of t.block
-    importance  float32 (C,) >= 0, weight of each input's squared error, or None: `search` for TP2_1 then lets large
-                weights count more (search.py), all else weights none; ones are plain squared error
+    importance  float32 (C,) >= 0, weight of each input's squared error, or None: `search` then lets large weights of TP2_2 and
+                TP2_1 count more (search.py), all else weights none; ones are plain squared error
     threads     0 = all cores; the bytes do not depend on it
     returns     uint8 (R, C / t.block * t.size)
     Raises QuantizeError where the method does not make the type, or a value is NaN, Inf or out of the type's reach.
