@@ -134,8 +134,8 @@ def quantize(
     """Quantize one matrix by a data-free method.
 
     weights     float32 (R, C), finite, C a multiple of t.block
-    importance  float32 (C,) >= 0, weight of each input's squared error, or None: `search` then lets large weights of TP2_2 and
-                TP2_1 count more (search.py), all else weights none; ones are plain squared error
+    importance  float32 (C,) >= 0, weight of each input's squared error, or None: `search` then lets large weights count
+                more (search.py), but for TP2_0, and all else weights none; ones are plain squared error
     threads     0 = all cores; the bytes do not depend on it
     returns     uint8 (R, C / t.block * t.size)
     Raises QuantizeError where the method does not make the type, or a value is NaN, Inf or out of the type's reach.
