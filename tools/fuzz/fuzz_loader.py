@@ -44,7 +44,7 @@ def model(path: Path, block_type: int) -> None:
     raw = b"".join(struct.pack("<Q", len(t)) + t.encode("ascii") for t in tokens)
     kvs = [
         kv_string("general.architecture", "llama"),
-        kv_u32("ptqtp.format_version", 1),
+        kv_u32("ptqtp.format_version", TYPES[block_type].since),
         *(
             kv_u32(f"llama.{k}", v)
             for k, v in (
