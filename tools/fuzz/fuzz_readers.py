@@ -69,14 +69,15 @@ def attacks() -> dict[str, tuple[str, str, bytes]]:
 def sound() -> dict[str, list[bytes]]:
     """Files that the readers take."""
     tensors = [OutTensor("blk.0.a.weight", (32, 2), 251), OutTensor("b", (128,), 250), OutTensor("c", (7,), 0)]
+    tensors.append(OutTensor("d", (64,), 252))
     kvs = [
         kv_string("general.architecture", "llama"),
-        kv_u32("ptqtp.format_version", 1),
+        kv_u32("ptqtp.format_version", 2),
         kv_u32("general.alignment", 32),
         kv_list("numbers", 5, [1, -2, 3]),
         kv_list("ptqtp.tensor_hashes", 10, [1, 2, 3]),
     ]
-    model = build_header(kvs, tensors, 32) + bytes(32 + 64 + 32)
+    model = build_header(kvs, tensors, 32) + bytes(32 + 64 + 32 + 32)
     sums = [OutTensor("a.in_sum2", (4, 2), 0), OutTensor("a.counts", (1, 2), 0)]
     matrix = build_header([kv_string("general.type", "imatrix"), kv_u32("imatrix.chunk_count", 2)], sums, 32)
     values = np.arange(16, dtype="<f4").tobytes()
