@@ -53,9 +53,14 @@ def _from_side(side: U8, rows: int) -> Scales:
     return side.reshape(rows, -1)
 
 
+def weights_of_levels(levels: I8, codes: Scales) -> F32:
+    """Levels (R, C) and their scale codes (R, C/32) -> float32 (R, C)."""
+    groups = levels.astype(np.float32).reshape(len(levels), -1, UNIT)
+    return (scale_to_float(codes.astype(np.uint8))[..., None] * groups).reshape(levels.shape)
+
+
 def _weights(digits: U8, codes: Scales) -> F32:
-    levels = LEVEL_OF_DIGIT[digits].reshape(len(digits), -1, UNIT)
-    return (scale_to_float(codes.astype(np.uint8))[..., None] * levels).reshape(digits.shape)
+    return weights_of_levels(levels_of_digits(digits), codes)
 
 
 TP2_1 = TensorType(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import I8, I64, U8
+from .arrays import F32, I8, I64, U8
 from .tensor_type import Scales, TensorType
-from .tp2_1 import SMALLEST_SCALE, TP2_1, scale_to_float
+from .tp2_1 import SMALLEST_SCALE, TP2_1, weights_of_levels
 from .unit import UNIT, UNIT_WORDS
 
 MAX_LEVEL = 6
@@ -65,9 +65,8 @@ def digits_of_levels(levels: NDArray[np.signedinteger]) -> U8:
     return out.reshape(levels.shape)
 
 
-def _weights(digits: U8, codes: Scales) -> NDArray[np.float32]:
-    levels = levels_of_digits(digits).astype(np.float32).reshape(len(digits), -1, UNIT)
-    return (scale_to_float(codes.astype(np.uint8))[..., None] * levels).reshape(digits.shape)
+def _weights(digits: U8, codes: Scales) -> F32:
+    return weights_of_levels(levels_of_digits(digits), codes)
 
 
 TP2_2 = TensorType(

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..codec import CHAIN, TP2_1, TP2_2, TensorType, native
+from ..codec import TP2_1, TP2_2, TensorType, native
 from ..errors import QuantizeError
 from .cuda import driver as nvidia
 
@@ -94,7 +94,7 @@ def _blocks(kind: TensorType, like: Tensor, threads: int) -> _Blocks:
         loops = [partial(loop, kind, threads=threads) for loop in (native.gptq_block, native.cd_block)]
         return _Blocks(4 * G, *loops)
     device, stream = _device_of(like)
-    threads_a_row, chain = (ROW_THREADS, "_chain") if kind == TP2_2 else (1, "")
+    threads_a_row, chain = (ROW_THREADS, "_chain") if kind.chain else (1, "")
 
     def launch(name: str, rows: int, cols: int, *matrices: Matrix, window: int) -> None:
         assert cols == G
@@ -170,10 +170,10 @@ def _chain_order(kind: TensorType, like: Tensor) -> Tensor | None:
     """The columns of a matrix in the order of its type's chain, group by group; None where the order is as it is."""
     import torch
 
-    if kind != TP2_2:
+    if not kind.chain:
         return None
     first = torch.arange(0, like.shape[1], G, device=like.device)
-    return (first[:, None] + torch.from_numpy(CHAIN).to(like.device)).flatten()
+    return (first[:, None] + torch.tensor(kind.chain, device=like.device)).flatten()
 
 
 def _calibrate(

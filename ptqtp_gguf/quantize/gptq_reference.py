@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import F32, F64, I64, TP2_1, U8, scale_from_float, scale_to_float
+from ..codec import F32, F64, I64, TP2_1, U8, scale_to_float
+from . import trellis
 from .search import best_code, nearest_level
 from .sums import ordered_sum
-from .trellis import OFFSET, STATES, STEPS, _near_one, _rank, best_start
+from .trellis import OFFSET, STATES, best_start, near_one
 
 I8 = NDArray[np.int8]
 
@@ -138,6 +139,21 @@ def cd_block(r: F32, h: F32, levels: I8, codes: U8, window: int = 2) -> tuple[I8
     returns levels, codes, delta float32 (R, C): the change of levels * scales, by which E H is to be updated
     A group changes only where that lowers the objective. A column whose h_jj is not > 0 keeps its level.
     """
+
+    def moves(r: F32, h: F32, before: F32, q: F32) -> Callable[[F32], Moved]:
+        return lambda s: _cd_group(r, h, before, q, s)
+
+    return _sweep(moves, r, h, levels, codes, window)
+
+
+Moved = tuple[F32, F32, F32]  # a group at one code: levels (R, 32), their moves (R, 32), the objective's change (R,)
+
+
+def _sweep(
+    moves: Callable[[F32, F32, F32, F32], Callable[[F32], Moved]], r: F32, h: F32, levels: I8, codes: U8, window: int
+) -> tuple[I8, U8, F32]:
+    """Group by group, the codes around the present one, kept where the objective falls. moves: what a group (its r and
+    h, its levels and what they stand for) does at scales (R,)."""
     rows, cols = r.shape
     r, levels, codes, delta = r.copy(), levels.copy(), codes.copy(), np.zeros((rows, cols), np.float32)
     with np.errstate(all="ignore"):
@@ -145,9 +161,9 @@ def cd_block(r: F32, h: F32, levels: I8, codes: U8, window: int = 2) -> tuple[I8
             here = slice(g * GROUP, (g + 1) * GROUP)
             before, best = levels[:, here].astype(np.float32), np.zeros(rows, np.float32)
             present = codes[:, g].copy()
-            q = scale_to_float(present)[:, None] * before
+            move = moves(r[:, here], h[here, here], before, scale_to_float(present)[:, None] * before)
             for code in window_codes(present, window):
-                level, d, change = _cd_group(r[:, here], h[here, here], before, q, scale_to_float(code))
+                level, d, change = move(scale_to_float(code))
                 less = change < best
                 best = np.where(less, change, best)
                 levels[less, here], delta[less, here], codes[less, g] = level[less], d[less], code[less]
@@ -183,7 +199,7 @@ def _chain_group(v: F32, u: F32, window: int) -> Found:
         s = scale_to_float(code)
         return best_path(v, u, s, best_start(x, h, s))
 
-    return _best_of(window_codes(_chain_code(x, h), window), attempt)
+    return _best_of(window_codes(trellis.best_code(x, h), window), attempt)
 
 
 def _bounded(v: F32) -> F32:
@@ -192,21 +208,7 @@ def _bounded(v: F32) -> F32:
 
 def _importance(u: F32, rows: int) -> F32:
     """(R, 32): 1 / u_jj^2, a group's largest near 1."""
-    return np.broadcast_to(_near_one(np.minimum(_weight(u), np.finfo(np.float32).max)[None]), (rows, GROUP))
-
-
-def _chain_code(x: F32, h: F32) -> U8:
-    """The code (R,) that trellis.fit_tp2_2 chooses for x (R, 32), along the chain, with the importance h."""
-    top = np.abs(x).max(axis=1)
-    middle = scale_from_float(top / np.float32(6)).astype(np.int64)
-    tries = [np.clip(middle + step, 0, 255).astype(np.uint8) for step in STEPS]
-    tries.append(scale_from_float(top / np.float32(2)))
-    best, code = np.full(len(x), np.finfo(np.float32).max, np.float32), tries[0]
-    for tried in tries:
-        rank = _rank(x, h, scale_to_float(tried))
-        less = rank < best
-        best, code = np.where(less, rank, best), np.where(less, tried, code)
-    return np.where(top > 0, code, np.uint8(0))
+    return np.broadcast_to(near_one(np.minimum(_weight(u), np.finfo(np.float32).max)[None]), (rows, GROUP))
 
 
 def best_path(x: F32, u: F32, s: F32, start: I64) -> Tried:
@@ -280,27 +282,20 @@ def factor(h: F32) -> F32:
 def kbest_cd_block(r: F32, h: F32, levels: I8, codes: U8, window: int) -> tuple[I8, U8, F32]:
     """As cd_block, of TP2_2, columns in the order of the chain: a group goes to its best path at the values that would
     be best for it, the rest as it is, where that lowers the objective."""
-    rows, cols = r.shape
-    r, levels, codes, delta = r.copy(), levels.copy(), codes.copy(), np.zeros((rows, cols), np.float32)
-    with np.errstate(all="ignore"):
-        for g in range(cols // GROUP):
-            here = slice(g * GROUP, (g + 1) * GROUP)
-            u = factor(h[here, here])
-            best, present = np.zeros(rows, np.float32), codes[:, g].copy()
-            q = scale_to_float(present)[:, None] * levels[:, here].astype(np.float32)
-            target = q + _times_inverse(r[:, here], u)
-            x, importance = _bounded(target), _importance(u, rows)
-            for code in window_codes(present, window):
-                s = scale_to_float(code)
-                level, _, _ = best_path(target, u, s, best_start(x, importance, s))
-                d = s[:, None] * level - q
-                change = _change(r[:, here], h[here, here], d)
-                less = change < best
-                best = np.where(less, change, best)
-                levels[less, here], delta[less, here], codes[less, g] = level[less], d[less], code[less]
-            for j in range(here.start, here.stop):
-                r[:, here.stop :] = _lose(r[:, here.stop :], delta[:, j], h[j, here.stop :])
-    return levels, codes, delta
+
+    def moves(r: F32, h: F32, before: F32, q: F32) -> Callable[[F32], Moved]:
+        u = factor(h)
+        target = q + _times_inverse(r, u)
+        x, importance = _bounded(target), _importance(u, len(r))
+
+        def move(s: F32) -> Moved:
+            level, _, _ = best_path(target, u, s, best_start(x, importance, s))
+            d = s[:, None] * level - q
+            return level, d, _change(r, h, d)
+
+        return move
+
+    return _sweep(moves, r, h, levels, codes, window)
 
 
 def _times_inverse(r: F32, u: F32) -> F32:

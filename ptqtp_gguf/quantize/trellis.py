@@ -80,7 +80,7 @@ def trace(x: F32, s: F32, start: I64, came: U8) -> U8:
     return digits
 
 
-def _near_one(h: F32) -> F32:
+def near_one(h: F32) -> F32:
     """h (N, 32) times the power of two that takes a group's largest near 1, so that costs neither vanish nor overflow;
     at least LIGHT, 1 where all are 0."""
     heaviest = h.max(axis=1, keepdims=True)
@@ -89,19 +89,24 @@ def _near_one(h: F32) -> F32:
     return np.where(heaviest > 0, np.maximum(h * unit, LIGHT), np.float32(1))
 
 
-def fit_tp2_2(w: F32, h: F32) -> tuple[U8, U8]:
-    """w, h (N, 32) -> digits (N, 32), scale codes (N,)."""
-    x, h = w[:, CHAIN], _near_one(h)[:, CHAIN]
-    top = np.abs(w).max(axis=1)
+def best_code(x: F32, h: F32) -> U8:
+    """The code (N,) of the best rank for x, h (N, 32) along the chain; the first of equals, 0 for a group of zeros."""
+    top = np.abs(x).max(axis=1)
     middle = scale_from_float(top / np.float32(6)).astype(np.int64)
-    codes_tried = [np.clip(middle + step, 0, 255) for step in STEPS]
-    codes_tried.append(scale_from_float(top / np.float32(2)).astype(np.int64))
-    best, code = np.full(len(w), np.finfo(np.float32).max, np.float32), codes_tried[0]
-    for tried in codes_tried:
-        rank = _rank(x, h, scale_to_float(tried.astype(np.uint8)))
+    tries = [np.clip(middle + step, 0, 255).astype(np.uint8) for step in STEPS]
+    tries.append(scale_from_float(top / np.float32(2)))
+    best, code = np.full(len(x), np.finfo(np.float32).max, np.float32), tries[0]
+    for tried in tries:
+        rank = _rank(x, h, scale_to_float(tried))
         less = rank < best
         best, code = np.where(less, rank, best), np.where(less, tried, code)
-    codes = np.where(top == 0, 0, code).astype(np.uint8)
+    return np.where(top > 0, code, np.uint8(0))
+
+
+def fit_tp2_2(w: F32, h: F32) -> tuple[U8, U8]:
+    """w, h (N, 32) -> digits (N, 32), scale codes (N,)."""
+    x, h = w[:, CHAIN], near_one(h)[:, CHAIN]
+    codes = best_code(x, h)
     s = scale_to_float(codes)
     start = best_start(x, h, s)
     _, came = lap(x, h, s, _only(start))
