@@ -38,6 +38,19 @@ static inline void ptqtp_trellis_levels(const uint8_t * digits, int8_t * levels)
     }
 }
 
+/* The levels of a unit of a type with one scale, in weight order. */
+static inline void ptqtp_unit_levels(int type, const ptqtp_unit * u, int8_t * levels) {
+    uint8_t digits[PTQTP_UNIT];
+    ptqtp_unit_unpack(u, digits);
+    if (type == PTQTP_TP2_2) {
+        ptqtp_trellis_levels(digits, levels);
+        return;
+    }
+    for (int i = 0; i < PTQTP_UNIT; i++) {
+        levels[i] = ptqtp_level[digits[i]];
+    }
+}
+
 /* One lap from a state: the state that it ends in. digits may be NULL; PTQTP_NO_STATE where a level has no digit. */
 static inline int ptqtp_trellis_lap(const int8_t * levels, int state, uint8_t * digits) {
     static const uint8_t chain[PTQTP_UNIT] = { PTQTP_CHAIN_ORDER };

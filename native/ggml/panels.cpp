@@ -54,9 +54,13 @@ int64_t ceil_div(int64_t a, int64_t b) {
 // One product of a matrix with columns; all threads of the pool work on it.
 struct product {
     const ptqtp_panel_kernel * kernel;
-    int type;
+    int type, form;
     int64_t n, nrows;
     const void * panels;
+
+    product(const ggml_tensor * matrix, const void * panels)
+        : kernel(ptqtp_panel_kernel_chosen()), type(matrix->type), form(::form(matrix->type)), n(matrix->ne[0]),
+          nrows(matrix->ne[1]), panels(panels) {}
 };
 
 // ---- the pieces of work of a product: panels x columns ----
@@ -94,7 +98,7 @@ void run_piece(const product & p, const pieces & work, int64_t index, void * scr
         act_of[c] = acts(col0 + c);
         out_of[c] = out(col0 + c);
     }
-    ptqtp_gemm(p.kernel, p.type, form(p.type), p.n, p.nrows, p.panels, panel0, panel1, ncols, act_of, out_of, scratch);
+    ptqtp_gemm(p.kernel, p.type, p.form, p.n, p.nrows, p.panels, panel0, panel1, ncols, act_of, out_of, scratch);
 }
 
 size_t act_bytes(int type, int64_t n, int64_t ncols) {
@@ -107,7 +111,7 @@ size_t act_bytes(int type, int64_t n, int64_t ncols) {
 template <typename Column>
 void quantize_columns(const ggml_compute_params * params, const product & p, int64_t ncols, bool one, Column column) {
     const int64_t nb = p.n / UNIT;
-    const size_t act_size = one ? ptqtp_gemv_act_size(p.kernel, p.type, form(p.type)) : sizeof(ptqtp_act);
+    const size_t act_size = one ? ptqtp_gemv_act_size(p.kernel, p.type, p.form) : sizeof(ptqtp_act);
     const bool whole = ncols >= 4 * params->nth;
     const int64_t b0 = whole ? 0 : nb * params->ith / params->nth;
     const int64_t b1 = whole ? nb : nb * (params->ith + 1) / params->nth;
@@ -115,7 +119,7 @@ void quantize_columns(const ggml_compute_params * params, const product & p, int
         const float * x = column(c) + b0 * UNIT;
         char * dst = (char *) params->wdata + (size_t) (c * nb + b0) * act_size;
         if (one) {
-            ptqtp_gemv_quantize(p.kernel, p.type, form(p.type), x, dst, (b1 - b0) * UNIT);
+            ptqtp_gemv_quantize(p.kernel, p.type, p.form, x, dst, (b1 - b0) * UNIT);
         } else {
             ptqtp_gemm_quantize(p.kernel, x, (ptqtp_act *) dst, (b1 - b0) * UNIT);
         }
@@ -146,7 +150,7 @@ class panel_traits : public ggml::cpu::tensor_traits {
     static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
         const ggml_tensor * src0 = dst->src[0];
         const ggml_tensor * src1 = dst->src[1];
-        const product p = { ptqtp_panel_kernel_chosen(), src0->type, src0->ne[0], src0->ne[1], src0->data };
+        const product p(src0, src0->data);
         const int64_t ne11 = src1->ne[1], ne12 = src1->ne[2];
         const int64_t ncols = ggml_nrows(src1);
         const bool one = ncols == 1;
@@ -168,7 +172,7 @@ class panel_traits : public ggml::cpu::tensor_traits {
         for (int64_t i = params->ith; i < work.count(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
             if (one) {
                 const int64_t panel0 = i * work.panel_step;
-                ptqtp_gemv(p.kernel, p.type, form(p.type), p.n, p.nrows, p.panels, panel0,
+                ptqtp_gemv(p.kernel, p.type, p.form, p.n, p.nrows, p.panels, panel0,
                            std::min(panel0 + work.panel_step, work.npanels), acts, (float *) dst->data);
             } else {
                 run_piece(
@@ -186,11 +190,11 @@ class panel_traits : public ggml::cpu::tensor_traits {
         const ggml_tensor * src0 = dst->src[0];
         const ggml_tensor * src1 = dst->src[1];
         const ggml_tensor * ids = dst->src[2];
-        product p = { ptqtp_panel_kernel_chosen(), src0->type, src0->ne[0], src0->ne[1], nullptr };
+        product p(src0, nullptr);
         const int64_t nexperts = src0->ne[2], nused = ids->ne[0], ntokens = ids->ne[1];
         const int64_t ne11 = src1->ne[1], ncols = ggml_nrows(src1);
         const int64_t nb = p.n / UNIT;
-        const size_t expert_size = ptqtp_panels_size(form(p.type), p.nrows, p.n);
+        const size_t expert_size = ptqtp_panels_size(p.form, p.nrows, p.n);
         const bool one = ncols == 1; // one token, and the experts share its activations
 
         char * scratch_base = aligned((char *) params->wdata + act_bytes(p.type, p.n, ncols));
@@ -252,8 +256,7 @@ class panel_traits : public ggml::cpu::tensor_traits {
                     const int64_t panel1 = std::min(panel0 + work.panel_step, work.npanels);
                     for (int64_t c = i / work.panel_steps * work.col_step;
                          c < std::min(count, (i / work.panel_steps + 1) * work.col_step); c++) {
-                        ptqtp_gemv(p.kernel, p.type, form(p.type), p.n, p.nrows, p.panels, panel0, panel1, acts,
-                                   out(c));
+                        ptqtp_gemv(p.kernel, p.type, p.form, p.n, p.nrows, p.panels, panel0, panel1, acts, out(c));
                     }
                 } else {
                     run_piece(

@@ -5,20 +5,28 @@
 
 #include <stdlib.h>
 
-float ptqtp_dot_tp2_1_scalar(int64_t n, const void * weights, const void * q8_0) {
-    const block_tp2_1 * x = weights;
+static float dot_levels(int type, int64_t n, const void * weights, const void * q8_0) {
+    const ptqtp_unit * x = weights;
     const ptqtp_block_q8_0 * y = q8_0;
     float sum = 0;
-    for (int64_t i = 0; i < n / PTQTP_QK_TP2_1; i++) {
-        uint8_t digits[PTQTP_UNIT];
-        ptqtp_unit_unpack(&x[i].u, digits);
+    for (int64_t i = 0; i < n / PTQTP_UNIT; i++) {
+        int8_t levels[PTQTP_UNIT];
+        ptqtp_unit_levels(type, &x[i], levels);
         int32_t a = 0;
         for (int k = 0; k < PTQTP_UNIT; k++) {
-            a += ptqtp_level[digits[k]] * y[i].qs[k];
+            a += levels[k] * y[i].qs[k];
         }
-        sum += ptqtp_scale_value(x[i].u.side) * ptqtp_half_to_float(y[i].d) * (float) a;
+        sum += ptqtp_scale_value(x[i].side) * ptqtp_half_to_float(y[i].d) * (float) a;
     }
     return sum;
+}
+
+float ptqtp_dot_tp2_1_scalar(int64_t n, const void * weights, const void * q8_0) {
+    return dot_levels(PTQTP_TP2_1, n, weights, q8_0);
+}
+
+float ptqtp_dot_tp2_2_scalar(int64_t n, const void * weights, const void * q8_0) {
+    return dot_levels(PTQTP_TP2_2, n, weights, q8_0);
 }
 
 float ptqtp_dot_tp2_0_scalar(int64_t n, const void * weights, const void * q8_0) {
@@ -38,24 +46,6 @@ float ptqtp_dot_tp2_0_scalar(int64_t n, const void * weights, const void * q8_0)
             }
             sum += ptqtp_half_to_float(y->d) * (alpha1 * (float) a1 + alpha2 * (float) a2);
         }
-    }
-    return sum;
-}
-
-float ptqtp_dot_tp2_2_scalar(int64_t n, const void * weights, const void * q8_0) {
-    const block_tp2_2 * x = weights;
-    const ptqtp_block_q8_0 * y = q8_0;
-    float sum = 0;
-    for (int64_t i = 0; i < n / PTQTP_QK_TP2_2; i++) {
-        uint8_t digits[PTQTP_UNIT];
-        int8_t levels[PTQTP_UNIT];
-        ptqtp_unit_unpack(&x[i].u, digits);
-        ptqtp_trellis_levels(digits, levels);
-        int32_t a = 0;
-        for (int k = 0; k < PTQTP_UNIT; k++) {
-            a += levels[k] * y[i].qs[k];
-        }
-        sum += ptqtp_scale_value(x[i].u.side) * ptqtp_half_to_float(y[i].d) * (float) a;
     }
     return sum;
 }

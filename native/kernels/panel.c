@@ -33,16 +33,8 @@ static void tile_get(const uint8_t * tile, int row, ptqtp_unit * u) {
 
 /* Codes in quad order. */
 static void unit_codes(int type, const ptqtp_unit * u, uint8_t codes[PTQTP_UNIT]) {
-    uint8_t digits[PTQTP_UNIT];
     int8_t levels[PTQTP_UNIT];
-    ptqtp_unit_unpack(u, digits);
-    if (type == PTQTP_TP2_2) {
-        ptqtp_trellis_levels(digits, levels);
-    } else {
-        for (int i = 0; i < PTQTP_UNIT; i++) {
-            levels[i] = ptqtp_level[digits[i]];
-        }
-    }
+    ptqtp_unit_levels(type, u, levels);
     for (int i = 0; i < PTQTP_UNIT; i++) {
         codes[i] = (uint8_t) (levels[quad_order[i]] + PTQTP_LEVEL_BIAS);
     }
