@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
 from pathlib import Path
 
 import gguf
@@ -298,17 +297,16 @@ def test_out_of_device_memory_is_one_line_and_can_be_survived() -> None:
 
 @needs_gpu
 def test_kernels_with_other_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = cuda.SOURCE_FILE.read_text()
+    # What the compiler is given: the file and the headers beside it.
+    texts = {f.name: f.read_text() for f in (cuda.SOURCE_FILE, *cuda.SOURCE_FILE.parent.glob("*.cuh"))}
+    monkeypatch.setattr(cuda, "SOURCE_FILE", tmp_path / cuda.SOURCE_FILE.name)
     for right, wrong, kernel in (
         ("2.5f * s", "2.6f * s", "search_tp2_1"),
         ("sum == 2 ? 0 : -1", "sum == 2 ? -1 : 0", "search_tp2_2"),
         ("e2 < best ? d", "e2 <= best ? d", "tp2_0"),
     ):
-        assert right in text
-        file = tmp_path / "kernels.cu"
-        file.write_text(text.replace(right, wrong))
-        for header in cuda.SOURCE_FILE.parent.glob("*.cuh"):
-            shutil.copy(header, tmp_path)
-        monkeypatch.setattr(cuda, "SOURCE_FILE", file)
+        assert any(right in text for text in texts.values()), f"{right!r} is in none of {sorted(texts)}"
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text.replace(right, wrong))
         with pytest.raises(QuantizeError, match=f"{kernel} makes other bytes than the CPU; .* use --device cpu"):
             cuda.CudaEncoder()
