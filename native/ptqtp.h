@@ -255,6 +255,12 @@ PTQTP_API int ptqtp_check(int type, const void * data, int64_t nblocks, uint64_t
 PTQTP_API int ptqtp_to_float(int ggml_type, const void * src, float * dst, int64_t n, int nthreads);
 PTQTP_API int ptqtp_from_float(int ggml_type, const float * src, void * dst, int64_t n, int nthreads);
 
+/* Digits 0..8 to levels, w = scale * level, and back, n of them in weight order. type: PTQTP_TP2_1 or PTQTP_TP2_2, n a
+ * multiple of 32. Levels that no digits give become 255, which no packer takes: for TP2_1 each by itself, for TP2_2 all
+ * 32 of the unit. After PTQTP_BAD_DIGIT levels holds anything. Buffers may not overlap. */
+PTQTP_API int ptqtp_levels_of_digits(int type, const uint8_t * digits, int8_t * levels, int64_t n, int nthreads);
+PTQTP_API int ptqtp_digits_of_levels(int type, const int8_t * levels, uint8_t * digits, int64_t n, int nthreads);
+
 struct ptqtp_scan_result {
     int64_t bad;    /* index of the first NaN or Inf, or -1 */
     float largest;  /* largest |x| of the finite ones */

@@ -25,8 +25,8 @@ set(PTQTP_ARM64_FILES
     "kernels/arm/panel-neon-i8mm.c:-march=armv8.2-a+dotprod+i8mm")
 
 # What a converter needs besides; the package's own library only.
-set(PTQTP_CONVERT_SOURCES host/parallel.cpp host/calibrate.cpp host/convert.cpp codec/check.c bulk/bulk.c
-    bulk/base.c bulk/plain.c host/read.c)
+set(PTQTP_CONVERT_SOURCES host/parallel.cpp host/calibrate.cpp host/convert.cpp codec/check.c codec/levels.c
+    bulk/bulk.c bulk/base.c bulk/plain.c host/read.c)
 set(PTQTP_CONVERT_X86_FILES
     "bulk/avx2.c:-mavx2 -mfma -mf16c"
     "bulk/avx512.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512")

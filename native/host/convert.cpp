@@ -2,6 +2,7 @@
 // verification. Fixed chunks over threads (host/chunks.h).
 #include "bulk/bulk.h"
 #include "codec/check.h"
+#include "codec/levels.h"
 #include "codec/trellis.h"
 #include "codec/unit.h"
 #include "host/chunks.h"
@@ -91,6 +92,32 @@ extern "C" int ptqtp_from_float(int ggml_type, const float * src, void * dst, in
             case BF16: bulk->to_bf16(src + i, static_cast<uint16_t *>(dst) + i, m); break;
             default: bulk->to_q8_0(src + i, static_cast<ptqtp_block_q8_0 *>(dst) + i / 32, m);
         }
+        return PTQTP_OK;
+    });
+}
+
+// Whether n values are whole units of a type that has levels.
+static int with_levels(int type, int64_t n) {
+    if (type != PTQTP_TP2_1 && type != PTQTP_TP2_2) {
+        return PTQTP_BAD_TYPE;
+    }
+    return n < 0 || n % PTQTP_UNIT ? PTQTP_BAD_SIZE : PTQTP_OK;
+}
+
+extern "C" int ptqtp_levels_of_digits(int type, const uint8_t * digits, int8_t * levels, int64_t n, int nthreads) {
+    if (const int status = with_levels(type, n)) {
+        return status;
+    }
+    return over_chunks(n, kChunk, nthreads,
+                       [&](int64_t i, int64_t m) { return ptqtp_levels_piece(type, digits + i, levels + i, m); });
+}
+
+extern "C" int ptqtp_digits_of_levels(int type, const int8_t * levels, uint8_t * digits, int64_t n, int nthreads) {
+    if (const int status = with_levels(type, n)) {
+        return status;
+    }
+    return over_chunks(n, kChunk, nthreads, [&](int64_t i, int64_t m) {
+        ptqtp_digits_piece(type, levels + i, digits + i, m);
         return PTQTP_OK;
     });
 }

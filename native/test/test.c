@@ -222,6 +222,58 @@ static void test_trellis(void) {
     CHECK(with > 6400 && with < 6933, "%d of 20000 units with a 5 have digits", with);
 }
 
+/* Many units at once as one by one: levels that digits give, any of -6 .. 6 and any bytes, on several threads. */
+static void test_levels(int type) {
+    enum { UNITS = 5000, N = UNITS * PTQTP_UNIT };
+    static uint8_t digits[N], got[N], want[N];
+    static int8_t levels[N], again[N];
+    int with = 0;
+    for (int u = 0; u < UNITS; u++) {
+        uint8_t * d = digits + u * PTQTP_UNIT;
+        int8_t * l = levels + u * PTQTP_UNIT;
+        uint8_t unit[PTQTP_UNIT];
+        for (int i = 0; i < PTQTP_UNIT; i++) {
+            d[i] = (uint8_t) (rnd() % 9);
+            l[i] = (int8_t) (u % 4 == 1 ? rnd() % 256 : u % 4 == 2 ? rnd() % 13 - 6 : rnd() % 5 - 2);
+        }
+        if (u % 4 == 0) {
+            ptqtp_unit whole;
+            ptqtp_unit_pack(d, 0, &whole);
+            ptqtp_unit_levels(type, &whole, l);
+        } else if (u % 4 == 3) {
+            l[rnd() % PTQTP_UNIT] = (int8_t) (rnd() % 13 - 6);
+        }
+        const bool good = type == PTQTP_TP2_2 && ptqtp_trellis_digits(l, unit);
+        for (int i = 0; i < PTQTP_UNIT; i++) {
+            want[u * PTQTP_UNIT + i] = good ? unit[i] : 255;
+            for (uint8_t digit = 0; type == PTQTP_TP2_1 && digit < 9; digit++) {
+                if (ptqtp_level[digit] == l[i]) {
+                    want[u * PTQTP_UNIT + i] = digit;
+                }
+            }
+        }
+        with += u % 4 && want[u * PTQTP_UNIT] != 255;
+    }
+    CHECK(with > UNITS / 8 && with < UNITS / 4 * 3, "%d of %d units begin with a digit", with, UNITS);
+    for (int threads = 1; threads <= 3; threads += 2) {
+        memset(got, 7, sizeof got);
+        CHECK(ptqtp_digits_of_levels(type, levels, got, N, threads) == PTQTP_OK, "digits");
+        CHECK(!memcmp(got, want, sizeof got), "digits of levels, type %d", type);
+        CHECK(ptqtp_levels_of_digits(type, digits, again, N, threads) == PTQTP_OK, "levels");
+        for (int i = 0; i < N; i += 4 * PTQTP_UNIT) {
+            CHECK(!memcmp(again + i, levels + i, PTQTP_UNIT), "levels of digits, type %d", type);
+        }
+        CHECK(ptqtp_digits_of_levels(type, again, got, N, threads) == PTQTP_OK, "digits again");
+        CHECK(!memcmp(got, digits, sizeof got), "levels and back, type %d", type);
+    }
+    digits[N - 1] = 9;
+    CHECK(ptqtp_levels_of_digits(type, digits, again, N, 2) == PTQTP_BAD_DIGIT, "digit 9");
+    CHECK(ptqtp_levels_of_digits(type, digits, again, 33, 1) == PTQTP_BAD_SIZE, "n = 33");
+    CHECK(ptqtp_digits_of_levels(type, levels, got, -32, 1) == PTQTP_BAD_SIZE, "n = -32");
+    CHECK(ptqtp_digits_of_levels(type, levels, got, 0, 1) == PTQTP_OK, "n = 0");
+    CHECK(ptqtp_digits_of_levels(PTQTP_TP2_0, levels, got, 32, 1) == PTQTP_BAD_TYPE, "a type without levels");
+}
+
 /* ---- quantizers ---- */
 
 static double rel_mse(int type, const float * x, const uint8_t * q, int64_t n) {
@@ -699,6 +751,8 @@ int main(int argc, char ** argv) {
     test_scales();
     test_round_trip();
     test_trellis();
+    test_levels(PTQTP_TP2_1);
+    test_levels(PTQTP_TP2_2);
     test_quantizers();
     test_kernels();
     test_panels();

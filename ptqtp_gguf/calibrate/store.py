@@ -25,9 +25,8 @@ from ..source import changed_option
 
 def unpacked(kind: TensorType, packed: U8) -> tuple[I8, U8]:
     """Packed rows of a type with levels -> levels int8 (R, C), codes uint8 (R, C/group)."""
-    assert kind.to_levels
     digits, codes = native.unpack(kind, packed)
-    return kind.to_levels(digits), codes.astype(np.uint8)
+    return native.levels_of_digits(kind, digits), codes.astype(np.uint8)
 
 
 def read_row(record: dict[str, Any]) -> dict[str, Any]:
@@ -175,10 +174,9 @@ class PlaneStore:
     def put(self, t: TensorInfo, levels: I8, codes: U8) -> None:
         """Planes of a whole tensor: levels int8 (R, C), codes uint8 (R, C/32)."""
         kind, rows = self.kind_of(t.name), len(levels)
-        assert kind.from_levels
         weights = levels.reshape(rows, -1, kind.group).astype(np.float32) * scale_to_float(codes)[:, :, None]
         hash_ = native.float_hash(weights.reshape(-1))
-        self._write(t.name, native.pack(kind, kind.from_levels(levels), codes), hash=hash_)
+        self._write(t.name, native.pack(kind, native.digits_of_levels(kind, levels), codes), hash=hash_)
 
     def put_vector(self, t: TensorInfo, values: F32) -> None:
         """New values of a norm or a bias, float32 (C,)."""

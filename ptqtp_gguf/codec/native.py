@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import QuantizeError, RuntimeMissing
-from .arrays import F32, U8
+from .arrays import F32, I8, U8
 from .tensor_type import TensorType
 from .types import TYPES
 from .unit import UNIT_BYTES
@@ -145,6 +145,7 @@ def _lib() -> ctypes.CDLL:
     lib.ptqtp_scan.argtypes = [p, i64, i64, f, i, ctypes.POINTER(_Scan)]
     lib.ptqtp_read_sum.argtypes, lib.ptqtp_read_sum.restype = [p, ctypes.c_size_t], u64
     lib.ptqtp_nearest_levels.argtypes = [p, p, i64, i]
+    lib.ptqtp_levels_of_digits.argtypes = lib.ptqtp_digits_of_levels.argtypes = [i, p, p, i64, i]
     lib.ptqtp_count_words.argtypes = [p, i64, i, p, p]
     lib.ptqtp_count_third.argtypes = [p, i64, i, p]
     lib.ptqtp_hash.argtypes, lib.ptqtp_hash.restype = [p, i64, u64, i], u64
@@ -341,6 +342,32 @@ def count_third(units: U8, threads: int = 0) -> NDArray[np.int64]:
     status = _lib().ptqtp_count_third(_ptr(units), units.nbytes // UNIT_BYTES, threads, _ptr(counts))
     _check(status, "counting third trits")
     return counts.astype(np.int64)
+
+
+def _whole_units(t: TensorType, a: NDArray[np.generic], dtype: str) -> None:
+    if not t.levels or a.ndim == 0 or a.shape[-1] % t.block or a.dtype != dtype:
+        needs = f"{dtype}, rows a multiple of {t.block}" if t.levels else "a type with levels"
+        raise QuantizeError(f"{t.name} of {a.shape} {a.dtype}; {needs} is needed")
+
+
+def levels_of_digits(t: TensorType, digits: U8, threads: int = 0) -> I8:
+    """digits uint8 (..., C), 0..8, C whole blocks -> levels int8 of the same shape, as `TensorType.to_levels`. Raises
+    QuantizeError for another digit, dtype or size, and for a type without levels."""
+    _whole_units(t, digits, "uint8")
+    digits, out = np.ascontiguousarray(digits), np.empty(digits.shape, np.int8)
+    status = _lib().ptqtp_levels_of_digits(t.id, _ptr(digits), _ptr(out), out.size, threads)
+    _check(status, f"levels of {t.name}")
+    return out
+
+
+def digits_of_levels(t: TensorType, levels: I8, threads: int = 0) -> U8:
+    """The inverse, as `TensorType.from_levels`. levels int8 (..., C). What no digits give becomes 255, which no packer
+    takes: a level of TP2_1 by itself, of TP2_2 the whole unit."""
+    _whole_units(t, levels, "int8")
+    levels, out = np.ascontiguousarray(levels), np.empty(levels.shape, np.uint8)
+    status = _lib().ptqtp_digits_of_levels(t.id, _ptr(levels), _ptr(out), out.size, threads)
+    _check(status, f"digits of {t.name}")
+    return out
 
 
 def nearest_levels(values: int, levels: int, n: int, threads: int = 0) -> None:
