@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from . import ggml, install
-from .model import Context, Model, chat_template, context_for, cores, encode, generate, load, pieces, system_info
+from .model import (
+    Context,
+    Model,
+    chat_template,
+    context_for,
+    cores,
+    encode,
+    generate,
+    load,
+    pieces,
+    render_template,
+    system_info,
+)
 from .rpc import check, endpoints, lost
+from .tap import Probe, Product, Tap
 
 __all__ = [
     "Context",
     "Model",
+    "Probe",
+    "Product",
+    "Tap",
     "chat_template",
     "check",
     "context_for",
@@ -21,5 +37,6 @@ __all__ = [
     "load",
     "lost",
     "pieces",
+    "render_template",
     "system_info",
 ]

@@ -130,22 +130,26 @@ def chat_template(model: Any) -> Callable[[Sequence[Mapping[str, str]]], str] | 
 
     What is returned raises ChatError if the template refuses the messages.
     """
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
     source = model.metadata.get("tokenizer.chat_template")
     if not source:
         return None
-    formatter = Jinja2ChatFormatter(
-        template=source, eos_token=_token_text(model, model.token_eos()), bos_token=_begin(model)
+    return functools.partial(
+        render_template, source, bos=_begin(model), eos=_token_text(model, model.token_eos()), answer=True
     )
 
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
-        try:
-            return str(formatter(messages=list(messages)).prompt)
-        except Exception as e:  # a template is a program out of a file
-            raise ChatError(f"the file's chat template refuses these messages: {e}") from None
 
-    return render
+def render_template(
+    template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str, answer: bool = False
+) -> str:
+    """Messages of {"role", "content"} by a chat template (Jinja). bos, eos: the texts of these tokens; answer: ends
+    where the model's answer begins. Raises ChatError if the template refuses them."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    try:
+        formatter = Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos, add_generation_prompt=answer)
+        return str(formatter(messages=list(messages)).prompt)
+    except Exception as e:  # a template is a program out of a file
+        raise ChatError(f"the file's chat template refuses these messages: {e}") from None
 
 
 def encode(model: Any, prompt: str) -> list[int]:
@@ -166,6 +170,9 @@ def _token_text(model: Any, token: int) -> str:
 # ---- tokens in, logits out: llama.cpp's C interface ----
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
+UNKNOWN = 1  # LLAMA_TOKEN_ATTR_UNKNOWN
+FIRST = 1024  # tokens among which that for the unknown is looked for
+MAX_PIECE = 1024  # bytes of a token
 
 
 @functools.cache
@@ -234,13 +241,39 @@ class Model:
         self.bos: int | None = lib.llama_vocab_bos(self._vocab) if lib.llama_vocab_get_add_bos(self._vocab) else None
         self.trained: int = lib.llama_model_n_ctx_train(self._model)
 
-    def tokens(self, text: str, *, special: bool = True) -> I32:
-        """The text's tokens, int32 (N,). special: with those that the tokenizer puts around a text (BOS)."""
+    @property
+    def unknown(self) -> int | None:
+        """The token for what the vocabulary does not know, or None."""
+        attr = _llama().llama_vocab_get_attr
+        return next((i for i in range(min(self.n_vocab, FIRST)) if attr(self._vocab, i) & UNKNOWN), None)
+
+    @property
+    def bos_text(self) -> str:
+        """The token that begins a text as a chat template names it; "" where there is none."""
+        return self._name(_llama().llama_vocab_bos(self._vocab))
+
+    @property
+    def eos_text(self) -> str:
+        """The token that ends a text, likewise."""
+        return self._name(_llama().llama_vocab_eos(self._vocab))
+
+    def _name(self, token: int) -> str:
+        return "" if token < 0 else self.piece(token, special=True).decode(errors="replace")
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """What a token stands for. special: the name of a special one, else nothing."""
+        buffer = (ctypes.c_char * MAX_PIECE)()
+        n = _llama().llama_token_to_piece(self._vocab, token, buffer, MAX_PIECE, 0, special)
+        return buffer.raw[: max(0, n)]
+
+    def tokens(self, text: str, *, special: bool = True, parse: bool = False) -> I32:
+        """The text's tokens, int32 (N,). special: with those that the tokenizer puts around a text (BOS). parse: names
+        of special tokens in the text mean these."""
         raw = text.encode()
         room = len(raw) + 16
         for _ in range(2):
             out = (ctypes.c_int32 * room)()
-            n = _llama().llama_tokenize(self._vocab, raw, len(raw), out, room, special, False)
+            n = _llama().llama_tokenize(self._vocab, raw, len(raw), out, room, special, parse)
             if n >= 0:
                 return np.array(out[:n], np.int32)
             room = -n
