@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import gptq, methods
+from . import gptq, methods, second_order
 from .encode import make_encoder
 from .gptq import Settings, nearest_in_chain
 from .methods import Method
 from .pieces import FLOOR, MASK, Done, Encoded, Encoder, Pending, checksum, to_float
+from .second_order import SecondOrder
 from .torch_codec import GROUP, Tensor, change_unit, code_scales, latent_start, nearest_levels, scale_codes
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Encoder",
     "Method",
     "Pending",
+    "SecondOrder",
     "Settings",
     "Tensor",
     "change_unit",
@@ -30,5 +32,6 @@ __all__ = [
     "nearest_in_chain",
     "nearest_levels",
     "scale_codes",
+    "second_order",
     "to_float",
 ]
