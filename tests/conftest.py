@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ SHAPES = {  # (rows, columns) in numpy order
 }
 
 
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("GGML_NO_BACKTRACE", "1")  # by gdb, where there is one: it may hang
+@pytest.fixture(scope="session", autouse=True)
+def _environment() -> Iterator[None]:
+    """Also of the fixtures of a session or a module, and of the programs that tests start."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("HF_HUB_OFFLINE", "1")
+        m.setenv("GGML_NO_BACKTRACE", "1")  # by gdb, where there is one: it may hang
+        m.setenv("PTQTP_EFFORT", "none")  # plain conversions look at no text; those that shall say so
+        yield
 
 
 @pytest.fixture

@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from ..errors import OutputError
 from ..progress import Progress, no_progress
 from ..source import Checkpoint
-from .gather import Batches, targets
 from .model import Blocks, Stop
-from .moments import Moment
-from .sums import Sums
+from .streams import Batches, targets
+from .sums import Moment, Sums
 
 if TYPE_CHECKING:
     import torch

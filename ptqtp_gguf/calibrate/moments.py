@@ -1,229 +1,417 @@
-"""Second moments of a model's activations, and the folder where they are kept, so that they are gathered once.
+"""What the inputs of each matrix were, kept in a folder: second moments, or rows of inputs where they are wide.
 
-index.json           what they were made from; for each finished layer its tensors, counts and sharing
-blk.N.safetensors    of block N: float32 sums of x xT, (C, C), or (E, C, C) of experts, by GGUF tensor name
-output.safetensors   of the output matrix, behind the last block
-states.N.bin         while gathering: the inputs of layer N, raw; removed at the end
+DIR/                 `--hessians`, or a folder beside the target
+  index.json         what it was gathered from, how far it is, and a record for each distinct input
+  sums.N             float32: the sums of x xT, one input behind the other; a new file at each checkpoint
+  K.rows  K.experts  rows of an input in bf16, and to which experts each went, int32
+  K.held             rows of the held-out windows, K.held-experts
+
+An input of at most SUM_COLS values has the sum over all tokens, (C, C), of E experts each its own; so long as the sums
+take at most SUM_BYTES together. Of any other, rows are kept, spread evenly over the text. What is shared by several
+matrices (q, k, v; gate, up) is kept once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codec import F32, I32
 from ..errors import CalibrationError, OutputError
-from ..files import check_space, open_regular, parse_json, read_whole, sync_folder, write_text
-from ..source import Checkpoint
+from ..files import check_space, file_size, open_regular, parse_json, read_whole, sync_folder, write_text
 
-if TYPE_CHECKING:
-    import torch
-
-VERSION = 1
-MAX_INDEX = 1 << 28  # bytes
-SAMPLE = 1 << 16  # bytes of each shard's head and tail that stand for it
-SYMMETRIC = 1e-3  # of the largest value on the diagonal
-_MEANING = {  # of the fingerprint's entries, for messages
+VERSION = 2
+SUM_COLS = 4096
+SUM_BYTES = 4 << 30
+ROWS = 8192  # of an input that has no sum
+EXPERT_ROWS = 1 << 16  # of one of experts
+HELD_ROWS, HELD_EVERY = 1024, 8  # rows of held-out windows, of plain inputs; one window of so many is held out
+HELD_EXPERTS = 8  # times as many rows of inputs of experts
+MAX_INDEX = 64 << 20
+MAX_RECORDS, MAX_COLS, MAX_EXPERTS = 1 << 16, 1 << 20, 1 << 12
+_MEANING = {  # of the key's entries, for messages
     "model": "another model",
     "tokens": "another text",
     "shape": "other windows",
     "tensors": "other tensors",
 }
+U16 = NDArray[np.uint16]
 
 
 @dataclass
-class Moment:
-    """What one tensor's inputs were.
+class Input:
+    """One distinct input.
 
-    h       float32 (C, C): sum over tokens of x xT; (E, C, C) of E experts. Tensors that share it share the object.
-    counts  tokens that were summed, one number an expert, or one in all
-    shared  the tensor under whose name it is kept; its own, or that of one with the same input
+    number   of its files
+    tensors  the matrices that are given it, the first one's name first
+    cols     values of an input
+    counts   tokens, one number an expert, or one in all
+    summed   whether it has sums, at `offset` bytes of them; else `rows` rows are kept
+    held     rows of the held-out windows
+    used     experts that a row went to; 0 = no experts
+    heads    whether each "expert" is a head that sees all tokens
+    passed   rows that rows were chosen from, and held_passed
     """
 
-    h: torch.Tensor
+    number: int
+    tensors: list[str]
+    cols: int
     counts: list[int]
-    shared: str
+    summed: bool
+    offset: int = 0
+    rows: int = 0
+    held: int = 0
+    used: int = 0
+    heads: bool = False
+    passed: int = 0
+    held_passed: int = 0
 
     def few(self, minimum: int) -> list[int]:
-        """The experts that saw fewer tokens than `minimum`; [0] for a plain tensor that did."""
+        """The experts that saw fewer tokens than `minimum`; [0] for a plain matrix that did."""
         return [i for i, n in enumerate(self.counts) if n < minimum]
 
-
-def fingerprint(found: Checkpoint, tokens: NDArray[np.int64], wanted: list[str] | None) -> dict[str, Any]:
-    """What decides the moments: config, shards' headers and a sample of their data, and tokens."""
-    model = hashlib.sha256((found.folder / "config.json").read_bytes())
-    for shard in found.shards:
-        with open_regular(shard, CalibrationError) as f:
-            head = f.read(8)
-            length = int.from_bytes(head, "little") if shard.suffix == ".safetensors" else 0
-            model.update(head + f.read(length + SAMPLE))
-            f.seek(max(f.tell(), os.fstat(f.fileno()).st_size - SAMPLE))
-            model.update(f.read())
-    tensors = "all" if wanted is None else hashlib.sha256("\n".join(sorted(wanted)).encode()).hexdigest()
-    text = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").data).hexdigest()
-    return {
-        "model": model.hexdigest(),
-        "tokens": text,
-        "shape": list(tokens.shape),
-        "tensors": tensors,
-    }
-
-
-class Store:
-    """The folder of one calibration. Raises CalibrationError where it holds another's, or is damaged.
-
-    done     layers that are finished; of the last one's output, the states are there
-    returns  see Blocks.returns
-    keep     False: only states are written, in a folder that somebody removes
-    """
-
-    def __init__(self, folder: Path, key: dict[str, Any], n_layers: int, keep: bool = True) -> None:
-        self.folder, self.n, self.keep = folder, n_layers, keep
-        self.returns = 0
-        self._key, self._layers = key, list[dict[str, Any]]()
-        self._index = folder / "index.json"
-        if self._index.exists():
-            self._read()
-        elif keep:
-            try:
-                folder.mkdir(exist_ok=True)
-                if any(folder.iterdir()):
-                    raise CalibrationError(f"{folder}: holds other files and no index.json; name a new folder")
-            except OSError as e:
-                raise OutputError(f"{folder}: {e.strerror}") from None
-
     @property
-    def done(self) -> int:
-        return len(self._layers)
+    def sum_bytes(self) -> int:
+        return 4 * self.cols * self.cols * len(self.counts) if self.summed else 0
+
+
+@dataclass
+class Index:
+    """key: what decides the moments; done: windows that are in; windows: of all; generation: of the sums' file."""
+
+    key: dict[str, Any]
+    windows: int
+    done: int = 0
+    generation: int = 0
+    inputs: list[Input] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        return self.done == self.n
-
-    def _read(self) -> None:
-        try:
-            index = parse_json(read_whole(self._index, MAX_INDEX, CalibrationError))
-            version, key, layers = index["version"], dict(index["key"]), list(index["layers"])
-            self.returns = int(index["returns"])
-            if not all(_is_record(m) for layer in layers for m in layer.values()):
-                raise ValueError("no record")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            raise CalibrationError(f"{self._index}: damaged; remove the folder to gather the moments again") from None
-        if version != VERSION:
-            raise CalibrationError(f"{self._index}: version {version}; this program reads {VERSION}; name a new folder")
-        for name, value in self._key.items():
-            if key.get(name) != value:
-                raise CalibrationError(
-                    f"{self.folder}: these moments were gathered from {_MEANING.get(name, name)}; name a new folder"
-                )
-        self.n = self.n or len(layers)
-        self._layers = layers[: self.n]
-        if not self.complete and self.done and not self.states(self.done).exists():
-            self._layers = []  # started over: where the next layer's inputs are lost, they come from the first
-
-    def states(self, layer: int) -> Path:
-        return self.folder / f"states.{layer}.bin"
-
-    def _file(self, layer: int) -> Path:
-        return self.folder / (f"blk.{layer}.safetensors" if layer < self.n - 1 else "output.safetensors")
-
-    def save(self, layer: int, moments: dict[str, Moment]) -> dict[str, Any]:
-        """Write one layer's moments. Raises OutputError. Returns its record for `advance`."""
-        record = {name: {"counts": m.counts, "shared": m.shared} for name, m in moments.items()}
-        if self.keep:
-            from safetensors.torch import save_file
-
-            own = {name: m.h.cpu().contiguous() for name, m in moments.items() if m.shared == name}
-            size = sum(h.nbytes for h in own.values())
-            check_space(self.folder, size * (max(1, self.n - 1 - layer) if layer == 0 else 1))
-            work = self.folder / ".work"
-            with _writing(self.folder):
-                save_file(own, work)
-                work.replace(self._file(layer))
-        return record
-
-    def advance(self, record: dict[str, Any]) -> None:
-        """Note that a layer is finished, and the next one's states are written; the old states go."""
-        self._layers.append(record)
-        if self.keep:
-            index = {"version": VERSION, "key": self._key, "returns": self.returns, "layers": self._layers}
-            with _writing(self.folder):
-                sync_folder(self.folder)
-                write_text(self._index, json.dumps(index))
-        with contextlib.suppress(FileNotFoundError):
-            self.states(self.done - 1).unlink()
-
-    def load(self, layer: int) -> dict[str, Moment]:
-        """A finished layer's moments, checked, on the CPU. Raises CalibrationError."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path, record = self._file(layer), self._layers[layer]
-        try:
-            held = load_file(path) if record else {}
-            moments = {n: Moment(held[m["shared"]], list(m["counts"]), str(m["shared"])) for n, m in record.items()}
-        except (OSError, SafetensorError, KeyError, TypeError) as e:
-            text = e.strerror if isinstance(e, OSError) and e.strerror else f"damaged ({e})"
-            raise CalibrationError(f"{path}: {text}; remove the folder to gather the moments again") from None
-        validate(moments, str(path))
-        return moments
+        return self.done >= self.windows
 
 
-def open_moments(folder: Path) -> Iterator[dict[str, Moment]]:
-    """The moments of a complete folder, a layer at a time, whatever they were made from. Raises CalibrationError."""
-    store = Store(folder, {}, 0, keep=False)
-    if not store.done:
-        raise CalibrationError(f"{folder}: holds no second moments; give --calib TEXT to gather them there")
-    if any(folder.glob("states.*.bin")):
-        raise CalibrationError(f"{folder}: was not finished; give --calib TEXT as before to resume it")
-    for layer in range(store.n):
-        yield store.load(layer)
+def _index_path(folder: Path) -> Path:
+    return folder / "index.json"
 
 
-def _is_record(m: object) -> bool:
-    counts = m.get("counts") if isinstance(m, dict) else None
-    return isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+def sums_path(folder: Path, generation: int) -> Path:
+    return folder / f"sums.{generation}"
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Failures to write, the system's and safetensors', as OutputError."""
+def rows_path(folder: Path, number: int, what: str) -> Path:
+    """what: "rows", "experts", "held" or "held-experts"."""
+    return folder / f"{number}.{what}"
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Raises OSError."""
+    inputs = [vars(i) for i in index.inputs]
+    held = {
+        "version": VERSION,
+        "key": index.key,
+        "windows": index.windows,
+        "done": index.done,
+        "generation": index.generation,
+        "inputs": inputs,
+    }
+    write_text(_index_path(folder), json.dumps(held), force=True)
+    sync_folder(folder)
+
+
+def read_index(folder: Path) -> Index | None:
+    """The index of a folder, checked; None where there is none. Raises CalibrationError."""
+    path = _index_path(folder)
+    if not path.exists():
+        return None
     try:
-        yield
-    except OSError as e:
-        raise OutputError(f"{folder}: writing failed: {e.strerror or e}; run again to resume") from None
-    except Exception as e:
-        if type(e).__name__ != "SafetensorError":
-            raise
-        raise OutputError(f"{folder}: writing failed: {e}; run again to resume") from None
-
-
-def validate(moments: dict[str, Moment], where: str) -> None:
-    """Raises CalibrationError unless each is square, one an expert, finite, symmetric, and not negative on the
-    diagonal."""
-    import torch
-
-    for name, m in moments.items():
-        if m.shared != name:
-            continue
-        h, n = m.h, len(m.counts)
-        if h.dtype != torch.float32 or h.ndim not in (2, 3) or h.shape[-1] != h.shape[-2]:
+        found = parse_json(read_whole(path, MAX_INDEX, CalibrationError))
+        if found["version"] != VERSION:
             raise CalibrationError(
-                f"{where}: {name} is {h.dtype} {tuple(h.shape)}, no float32 square; remove the folder"
+                f"{path}: version {found['version']!r}; this program reads {VERSION}; name a new folder"
             )
-        if n != (len(h) if h.ndim == 3 else 1):
-            raise CalibrationError(f"{where}: {name} has {n} counts for {tuple(h.shape)}; remove the folder")
-        for part in h if h.ndim == 3 else h[None]:
-            diagonal = part.diagonal()
-            if not bool(torch.isfinite(part).all()):
-                raise CalibrationError(f"{where}: {name} holds values that are not finite; is the model damaged?")
-            if bool((diagonal < 0).any()) or bool((part - part.T).abs().max() > SYMMETRIC * diagonal.max()):
-                raise CalibrationError(f"{where}: {name} is not a sum of squares; remove the folder")
+        inputs = [_input(r) for r in found["inputs"]]
+        numbers = [int(found[k]) for k in ("windows", "done", "generation")]
+        if len(inputs) > MAX_RECORDS or min(numbers) < 0:
+            raise ValueError("out of range")
+        return Index(dict(found["key"]), numbers[0], numbers[1], numbers[2], inputs)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise CalibrationError(f"{path}: damaged; remove the folder to gather the moments again") from None
+
+
+def _input(r: dict[str, Any]) -> Input:
+    """A record of the index. Raises ValueError, TypeError, KeyError."""
+    made = Input(**r)
+    numbers = (made.number, made.offset, made.rows, made.held, made.used, made.passed, made.held_passed, *made.counts)
+    good = (
+        all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+        and type(made.cols) is int
+        and 0 < made.cols < MAX_COLS
+        and 0 < len(made.counts) <= MAX_EXPERTS
+        and isinstance(made.tensors, list)
+        and bool(made.tensors)
+        and all(isinstance(t, str) for t in made.tensors)
+        and type(made.summed) is type(made.heads) is bool
+    )
+    if not good:
+        raise ValueError("no record")
+    return made
+
+
+def require_key(folder: Path, index: Index, key: dict[str, Any]) -> None:
+    """Raises CalibrationError where the moments were gathered from something else."""
+    for name, value in key.items():
+        if index.key.get(name) != value:
+            raise CalibrationError(
+                f"{folder}: these moments were gathered from {_MEANING.get(name, name)}; name a new folder"
+            )
+
+
+def to_bf16(x: F32) -> U16:
+    """float32 -> the bits of bf16, to nearest even."""
+    x = np.ascontiguousarray(x, np.float32)
+    bits = x.view(np.uint32)
+    rounded = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def from_bf16(bits: U16) -> F32:
+    """The inverse."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class Moments:
+    """A complete folder of moments. Raises CalibrationError where it is none, or what is read is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = read_index(folder)
+        if index is None or not index.inputs:
+            raise CalibrationError(f"{folder}: holds no second moments; give --calib TEXT to gather them there")
+        if not index.complete:
+            raise CalibrationError(f"{folder}: was not finished; give --calib TEXT as before to resume it")
+        self._index = index
+        self._held: tuple[tuple[int, int], F32] | None = None
+
+    def __iter__(self) -> Iterator[Input]:
+        return iter(self._index.inputs)
+
+    def second(self, of: Input, expert: int = 0) -> F32:
+        """Sum of x xT over the tokens that are kept, float32 (C, C), finite or not; see `tokens`."""
+        c = of.cols
+        if of.summed:
+            at = of.offset + 4 * c * c * expert
+            h: F32 = self._read(sums_path(self.folder, self._index.generation), at, c * c, np.float32).reshape(c, c)
+            return h
+        x = self.rows(of, expert)
+        return np.asarray(x.T @ x, np.float32)
+
+    def diagonal(self, of: Input, expert: int = 0) -> F32:
+        """The diagonal of `second`, (C,)."""
+        if of.summed:
+            return np.array(self._last(of, expert).diagonal())
+        return np.asarray(np.square(self._last(of, expert)).sum(axis=0), np.float32)
+
+    def energy(self, of: Input, w: F32, expert: int = 0) -> float:
+        """Sum of squares of the outputs of rows w (R, C), over the tokens that are kept."""
+        if of.summed:
+            return float(np.vdot(w @ self._last(of, expert), w))
+        y = self._last(of, expert) @ w.T
+        return float(np.vdot(y, y))
+
+    def _last(self, of: Input, expert: int) -> F32:
+        """Sums or rows, those that were read last at hand."""
+        if self._held is None or self._held[0] != (of.number, expert):
+            self._held = (of.number, expert), (self.second if of.summed else self.rows)(of, expert)
+        return self._held[1]
+
+    def tokens(self, of: Input, expert: int = 0) -> int:
+        """Tokens behind `second`."""
+        if of.summed or not of.used:
+            return of.counts[expert] if of.summed else of.rows
+        return len(self.rows(of, expert))
+
+    def rows(self, of: Input, expert: int = 0, held: bool = False) -> F32:
+        """Inputs that are kept as they were, float32 (T, C): of the text, or of its held-out windows."""
+        what, n = ("held", of.held) if held else ("rows", of.rows)
+        bits = self._read(rows_path(self.folder, of.number, what), 0, n * of.cols, np.uint16).reshape(n, of.cols)
+        if of.used:
+            name = "held-experts" if held else "experts"
+            went = self._read(rows_path(self.folder, of.number, name), 0, n * of.used, np.int32).reshape(n, of.used)
+            bits = bits[(went == expert).any(axis=1)]
+        return from_bf16(bits)
+
+    def _read(self, path: Path, at: int, n: int, dtype: Any) -> NDArray[Any]:
+        size = n * np.dtype(dtype).itemsize
+        if not n:
+            return np.empty(0, dtype)
+        try:
+            with open_regular(path, CalibrationError) as f:
+                whole = file_size(f, str(path)) >= at + size
+                f.seek(at if whole else 0)
+                data = f.read(size) if whole else b""
+        except OSError as e:
+            raise CalibrationError(
+                f"{path}: {e.strerror or e}; remove the folder to gather the moments again"
+            ) from None
+        if len(data) != size:
+            raise CalibrationError(f"{path}: damaged; remove the folder to gather the moments again")
+        return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+
+
+class Gathering:
+    """A folder of moments that is being filled, window by window. Resumes at its last checkpoint.
+
+    key, windows  see Index
+    total         tokens of all windows
+    Raises CalibrationError where the folder holds another's, OutputError.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any], windows: int, total: int) -> None:
+        self.folder, self._total = folder, max(1, total)
+        found = read_index(folder)
+        self.index = found or Index(key, windows)
+        require_key(folder, self.index, key)
+        if found is None:
+            write_index(folder, self.index)  # before any other file: a run that is killed owns what it leaves
+        self._by_name = {i.tensors[0]: i for i in self.index.inputs}
+        self._sums: dict[int, F32] = {}
+        self._files: dict[Path, Any] = {}
+        self._scratch: dict[int, F32] = {}
+        if self.index.done:
+            self._restore()
+
+    def _restore(self) -> None:
+        path = sums_path(self.folder, self.index.generation)
+        for i in self.index.inputs:
+            if i.summed:
+                n = i.sum_bytes // 4
+                whole = path.exists() and path.stat().st_size >= i.offset + 4 * n
+                held = np.fromfile(path, np.float32, n, offset=i.offset) if whole else np.empty(0, np.float32)
+                if held.size != n or not n:
+                    raise CalibrationError(f"{path}: damaged; remove the folder to gather the moments again")
+                self._sums[i.number] = held.reshape(len(i.counts), i.cols, i.cols)
+
+    def add(self, name: str, x: F32, experts: I32 | None, n_experts: int, held: bool) -> None:
+        """Inputs of a batch: x float32 (T, C), (T, 1 or U, C) with experts (T, U), or (T, H, C) of H heads.
+
+        name: of the first matrix with that input; n_experts: 0 for a plain matrix. Raises OSError.
+        """
+        of = self._by_name.get(name)
+        if of is None:
+            of = self._new(name, x, experts, n_experts)
+        if x.ndim == 3 and experts is not None and x.shape[1] > 1:  # each of a token's experts has its own
+            x, experts = x.reshape(-1, x.shape[2]), experts.reshape(-1, 1)
+        elif x.ndim == 3 and experts is not None:
+            x = x[:, 0]
+        if held:
+            self._hold(of, x, experts)
+        elif of.heads:
+            for h in range(x.shape[1]):
+                self._add(of, h, np.ascontiguousarray(x[:, h]))
+                of.counts[h] += len(x)
+        elif not of.summed:
+            self._keep(of, x, experts)
+        elif experts is None:
+            self._add(of, 0, np.ascontiguousarray(x))
+            of.counts[0] += len(x)
+        else:
+            for e in np.unique(experts).tolist():
+                part = x[(experts == e).any(axis=1)]
+                self._add(of, e, part)
+                of.counts[e] += len(part)
+
+    def _new(self, name: str, x: F32, experts: I32 | None, n_experts: int) -> Input:
+        heads = x.ndim == 3 and experts is None
+        n, c = x.shape[1] if heads else max(1, n_experts), x.shape[-1]
+        own = x.ndim == 3 and experts is not None and x.shape[1] > 1
+        used = 0 if experts is None else 1 if own else experts.shape[1]
+        taken = sum(i.sum_bytes for i in self.index.inputs)
+        summed = heads or (c <= SUM_COLS and taken + 4 * c * c * n <= SUM_BYTES)
+        of = Input(len(self.index.inputs), [name], c, [0] * n, summed, taken, used=used, heads=heads)
+        self.index.inputs.append(of)
+        self._by_name[name] = of
+        if summed:
+            self._sums[of.number] = np.zeros((n, c, c), np.float32)
+        return of
+
+    def _add(self, of: Input, expert: int, x: F32) -> None:
+        c = of.cols
+        if c not in self._scratch:
+            self._scratch[c] = np.empty((c, c), np.float32)
+        np.matmul(x.T, x, out=self._scratch[c])
+        self._sums[of.number][expert] += self._scratch[c]
+
+    def _keep(self, of: Input, x: F32, experts: I32 | None) -> None:
+        most = EXPERT_ROWS if experts is not None else ROWS
+        rows = self._spread(of.passed, len(x), most)
+        of.passed += len(x)
+        self._write(of, "rows", x[rows], experts if experts is None else experts[rows])
+        of.rows += len(rows)
+        if experts is None:
+            of.counts[0] += len(x)
+        else:
+            for e, n in zip(*np.unique(experts, return_counts=True), strict=True):
+                of.counts[int(e)] += int(n)
+
+    def _hold(self, of: Input, x: F32, experts: I32 | None) -> None:
+        if of.heads:
+            return
+        rows = self._spread(of.held_passed, len(x), HELD_EVERY * HELD_ROWS * (HELD_EXPERTS if of.used else 1))
+        of.held_passed += len(x)
+        self._write(of, "held", x[rows], experts if experts is None else experts[rows])
+        of.held += len(rows)
+
+    def _spread(self, passed: int, n: int, most: int) -> NDArray[np.int64]:
+        """Which of n rows to keep so that of all tokens about `most` are kept; the same whatever the batches are."""
+        step = max(1, -(-self._total // most))
+        return np.arange(-passed % step, n, step)
+
+    def _write(self, of: Input, what: str, x: F32, experts: I32 | None) -> None:
+        self._file(rows_path(self.folder, of.number, what), 2 * of.cols * getattr(of, what)).write(to_bf16(x).data)
+        if experts is not None:
+            name = "experts" if what == "rows" else "held-experts"
+            path = rows_path(self.folder, of.number, name)
+            data = np.ascontiguousarray(experts, np.int32)
+            self._file(path, 4 * of.used * getattr(of, what)).write(data.data)
+
+    def _file(self, path: Path, at: int) -> Any:
+        if path not in self._files:
+            if at and not (path.exists() and path.stat().st_size >= at):
+                raise CalibrationError(f"{path}: damaged; remove the folder to gather the moments again")
+            file = open(path, "r+b" if path.exists() else "w+b")  # closed by `checkpoint`
+            file.truncate(at)  # what came after the last checkpoint goes
+            file.seek(at)
+            self._files[path] = file
+        return self._files[path]
+
+    def share(self, same: dict[str, str]) -> None:
+        """Which matrices have an input together: name -> name under which it was added."""
+        for name, leader in same.items():
+            of = self._by_name.get(leader)
+            if of and name not in of.tensors:
+                of.tensors.append(name)
+
+    def checkpoint(self, done: int) -> None:
+        """So many windows are in and on the disk. Raises OutputError."""
+        try:
+            size = sum(i.sum_bytes for i in self.index.inputs)
+            check_space(self.folder, size)
+            before, after = self.index.generation, self.index.generation + 1
+            with open(sums_path(self.folder, after), "wb") as f:
+                for i in self.index.inputs:
+                    if i.summed:
+                        f.write(self._sums[i.number].data)
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+            self.index.done, self.index.generation = done, after
+            write_index(self.folder, self.index)
+            sums_path(self.folder, before).unlink(missing_ok=True)
+        except OSError as e:
+            raise OutputError(f"{self.folder}: {e.strerror or e}; run again to resume") from None

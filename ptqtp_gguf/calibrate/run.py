@@ -1,14 +1,12 @@
 """The stage `calibrate`: text -> second moments of each matrix' inputs -> planes.
 
-With a checkpoint the model is calibrated in order (in_order.py), and what is finished is kept block by block. With a
-folder of second moments (`--hessians`) they are gathered first, or found there, and all is quantized from them.
+As a rule the moments come from the runtime (by_moments.py). On a GPU, and with `--effort best`, a checkpoint is
+calibrated in order by transformers (in_order.py), and what is finished is kept block by block.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,23 +19,22 @@ from ..plan import Role, role_of
 from ..quantize import gptq
 from ..source import Checkpoint
 from . import mapping
-from .gather import walk
+from .by_moments import MIN_TOKENS, by_moments
 from .in_order import Stage, has_streams, in_order
-from .moments import Moment, open_moments
+from .sums import Moment
 from .token_weights import Weights, token_weights
 from .work import Work, rows_in
 
 if TYPE_CHECKING:
     import torch
 
-MIN_TOKENS = 64  # an expert that saw fewer is quantized by search
 ENDS = (Role.EMBEDDING, Role.OUTPUT)  # not in a block: no calibration sees them, tuning does
 
 
 def run(work: Work) -> None:
     """Calibrate: leave planes of every matrix that was seen in the store. Raises CalibrationError, QuantizeError."""
-    if work.how.hessians:
-        _from_moments(work, work.how.hessians)
+    if work.seen:
+        by_moments(work, work.seen)
     else:
         _in_order(work)
     missing = [n for n in work.tensors if not work.store.has(n)]
@@ -57,24 +54,6 @@ def _begin(work: Work, t: TensorInfo) -> bool:
         return False
     work.store.put(t, *work.searched(t.name, w))
     return True
-
-
-def _from_moments(work: Work, folder: Path) -> None:
-    for moments in _moments(work, folder):
-        for group in _by_input(moments):
-            _quantize(work, {n: moments[n] for n in group if n in work.tensors}, None)
-
-
-def _moments(work: Work, folder: Path) -> Iterator[dict[str, Moment]]:
-    """Those of a folder, a layer at a time; gathered first where there is text."""
-    if not work.texts:
-        yield from open_moments(folder)
-        return
-    found = work.checkpoint("--calib")
-    tokens = work.tokens()
-    wanted = list(work.tensors)
-    for layer in walk(found, tokens, work.arch, wanted, device=work.device, folder=folder, progress=work.progress):
-        yield layer.moments
 
 
 def _in_order(work: Work) -> None:
@@ -193,10 +172,3 @@ def _replaced(work: Work, stage: Stage) -> dict[str, torch.Tensor]:
         flat = new[full_name].reshape(-1, t.shape[0])
         flat[rows_in(link, len(w))] = w
     return new
-
-
-def _by_input(moments: dict[str, Moment]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for n, m in moments.items():
-        groups.setdefault(m.shared, []).append(n)
-    return list(groups.values())

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from .moments import Moment
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass
+class Moment:
+    """What one tensor's inputs were.
+
+    h       float32 (C, C): sum over tokens of x xT; (E, C, C) of E experts. Tensors that share it share the object.
+    counts  tokens that were summed, one number an expert, or one in all
+    shared  its own name, or that of a tensor with the same input
+    """
+
+    h: torch.Tensor
+    counts: list[int]
+    shared: str
+
+    def few(self, minimum: int) -> list[int]:
+        """The experts that saw fewer tokens than `minimum`; [0] for a plain tensor that did."""
+        return [i for i, n in enumerate(self.counts) if n < minimum]
 
 
 class Sums:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
-from ..files import parse_json
 from ..progress import Progress, no_progress
-from ..source import Checkpoint, hub, show, transformers_reason
+from ..source import Checkpoint, hub
+from . import documents
+from .documents import MAX_TEXT, Document
 from .model import require_transformers
 from .sampling import written
+from .tokenizers import Tokenizer, TransformersTokenizer
 
 BUILTIN, SELF = "builtin", "self"
 BUILTIN_FILE = Path(__file__).with_name("data") / "builtin.jsonl.gz"
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 WINDOW, TOKENS = 1024, 262144  # tokens a window, and in all
-MAX_TEXT = 64 << 20  # characters that are read of a source; far more than is used
 PIECE = 12  # characters a token that are surely enough to fill a window
 TOGETHER = 1 << 16  # characters that are tokenized as one, by one thread; cut at a line's end or a blank
 BETWEEN = "\n\n"  # documents
@@ -31,99 +29,41 @@ MAX_TOKENS_A_BYTE = 1.2
 MAX_UNKNOWN = 0.2  # share of unknown tokens
 MAX_STRAY = 0.5  # share of tokens that are but a part of a character
 
+__all__ = ["BUILTIN", "MAX_TEXT", "SELF", "Text", "load", "tokens"]
+
 
 @dataclass(frozen=True)
 class Text:
-    """Text by the name that the user has for it; None: the model writes it."""
+    """Text by the name that the user has for it; None: the model writes it.
+
+    documents: what it consists of, where conversations are among them
+    """
 
     name: str
     text: str | None
+    documents: tuple[Document, ...] = ()
 
 
 def load(spec: str, log: Callable[[str], None] = lambda _: None) -> Text:
     """The text that `--calib SPEC` names, at most MAX_TEXT characters of it.
 
-    spec  a file (UTF-8 text, .jsonl or .jsonl.gz with a "text" in each line, .parquet with such a column), "builtin",
-          "self", or the id of a data set on the hub
+    spec  a file (documents.read), "builtin", "self", or the id of a data set on the hub
     Raises CalibrationError, InputError.
     """
     if spec == SELF and not Path(spec).exists():
         return Text(SELF, None)
     if spec == BUILTIN and not Path(spec).exists():
-        return Text(BUILTIN, _read(BUILTIN_FILE, BUILTIN))
+        return _read(BUILTIN_FILE, BUILTIN)
     path = Path(spec)
     if hub.looks_like_id(spec):
         path = hub.fetch_data(spec, SUFFIXES, log)
-    return Text(spec, _read(path, spec))
+    return _read(path, spec)
 
 
-def _read(path: Path, name: str) -> str:
-    try:
-        if path.is_dir() or not path.exists():
-            what = "is a folder" if path.is_dir() else "no such file"
-            raise CalibrationError(
-                f"{name}: {what}; --calib takes a text file, builtin, self, or a data set's org/name"
-            )
-        text = _joined(_parquet(path) if path.suffix == ".parquet" else _documents(path))
-    except UnicodeDecodeError as e:
-        raise CalibrationError(f"{name}: no UTF-8 text (byte {e.start} of a part); is it a binary file?") from None
-    except (OSError, EOFError, zlib.error) as e:
-        raise CalibrationError(f"{name}: {getattr(e, 'strerror', None) or e}") from None
-    if "\0" in text:
-        raise CalibrationError(f"{name}: holds zero bytes; is it a binary file?")
-    if not text.strip():
-        raise CalibrationError(f"{name}: holds no text")
-    return text
-
-
-def _joined(documents: Iterable[str]) -> str:
-    parts, n = [], 0
-    for text in documents:
-        parts.append(text[: MAX_TEXT - n])
-        n += len(parts[-1])
-        if n >= MAX_TEXT:
-            break
-    return BETWEEN.join(parts)
-
-
-def _documents(path: Path) -> Iterator[str]:
-    packed = path.name.endswith(".gz")
-    with gzip.open(path, "rt", encoding="utf-8") if packed else open(path, encoding="utf-8") as f:
-        if ".jsonl" not in path.suffixes:
-            yield f.read(MAX_TEXT)
-            return
-        for i, line in enumerate(iter(lambda: f.readline(MAX_TEXT + 1), "")):  # never more, however well it packs
-            if len(line) > MAX_TEXT:
-                raise CalibrationError(f"{path}: line {i + 1}: longer than the limit of {MAX_TEXT} characters")
-            if line.strip():
-                yield _text_of(line, f"{path}: line {i + 1}")
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        found = parse_json(line.encode())
-    except ValueError as e:
-        raise CalibrationError(f"{where}: not valid JSON ({e})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("text"), str):
-        keys = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        raise CalibrationError(f'{where}: no "text" in it; it has: {show(keys) or "nothing"}')
-    return str(found["text"])
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise CalibrationError(f"{path}: reading parquet needs pyarrow; pip install pyarrow, or give .jsonl") from None
-    try:
-        with ParquetFile(path) as f:
-            if "text" not in f.schema_arrow.names:
-                raise CalibrationError(f'{path}: no column "text"; it has: {show(", ".join(f.schema_arrow.names))}')
-            for batch in f.iter_batches(columns=["text"]):
-                yield from (str(t) for t in batch.column(0).to_pylist() if t)
-    except ArrowException as e:
-        raise CalibrationError(f"{path}: damaged parquet: {' '.join(str(e).split())[:200]}") from None
+def _read(path: Path, name: str) -> Text:
+    found = documents.read(path, name)
+    talks = any(d.messages for d in found)
+    return Text(name, BETWEEN.join(d.text for d in found), tuple(found) if talks else ())
 
 
 # ---- tokens ----
@@ -131,7 +71,7 @@ def _parquet(path: Path) -> Iterator[str]:
 
 def tokens(
     texts: list[Text],
-    found: Checkpoint,
+    tokenizer: Tokenizer | Checkpoint,
     window: int = WINDOW,
     n_tokens: int = TOKENS,
     *,
@@ -141,56 +81,59 @@ def tokens(
 ) -> NDArray[np.int64]:
     """Windows of tokens by the model's own tokenizer: int64 (N, window), N at most n_tokens / window.
 
+    tokenizer  a checkpoint means its own, by transformers; text that the model writes itself wants a checkpoint
     Each window begins with BOS if the tokenizer adds one. Several texts take turns, a window each; a text that is
     longer than it takes is used evenly spread; where one is shorter, the others fill up, and N is smaller where all
-    end. device and seed are for what the model writes itself. Raises CalibrationError, such as for a text of less than
-    one window, or of another language than the tokenizer's.
+    end. Conversations stand as the model's chat template has them. device and seed are for what the model writes
+    itself. Raises CalibrationError, such as for a text of less than one window, or of another language than the
+    tokenizer's.
     """
     n = n_tokens // window
     if window < 2 or n < 1:
         raise CalibrationError(
             f"{n_tokens} tokens in windows of {window}: at least one window, of two tokens, is needed"
         )
-    require_transformers()
-    tokenizer = load_tokenizer(found)
-    bos = bos_of(tokenizer)
+    found = tokenizer if isinstance(tokenizer, Checkpoint) else None
+    if found is not None:
+        require_transformers()
+    by = TransformersTokenizer(tokenizer) if isinstance(tokenizer, Checkpoint) else tokenizer
     share = -(-n // max(1, len(texts)))
     queues = []
     for t in texts:
-        if t.text is None:
-            common = _ids(tokenizer, _read(BUILTIN_FILE, BUILTIN)[: 1 << 16])
-            queues.append(written(found, share, window, bos, common, device, seed, progress))
-        else:
-            queues.append(_windows(tokenizer, t, window, n, bos))
+        if t.text is not None:
+            queues.append(_windows(by, t, window, n))
+            continue
+        if found is None:
+            raise CalibrationError(f"{t.name}: a model writes its own text from a checkpoint folder only; give a text")
+        common = _ids(by, (_read(BUILTIN_FILE, BUILTIN).text or "")[: 1 << 16])
+        queues.append(written(found, share, window, by.bos, common, device, seed, progress))
     out = []
     for i in range(n):  # the i-th window of each in turn
         out += [q[i] for q in queues if i < len(q)]
     return np.stack(out[:n])
 
 
-def load_tokenizer(found: Checkpoint) -> Any:
-    """The checkpoint's tokenizer, by transformers. Raises CalibrationError."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            found.folder, local_files_only=True, trust_remote_code=found.trust_code
-        )
-    except Exception as e:
-        text = transformers_reason(e)
-        raise CalibrationError(f"{found.folder}: transformers cannot load its tokenizer: {text}") from None
-
-
-def bos_of(tokenizer: Any) -> int | None:
-    """The token that the tokenizer puts before a text, or None."""
-    ids = tokenizer("a").input_ids
-    return int(ids[0]) if ids and ids[0] == tokenizer.bos_token_id else None
-
-
-def _windows(tokenizer: Any, t: Text, window: int, n: int, bos: int | None) -> NDArray[np.int64]:
+def _windows(tokenizer: Tokenizer, t: Text, window: int, n: int) -> NDArray[np.int64]:
     """At most n windows (N, window) of a text."""
     assert t.text is not None
+    bos = tokenizer.bos
     fill, size = window - (bos is not None), PIECE * window
+    if t.documents:
+        rows, most = _of_documents(tokenizer, t, fill, n)
+    else:
+        rows, most = _of_text(tokenizer, t, fill, size, n)
+    if not len(rows):
+        raise CalibrationError(
+            f"{t.name}: {most} tokens; a window needs {fill}; give more text, or take a smaller window"
+        )
+    if bos is None:
+        return rows
+    return np.concatenate([np.full((len(rows), 1), bos, np.int64), rows], axis=1)
+
+
+def _of_text(tokenizer: Tokenizer, t: Text, fill: int, size: int, n: int) -> tuple[NDArray[np.int64], int]:
+    """At most n windows (N, fill) of plain text, and the most tokens of a piece."""
+    assert t.text is not None
     pieces = [t.text]
     if len(t.text) > n * size:  # spread evenly; each begins behind a blank, not within a word
         starts = np.linspace(0, len(t.text) - size, n).astype(np.int64)
@@ -198,18 +141,30 @@ def _windows(tokenizer: Any, t: Text, window: int, n: int, bos: int | None) -> N
     ids = [_ids(tokenizer, p) for p in pieces]
     _check_tokens(tokenizer, t.name, "".join(pieces[:8]), np.concatenate(ids[:8]))
     per_piece = n if len(pieces) == 1 else 1
-    rows = np.concatenate([i[: len(i) // fill * fill].reshape(-1, fill)[:per_piece] for i in ids])
-    if not len(rows):
-        have = max(map(len, ids))
-        raise CalibrationError(
-            f"{t.name}: {have} tokens; a window needs {fill}; give more text, or take a smaller window"
-        )
-    if bos is None:
-        return rows
-    return np.concatenate([np.full((len(rows), 1), bos, np.int64), rows], axis=1)
+    return np.concatenate([_cut(i, fill)[:per_piece] for i in ids]), max(map(len, ids))
 
 
-def _ids(tokenizer: Any, text: str) -> NDArray[np.int64]:
+def _of_documents(tokenizer: Tokenizer, t: Text, fill: int, n: int) -> tuple[NDArray[np.int64], int]:
+    """At most n windows (N, fill) of documents, evenly spread over all, and the tokens of all."""
+    ids, plain = [], []
+    between = tokenizer.encode([BETWEEN])[0]
+    for d in t.documents:
+        shown = tokenizer.render([{"role": r, "content": c} for r, c in d.messages]) if d.messages else None
+        made = _ids(tokenizer, d.text) if shown is None else tokenizer.encode([shown], special=True)[0]
+        ids += [made, between]
+        plain.append(made if shown is None else made[:0])
+    sample = slice(0, len(plain), max(1, len(plain) // 16))
+    text = "".join(d.text for d, p in zip(t.documents[sample], plain[sample], strict=True) if len(p))
+    _check_tokens(tokenizer, t.name, text, np.concatenate([np.empty(0, np.int64), *plain[sample]]))
+    rows = _cut(np.concatenate(ids), fill)
+    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).round().astype(np.int64)], sum(map(len, ids))
+
+
+def _cut(ids: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
+    return ids[: len(ids) // fill * fill].reshape(-1, fill)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
     parts, start = [], 0
     while len(text) - start > TOGETHER:
         most = start + TOGETHER
@@ -218,18 +173,17 @@ def _ids(tokenizer: Any, text: str) -> NDArray[np.int64]:
         parts.append(text[start:end])
         start = end
     parts.append(text[start:])
-    found = tokenizer(parts, add_special_tokens=False, verbose=False).input_ids
-    return np.concatenate([np.array(ids, np.int64) for ids in found])
+    return np.concatenate(tokenizer.encode(parts))
 
 
-def _check_tokens(tokenizer: Any, name: str, text: str, ids: NDArray[np.int64]) -> None:
+def _check_tokens(tokenizer: Tokenizer, name: str, text: str, ids: NDArray[np.int64]) -> None:
     """Raises CalibrationError for a text that the tokenizer was not made for."""
     if not len(ids):
         return
     each, counts = np.unique(ids, return_counts=True)
-    unknown = counts[each == tokenizer.unk_token_id].sum() / len(ids) if tokenizer.unk_token_id is not None else 0.0
-    stray = sum(int(c) for i, c in zip(each, counts, strict=True) if "\ufffd" in tokenizer.decode([int(i)])) / len(ids)
-    rate = len(ids) / len(text.encode())
+    unknown = counts[each == tokenizer.unknown].sum() / len(ids) if tokenizer.unknown is not None else 0.0
+    stray = sum(int(c) for i, c in zip(each, counts, strict=True) if tokenizer.stray(int(i))) / len(ids)
+    rate = len(ids) / max(1, len(text.encode()))
     for value, limit, what in (
         (unknown, MAX_UNKNOWN, "of its tokens are unknown ones"),
         (stray, MAX_STRAY, "of its tokens are but parts of a character"),

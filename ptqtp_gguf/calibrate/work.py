@@ -6,6 +6,10 @@ quantize/methods.py says which stages a method has.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +22,11 @@ from ..quantize import FLOOR, methods, to_float
 from ..source import Checkpoint, Source, checkpoint
 from . import texts
 from .mapping import Link
+from .seen import Seen
 from .store import PlaneStore, unpacked
 
+NEEDS_FOLDER = "runs the model, which takes a checkpoint folder; for a GGUF give --calib TEXT alone"
+GPU_NODES = "nvidia[0-9]*"
 MAX_TOKENS = 1 << 32  # bytes of the tokens that are kept
 HELD_OUT = 16  # one window of so many is never tuned on, but measured
 
@@ -31,25 +38,30 @@ class Work:
     direct   the data-free method for what a stage cannot do
     tensors  name -> tensor, of the same
     types    name -> ggml type id that each tensor becomes
-    device   torch's
+    seen     what the runtime has seen, where the model is not calibrated in order
     arch, layers  the model's architecture by GGUF's name, and its number of blocks
     Raises CalibrationError, QuantizeError, InputError.
     """
 
     def __init__(
-        self, source: Source, rows: list[PlanRow], request: Request, store: PlaneStore, progress: Progress
+        self,
+        source: Source,
+        rows: list[PlanRow],
+        request: Request,
+        store: PlaneStore,
+        progress: Progress,
+        seen: Seen | None = None,
     ) -> None:
         self.source, self.options, self.store, self.progress = source, request.options, store, progress
         self.how: Calibration = request.calibration
+        self.seen, self.window = seen, self.how.window or texts.WINDOW
         self.kinds, self.direct = planned(rows, request), request.direct
         self.tensors = {r.tensor.name: r.tensor for r in rows if r.tensor.name in self.kinds}
         self.types = {r.tensor.name: r.choice.type for r in rows}
-        self.device = _device(self.options.device)
-        self.n_tokens = self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
         self._found = (
             None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path, self.options.trust_code)
         )
-        self.texts = self._load(self.how.texts)
+        self.texts = [] if seen else self._load(self.how.texts)
         self.tune_texts = self._load(self.how.tune_texts) or self.texts
         arch, layers = source.get("general.architecture"), None
         if isinstance(arch, str):
@@ -57,7 +69,20 @@ class Work:
         if not isinstance(arch, str) or not isinstance(layers, int) or not 0 < layers <= len(source.tensors):
             raise CalibrationError(f"{source.path}: the metadata do not tell architecture and number of blocks")
         self.arch, self.layers = arch, layers
-        _use_threads(self.options.threads)
+
+    @functools.cached_property
+    def device(self) -> str:
+        """torch's device; its threads are set. Raises QuantizeError."""
+        import torch
+
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
+        return _device(self.options.device)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to calibrate on in order, at most."""
+        return self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
 
     def _load(self, specs: tuple[str, ...]) -> list[texts.Text]:
         return [texts.load(t, lambda line: self.progress("calibration text", 0, 0, line)) for t in specs]
@@ -65,10 +90,7 @@ class Work:
     def checkpoint(self, why: str) -> Checkpoint:
         """The checkpoint folder behind the source. why: the option that needs it. Raises CalibrationError."""
         if self._found is None:
-            raise CalibrationError(
-                f"{self.source.path}: {why} runs the model, which takes a checkpoint folder; for a GGUF give "
-                "--imatrix, or --hessians with second moments that were gathered from the checkpoint"
-            )
+            raise CalibrationError(f"{self.source.path}: {why} {NEEDS_FOLDER}")
         return self._found
 
     def tokens(self) -> NDArray[np.int64]:
@@ -76,16 +98,16 @@ class Work:
         if self.how.tune:
             self.tune_tokens()  # too little of it should be reported before anything long begins
         most = max(self.n_tokens, self.how.tune_tokens if self.how.tune and not self.how.tune_texts else 0)
-        return self._windows("tokens", self.texts, most)[: max(1, self.n_tokens // self.how.window)]
+        return self._windows("tokens", self.texts, most)[: max(1, self.n_tokens // self.window)]
 
     def tune_tokens(self) -> NDArray[np.int64]:
         """Windows to tune on, int64 (N, window); of the same text, those of the calibration are the first of these."""
         n, own = self.how.tune_tokens, bool(self.how.tune_texts)
         name, most = ("tune-tokens", n) if own else ("tokens", max(self.n_tokens, n))
-        windows = self._windows(name, self.tune_texts, most)[: n // self.how.window]
+        windows = self._windows(name, self.tune_texts, most)[: n // self.window]
         if len(windows) < HELD_OUT:
             raise CalibrationError(
-                f"--tune: {len(windows)} windows of {self.how.window} tokens; at least {HELD_OUT} are needed, give "
+                f"--tune: {len(windows)} windows of {self.window} tokens; at least {HELD_OUT} are needed, give "
                 "more text"
             )
         return windows
@@ -94,16 +116,16 @@ class Work:
         path = self.store.folder / name
         if not self.store.marked(name):
             found = self.checkpoint("--calib")
-            windows = texts.tokens(of, found, self.how.window, n, device=self.device, progress=self.progress)
+            windows = texts.tokens(of, found, self.window, n, device=self.device, progress=self.progress)
             with partial_file(path) as partial:
                 partial.file.write(np.ascontiguousarray(windows, "<i8").data)
                 partial.sync()
                 partial.publish()
             self.store.mark(name)
         raw = read_whole(path, MAX_TOKENS, OutputError)
-        if not raw or len(raw) % (8 * self.how.window):
+        if not raw or len(raw) % (8 * self.window):
             raise OutputError(f"{path}: damaged; start over with --restart")
-        held: NDArray[np.int64] = np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, self.how.window)
+        held: NDArray[np.int64] = np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, self.window)
         return held
 
     def weights(self, t: TensorInfo) -> F32:
@@ -119,8 +141,32 @@ class Work:
 
     def searched(self, name: str, w: F32) -> tuple[I8, U8]:
         """Planes without calibration: float32 (R, C) -> levels int8 (R, C), codes uint8 (R, C/32)."""
-        kind = self.kinds[name]
+        return self.searched_as(self.kinds[name], w)
+
+    def searched_as(self, kind: TensorType, w: F32) -> tuple[I8, U8]:
+        """The same for a type with levels."""
         return unpacked(kind, methods.quantize(kind, self.direct, w, threads=self.options.threads))
+
+
+def goes_in_order(source: Source, request: Request) -> bool:
+    """Whether a model is calibrated in order, by transformers; else from what the runtime sees."""
+    how = request.calibration
+    if how.hessians or checkpoint.is_gguf(source.path) or importlib.util.find_spec("torch") is None:
+        return False
+    if how.tune or how.effort == "best" or texts.SELF in how.texts:
+        return True
+    device = request.options.device
+    return _gpu_here(device) and _device(device) == "cuda"
+
+
+def require_checkpoint(source: Source, request: Request) -> None:
+    """Before anything long begins. Raises CalibrationError where transformers is to run a model that it cannot."""
+    how = request.calibration
+    why = "--tune" if how.tune else "--calib self" if texts.SELF in how.texts and not Path(texts.SELF).exists() else ""
+    if why and checkpoint.is_gguf(source.path):
+        raise CalibrationError(f"{source.path}: {why} {NEEDS_FOLDER}")
+    if why and importlib.util.find_spec("torch") is None:
+        raise CalibrationError(f"{source.path}: {why} runs the model by transformers; pip install 'ptqtp-gguf[hf]'")
 
 
 def planned(rows: list[PlanRow], request: Request) -> dict[str, TensorType]:
@@ -145,8 +191,6 @@ def _device(name: str) -> str:
     return "cuda"
 
 
-def _use_threads(threads: int) -> None:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
+def _gpu_here(device: str) -> bool:
+    """Whether it is worth it to ask torch for a GPU, which takes seconds."""
+    return device == "cuda" or (device == "auto" and any(Path("/dev").glob(GPU_NODES)))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..calibrate import planes_folder
+from ..calibrate import moments_folder, planes_folder, remove_moments
 from ..errors import Interrupted, OutputError, PtqtpError, ResumeError
 from . import shares
 from .output_files import discard
@@ -41,7 +41,7 @@ def _kept(out: Path, journal: ConversionJournal) -> str:
     try:
         n = len(journal.rows)
         divided = shares.left(out)
-        if n == 0 and not planes_folder(out).exists() and not divided:
+        if n == 0 and not planes_folder(out).exists() and not moments_folder(out).exists() and not divided:
             _forget(out, journal)
             return "nothing was left behind"
         what = f"{n} finished tensors are" if n else "what calibration has finished is"
@@ -53,5 +53,6 @@ def _kept(out: Path, journal: ConversionJournal) -> str:
 
 def _forget(out: Path, journal: ConversionJournal) -> None:
     discard(out)
+    remove_moments(out)
     journal.clear()
     journal.remove()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -18,11 +18,11 @@ import numpy as np
 from ..calibrate import PlaneStore
 from ..codec import TYPES, U8
 from ..errors import QuantizeError
-from ..files import F32_ID, ReadAhead, WriteBehind, write_all
+from ..files import F32_ID, ReadAhead, TensorInfo, WriteBehind, write_all
 from ..plan import Below, PlanRow, fall_back, not_finite, rows_per_piece
 from ..progress import Progress
 from ..quantize import MASK, Done, Encoded, Encoder, Pending, checksum, methods
-from ..source import Imatrix, Importance, Source
+from ..source import Imatrix, Importance, Source, uses_importance
 from .output_files import Part
 from .records import ConversionJournal, TensorRecord
 
@@ -40,6 +40,7 @@ class Job:
     method  data-free; for what `planes` does not hold
     piece   weights that travel together
     planes  made before by calibration or tuning, or None
+    importance  what calibration has found inputs to count, for stock types
     """
 
     source: Source
@@ -53,6 +54,16 @@ class Job:
     progress: Progress
     imatrix: Imatrix | None = None
     planes: PlaneStore | None = None
+    importance: Callable[[TensorInfo, int], Importance | None] | None = None
+
+    def weighed_by(self, row: PlanRow) -> Importance | None:
+        """What the inputs of a tensor count, where its type asks for it."""
+        t, kind = row.tensor, row.choice.type
+        if self.imatrix:
+            return self.imatrix.of(t, kind, self.source.tensors)
+        if self.importance and kind not in TYPES and uses_importance(t, kind, self.source.tensors):
+            return self.importance(t, kind)
+        return None
 
     @functools.cached_property
     def total(self) -> int:
@@ -119,7 +130,7 @@ def _pieces(job: Job, start: int, end: int) -> Generator[U8, None, None]:
 def _tensor(job: Job, row: PlanRow, pieces: Generator[U8, None, None], writer: TensorWriter, done: int) -> TensorRecord:
     """One tensor, encoded piece by piece; at most `depth` pieces are with the encoder at a time. Raises FallBack."""
     t = row.tensor
-    importance = job.imatrix.of(t, row.choice.type, job.source.tensors) if job.imatrix else None
+    importance = job.weighed_by(row)
     waiting: deque[tuple[U8, int, Pending]] = deque()
     first = 0
     job.progress("quantizing", done, job.total, t.name)

@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from ..calibrate import remove_planes
+from ..calibrate import Effects, Seen, goes_in_order, remove_moments, remove_planes, require_checkpoint
 from ..errors import OutputError
 from ..files import KV, check_space, check_target, system_errors
 from ..plan import (
@@ -19,6 +19,7 @@ from ..plan import (
     Request,
     Role,
     check_values,
+    chooses_types,
     make_plan,
     memory_need,
     piece_for,
@@ -34,7 +35,7 @@ from .checking import verify_written
 from .leftovers import kept_on_failure
 from .loop import Job, transcode
 from .output_files import Part, discard, finish, lay_out, publish, share_files
-from .prepare import prepared
+from .prepare import Uncalibrated, optional, prepared
 from .records import ConversionJournal, JobRecord, choices_of, require_same, take_up
 from .summary import Plan, Summary
 
@@ -72,11 +73,37 @@ def convert(
             check_target(out, source, options.force)
         stack.enter_context(kept_on_failure(out, journal))
         with ready_source(source, out, options, progress, journal.verified is not None) as opened:
-            summary = Conversion(opened, out, request, imatrix, journal, progress).run()
+            summary = _converted(opened, out, request, imatrix, journal, progress)
             summary.seconds = time.monotonic() - started
             on_published(summary)
         journal.remove()
     return summary
+
+
+def _converted(
+    source: Source,
+    out: Path,
+    request: Request,
+    imatrix: Imatrix | None,
+    journal: ConversionJournal,
+    progress: Progress,
+) -> Summary:
+    """The conversion; without text where nobody asked for a calibration and it cannot be done."""
+    why = ""
+    if request.calibration.by_default and journal.job is not None and not JobRecord.learns(journal.job):
+        request, why = request.without_text(), "an earlier run began without text"
+    else:
+        try:
+            return Conversion(source, out, request, imatrix, journal, progress).run()
+        except Uncalibrated as e:
+            remove_planes(out)
+            remove_moments(out)
+            discard(out)
+            journal.clear()
+            request, why = request.without_text(), str(e)
+    note = f"not calibrated: {why}"
+    progress("calibrating", 0, 0, note)
+    return Conversion(source, out, request, imatrix, journal, progress, [note]).run()
 
 
 def dry_run(source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress) -> Plan:
@@ -104,12 +131,14 @@ def imatrix_of(options: Options, out: Path, stack: ExitStack) -> Imatrix | None:
     return stack.enter_context(Imatrix(options.imatrix))
 
 
-def plan_of(source: Source, request: Request, imatrix: Imatrix | None, progress: Progress) -> list[PlanRow]:
+def plan_of(
+    source: Source, request: Request, imatrix: Imatrix | None, progress: Progress, effects: Effects | None = None
+) -> list[PlanRow]:
     """What each tensor becomes; see plan.make_plan."""
     # a little more than the header will take: names, shapes, our own keys
     header = 4096 + sum(len(kv.raw) + len(kv.key) + 12 for kv in source.kvs.values())
     header += sum(60 + len(t.name.encode()) + 8 for t in source.tensors)
-    return make_plan(source, request, header, progress, imatrix)
+    return make_plan(source, request, header, progress, imatrix, effects)
 
 
 def metadata_of(source: Source, rows: list[PlanRow], request: Request, imatrix: Imatrix | None) -> list[KV]:
@@ -151,6 +180,7 @@ class Conversion:
     imatrix: Imatrix | None
     journal: ConversionJournal
     progress: Progress
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.phase = Phase.BEGUN if self.journal.job is None else Phase.PLANNED
@@ -160,9 +190,12 @@ class Conversion:
         self.parts: list[Part] = []
         self.resumed = 0  # tensors that were finished before
         self.device = "none"
-        self.notes: list[str] = []
         self.source_hash = ""
         self._stack = ExitStack()
+        self.seen: Seen | None = None
+        if self.phase < Phase.VERIFIED and self.request.method.learns and not goes_in_order(self.source, self.request):
+            require_checkpoint(self.source, self.request)
+            self.seen = Seen(self.source, self.request, self.out, self.progress)
 
     def run(self) -> Summary:
         """All phases that are left. Raises a subclass of PtqtpError, OSError or KeyboardInterrupt."""
@@ -180,7 +213,7 @@ class Conversion:
         options, journal = self.request.options, self.journal
         job = JobRecord.of(fingerprint(self.source, self.request.decisive(self.imatrix)))
         if self.phase is Phase.BEGUN:
-            self.rows = plan_of(self.source, self.request, self.imatrix, self.progress)
+            self.rows = plan_of(self.source, self.request, self.imatrix, self.progress, self._effects())
             if options.split_max_size:  # the files' sizes must be known before the first is written
                 check_values(self.source, self.rows, options.threads, self.progress)
                 require_planes(self.source, self.rows, self.request.kind.name)
@@ -196,6 +229,13 @@ class Conversion:
             journal.begin(job.json())
             self.phase = Phase.PLANNED
         self._stamp = job.stamp
+
+    def _effects(self) -> Effects | None:
+        """What the runtime has seen, where types are chosen by it."""
+        if not self.seen or not self.seen.how.texts or not chooses_types(self.request):
+            return None
+        with optional(self.request.calibration.by_default):
+            return self.seen.effects()
 
     def _lay_out(self) -> None:
         """The files of the output, with what they hold already; is there room for the rest?"""
@@ -216,8 +256,10 @@ class Conversion:
         """The planes of the method's stages, and all that the loop works with. -> PREPARED."""
         options, store = self.request.options, None
         if self.request.method.stages:
-            store = self._stack.enter_context(prepared(self.source, self.out, self.rows, self.request, self.progress))
-            self.notes = store.notes
+            store = self._stack.enter_context(
+                prepared(self.source, self.out, self.rows, self.request, self.progress, self.seen)
+            )
+            self.notes += store.notes
         encoder = make_encoder(options.device, options.threads, options.use_reference)
         self._stack.enter_context(closing(encoder))
         self.phase = Phase.PREPARED
@@ -233,6 +275,7 @@ class Conversion:
             self.progress,
             self.imatrix,
             store,
+            Effects(self.seen.moments, {}).importance if self.seen else None,
         )
 
     def transcode(self, job: Job) -> None:
@@ -262,6 +305,7 @@ class Conversion:
         publish(self.parts)
         self.phase = Phase.PUBLISHED
         remove_planes(self.out)  # while there is a journal: if this fails, the next run does it
+        remove_moments(self.out)
         discard(self.out)  # journals of shares
 
     def summary(self) -> Summary:

@@ -8,18 +8,24 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from ..calibrate import PlaneStore, Work, planned
+from ..calibrate import PlaneStore, Seen, Work, planned
 from ..codec import TensorType
+from ..errors import OutputError, PtqtpError
 from ..plan import PlanRow, Request
 from ..progress import Progress
 from ..source import Source, fingerprint
+
+
+class Uncalibrated(Exception):
+    """A calibration that nobody asked for cannot be done; the text says why."""
+
 
 PACKAGE = __package__.rpartition(".")[0]
 
 
 @contextmanager
 def prepared(
-    source: Source, out: Path, rows: list[PlanRow], request: Request, progress: Progress
+    source: Source, out: Path, rows: list[PlanRow], request: Request, progress: Progress, seen: Seen | None = None
 ) -> Iterator[PlaneStore]:
     """Run the stages of the request's method that are not done yet. Resumable.
 
@@ -32,11 +38,34 @@ def prepared(
     with PlaneStore(out, job, request.kind, request.options.restart, kinds) as store:
         todo = [stage for stage in request.method.stages if not store.ended(stage)]
         if todo:
-            work = Work(source, rows, request, store, progress)
+            work = _work(source, rows, request, store, progress, seen)
             for stage in todo:
-                stage_of(stage)(work)
+                _run(stage, work)
                 store.end_stage(stage)
         yield store
+
+
+def _work(
+    source: Source, rows: list[PlanRow], request: Request, store: PlaneStore, progress: Progress, seen: Seen | None
+) -> Work:
+    with optional(request.calibration.by_default):
+        return Work(source, rows, request, store, progress, seen)
+
+
+def _run(stage: str, work: Work) -> None:
+    with optional(work.how.by_default):
+        stage_of(stage)(work)
+
+
+@contextmanager
+def optional(by_default: bool) -> Iterator[None]:
+    """Errors of a calibration that nobody asked for, as Uncalibrated."""
+    try:
+        yield
+    except PtqtpError as e:
+        if not by_default or isinstance(e, OutputError):
+            raise
+        raise Uncalibrated(str(e)) from None
 
 
 def stage_of(name: str) -> Callable[[Work], None]:

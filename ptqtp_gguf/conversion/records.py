@@ -104,6 +104,11 @@ class JobRecord:
         program = {k: job.get(k) for k in PROGRAM}
         return cls(program, job["header"], job["stamp"], job["options"], job.get("plan", []))
 
+    @staticmethod
+    def learns(job: dict[str, Any]) -> bool:
+        """Whether what a journal holds is a conversion that looks at text."""
+        return "method" in job.get("options", {})
+
     def json(self) -> dict[str, Any]:
         """The journal's line."""
         of = {"header": self.header, "stamp": self.stamp, "options": self.options, "plan": self.plan}

@@ -77,6 +77,9 @@ def convert_on_ranks(
     name, and RankError where another rank has failed.
     """
     request = Request.of(options)
+    if request.calibration.by_default:
+        request = request.without_text()
+        progress("calibrating", 0, 0, "not calibrated: that does not divide by tensors")
     if request.method.learns:
         raise QuantizeError(
             "--calib and --hessians do not divide by tensors: calibration goes through the model in order; run the "

@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..codec import DEFAULT, TYPES
-from ..quantize import Settings, methods
+from ..quantize import SecondOrder, Settings, methods
 from . import flags
 from .flags import INPUT, MACHINE, OUTPUT, flag
 from .recipe import SHIPPED
 from .tuning import TuneSettings
 
 AUTO = "auto"  # the method that the other options ask for
-TOKENS_GPU, TOKENS_CPU = 1 << 18, 1 << 15
+TOKENS_GPU, TOKENS_CPU = 1 << 18, 1 << 15  # of a calibration in order
+TOKENS_OF = {"quick": 1 << 12, "normal": 1 << 14, "best": 1 << 16}  # of one by the runtime
+NO_EFFORT, DEFAULT_EFFORT = "none", "normal"
+EFFORTS = (NO_EFFORT, *TOKENS_OF)
 METHOD_NAMES = (AUTO, *methods.METHODS)
 _TYPE_NAMES = ", ".join(sorted((t.name for t in TYPES.values()), reverse=True))
 
@@ -22,17 +25,19 @@ _TYPE_NAMES = ", ".join(sorted((t.name for t in TYPES.values()), reverse=True))
 class Calibration:
     """Calibration and tuning. `texts` and `tune_texts` are files, "builtin", "self", or data sets of the hub.
 
-    tokens      0 = TOKENS_GPU or TOKENS_CPU
-    hessians    None = in order, no second moments are kept
-    tune_texts  () = texts
-    settings    of GPTQ
+    effort        "" = as the environment says; `Request` puts in what is meant
+    tokens        0 = as `effort` says
+    hessians      None = second moments are not kept
+    tune_texts    () = texts
+    by_default    nobody asked for it: where it cannot be done, the conversion goes on without
+    settings      of GPTQ in order; second_order: of the calibration by the runtime's moments
     """
 
     texts: tuple[str, ...] = flag(
         (),
         "--calib",
         flags.CALIBRATION,
-        "Calibrate on text: a file, 'builtin', 'self', or a data set's hub id. Repeatable.",
+        "Calibrate on this text: a file, 'builtin', 'self', or a data set's hub id. Repeatable.",
         decides=True,
         files=True,
     )
@@ -40,16 +45,16 @@ class Calibration:
         0,
         "--calib-tokens",
         flags.CALIBRATION,
-        f"Tokens to calibrate on, at most; 0: {TOKENS_GPU} on a GPU, {TOKENS_CPU} on a CPU.",
+        f"Tokens to calibrate on, at most; 0: {TOKENS_OF['normal']}, or as --effort says; {TOKENS_GPU} on a GPU.",
         low=0,
         decides=True,
     )
     window: int = flag(
-        1024,
+        0,
         "--calib-window",
         flags.CALIBRATION,
-        "Tokens a window of calibration and tuning.",
-        low=2,
+        "Tokens a window of calibration and tuning; 0: 512, in order 1024.",
+        low=0,
         decides=True,
     )
     hessians: Path | None = flag(
@@ -64,7 +69,7 @@ class Calibration:
         True,
         "--fisher/--no-fisher",
         flags.CALIBRATION,
-        "Weigh tokens by their effect on the output (whole model).",
+        "In order (GPU, best): weigh tokens by their effect on the output.",
         decides=True,
     )
     tune: bool = flag(
@@ -87,7 +92,17 @@ class Calibration:
         decides=True,
         files=True,
     )
+    effort: str = flag(
+        "",
+        "--effort",
+        flags.CALIBRATION,
+        f"How long to calibrate: {', '.join(EFFORTS)}; none: no text is looked at. Default: PTQTP_EFFORT, or "
+        f"{DEFAULT_EFFORT}.",
+        decides=True,
+    )
+    by_default: bool = False
     settings: Settings = field(default_factory=Settings)
+    second_order: SecondOrder = field(default_factory=SecondOrder)
 
     @property
     def wanted(self) -> bool:
@@ -109,12 +124,13 @@ class Calibration:
         if not self.texts:
             return "second moments of an earlier calibration"
         names = _shown(self.texts)
-        how = "second moments" if self.hessians else "in order, Fisher-weighted" if self.fisher else "in order"
+        how = f"effort {self.effort or DEFAULT_EFFORT}"
         of = f" of {_shown(self.tune_texts)}" if self.tune_texts else ""
         what = "" if self.tune_planes else ", planes as they were,"
         tuned = f"; tuned{what} on at most {self.tune_tokens} tokens{of}, {self.tune_steps} steps" if self.tune else ""
-        most = f"at most {self.tokens} tokens" if self.tokens else "tokens"
-        return f"{names}: {most} in windows of {self.window}, {how}{tuned}"
+        many = [f"at most {self.tokens} tokens"] if self.tokens else []
+        many += [f"windows of {self.window}"] if self.window else []
+        return f"{names}: {', '.join([*many, how])}{tuned}"
 
 
 def _shown(texts: tuple[str, ...]) -> str:
@@ -135,7 +151,7 @@ class Options:
         AUTO,
         "--method",
         flags.TYPES,
-        f"One of: {', '.join(METHOD_NAMES)}; auto: search, or what --calib makes.",
+        f"One of: {', '.join(METHOD_NAMES)}; auto: calibrated, search where that cannot be.",
         short="-m",
     )
     type: str = flag(DEFAULT.name, "--type", flags.TYPES, f"Type of the block matrices: {_TYPE_NAMES}.", short="-t")
@@ -160,9 +176,24 @@ class Options:
         None,
         "--target-bpw",
         flags.TYPES,
-        "Choose types by measured error, within these bits per weight.",
+        "Choose types by what errors do to the output, within these bits per weight.",
         low=0.1,
         high=32,
+        decides=True,
+    )
+    target_size: int = flag(
+        0,
+        "--target-size",
+        flags.TYPES,
+        "Choose types likewise, within this size of the file: 800M.",
+        size=True,
+        decides=True,
+    )
+    as_good_as: str = flag(
+        "",
+        "--as-good-as",
+        flags.TYPES,
+        "Choose types for the smallest file as near to the original as this type of llama-quantize: Q4_K_M.",
         decides=True,
     )
     overrides: tuple[str, ...] = flag(
@@ -191,3 +222,8 @@ class Options:
         "Run Python code that the checkpoint brings; without, one that needs it is refused.",
     )
     use_reference: bool = False
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the user says how large or how near the file is to be."""
+        return bool(self.target_bpw or self.target_size or self.as_good_as)

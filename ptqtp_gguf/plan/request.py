@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 from ..codec import TYPES, TensorType
-from ..errors import QuantizeError
+from ..errors import QuantizeError, RecipeError, RuntimeMissing
+from ..llamacpp import install
 from ..quantize import methods
 from ..source import Imatrix
 from . import flags
-from .options import AUTO, Calibration, Options
+from .options import AUTO, DEFAULT_EFFORT, EFFORTS, NO_EFFORT, Calibration, Options
 from .recipe import Recipe, block_type, load
 
 
@@ -42,8 +44,14 @@ class Request:
             raise QuantizeError(
                 f"--imatrix: method {direct.name} takes no importance; leave it out, or use --method {takes}"
             )
+        _check_target(options, method)
         recipe = load(options.recipe).bind(kind.name).with_overrides(options.tensor_types)
         return cls(replace(options, calibration=how), method, direct, kind, recipe)
+
+    def without_text(self) -> Request:
+        """The same, data-free."""
+        how = Calibration(effort=NO_EFFORT)
+        return Request.of(replace(self.options, calibration=how))
 
     @property
     def calibration(self) -> Calibration:
@@ -67,13 +75,17 @@ class Request:
         """The recipe in a line: its name, and what the user has put on top."""
         o = self.options
         budget = [] if o.target_bpw is None else [f"--target-bpw {o.target_bpw:g}"]
+        budget += [f"--target-size {o.target_size}"] if o.target_size else []
+        budget += [f"--as-good-as {o.as_good_as}"] if o.as_good_as else []
         return ", ".join([self.recipe.name, *budget, *(f"--tensor-type {t}" for t in o.tensor_types)])
 
 
 def _method(options: Options) -> tuple[methods.Method, Calibration]:
-    """The method that the options mean, and the calibration with its `tune` set. Raises QuantizeError."""
-    how = options.calibration
+    """The method that the options mean, and the calibration with its `tune` and `effort` set. Raises QuantizeError."""
+    how = _with_effort(options.calibration)
     if options.method == AUTO:
+        if _by_default(options, how):
+            how = replace(how, texts=("builtin",), by_default=not options.calibration.effort)
         method = methods.METHODS["calibrated"] if how.wanted else methods.DEFAULT_METHOD
     else:
         method = methods.find(options.method)
@@ -95,3 +107,50 @@ def _method(options: Options) -> tuple[methods.Method, Calibration]:
         made = ", ".join(t.name for t in TYPES.values() if t.calibratable)
         raise QuantizeError(f"--calib makes {made}, not {options.type.upper()}; leave out --type")
     return method, how
+
+
+def _check_target(options: Options, method: methods.Method) -> None:
+    """Raises RecipeError where more than one thing is aimed at, or what is aimed at cannot be measured."""
+    given = [
+        name
+        for name, value in (
+            ("--target-bpw", options.target_bpw),
+            ("--target-size", options.target_size),
+            ("--as-good-as", options.as_good_as),
+        )
+        if value
+    ]
+    if len(given) > 1:
+        raise RecipeError(f"{' and '.join(given)}: each decides the size; give one of them")
+    if options.as_good_as and not method.learns:
+        raise RecipeError(
+            "--as-good-as looks at text; leave out --effort none and --imatrix, and use a type with levels"
+        )
+
+
+def _with_effort(how: Calibration) -> Calibration:
+    """The calibration with its effort put in. Raises QuantizeError for one that is none."""
+    effort, of = how.effort, "--effort"
+    if not effort and not how.wanted:
+        effort, of = os.environ.get("PTQTP_EFFORT", ""), "PTQTP_EFFORT"
+    effort = effort or DEFAULT_EFFORT
+    if effort not in EFFORTS:
+        raise QuantizeError(f"{of} {effort}: is none of {', '.join(EFFORTS)}")
+    if effort == NO_EFFORT and how.wanted:
+        raise QuantizeError("--effort none looks at no text; leave it out, or --calib and --hessians")
+    return replace(how, effort=effort)
+
+
+def _by_default(options: Options, how: Calibration) -> bool:
+    """Whether to calibrate though no text is given."""
+    if how.wanted or how.tune or how.effort == NO_EFFORT or options.imatrix or options.use_reference:
+        return False
+    if not block_type(options.type).calibratable:
+        return False
+    try:
+        install.version()
+    except RuntimeMissing:
+        if options.calibration.effort:
+            raise
+        return False
+    return True

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..codec import F32, TYPES, U8, scan
 from ..errors import InputError, RecipeError
-from ..files import FLOAT_IDS, OutTensor, TensorInfo
+from ..files import FLOAT_IDS, OutTensor, TensorInfo, align
 from ..progress import Progress
 from ..quantize import FLOOR, Method, to_float
-from ..source import Imatrix, Source, rows_together
-from .budget import fit_budget, spread
+from ..source import Imatrix, Importance, Source, looked_up, rows_together
+from .budget import Effects, fit_budget, paced, spread
 from .recipe import Choice, fall_back, require_importance
 from .request import Request
 from .roles import Role, role_of
 
+QUICK = "quick"  # the effort that leaves types to the recipe
 MOSTLY_BELOW = 0.5  # share of groups below the scales' range from which a tensor falls back
 
 
@@ -35,34 +37,40 @@ class PlanRow:
         return OutTensor(self.tensor.name, self.tensor.shape, self.choice.type)
 
 
+def chooses_types(request: Request) -> bool:
+    """Whether tensors get their types by what errors in them do, where that is known: for a budget, and for as many
+    bytes as the default recipe takes."""
+    o = request.options
+    return o.has_target or (request.recipe.name == "default" and o.calibration.effort != QUICK)
+
+
 def make_plan(
-    source: Source, request: Request, header: int, progress: Progress, imatrix: Imatrix | None = None
+    source: Source,
+    request: Request,
+    header: int,
+    progress: Progress,
+    imatrix: Imatrix | None = None,
+    effects: Effects | None = None,
 ) -> list[PlanRow]:
     """Decide on every tensor by its name and shape; with --target-bpw also by its error on a sample of its weights.
 
-    header: bytes of the output's metadata, for the budget. Raises RecipeError if nothing would become trit planes, the
+    header   bytes of the output's metadata, for the budget
+    effects  what errors do to the model's output; then types are chosen by that, within the budget, or within the
+             bytes that the recipe would take
+    Raises RecipeError if nothing would become trit planes, the
     budget cannot be met, or a type wants importance that is not there; InputError for an imatrix of another model.
     """
-    recipe, target_bpw, threads = request.recipe, request.options.target_bpw, request.options.threads
+    recipe = request.recipe
+    if request.options.as_good_as and effects is None:
+        raise RecipeError("--as-good-as wants text through the runtime: not with --effort best, --tune or --dry-run")
+    target_bpw = _target(source, request, header, effects is not None)
     if imatrix:
         imatrix.check(source.tensors)
     of = functools.partial(imatrix.of, model=source.tensors) if imatrix else lambda t, target: None
-    if target_bpw is None:
+    if target_bpw is None and not request.options.as_good_as:
         choices = recipe.plan(source.tensors)
     else:
-        choices = fit_budget(
-            source.tensors,
-            recipe,
-            target_bpw,
-            header,
-            lambda t, n: sample(source, t, n),
-            method=request.direct,
-            threads=threads,
-            alignment=source.alignment,
-            progress=progress,
-            takes=lambda t, kind: kind not in TYPES or _look(source, t, kind, threads) is None,
-            importance=of,
-        )
+        choices = _fitted(source, request, target_bpw or 0.0, header, progress, of, effects)
     require_importance(source.tensors, choices, lambda t, target: of(t, target) is not None, imatrix is not None)
     rows = [PlanRow(t, choices[t.name], role_of(t.name)) for t in source.tensors]
     for row in rows:
@@ -70,11 +78,66 @@ def make_plan(
             row.choice = replace(row.choice, reason=f"{row.choice.reason}; {lack}")
     if target_bpw is not None and not any(r.choice.type in TYPES for r in rows):
         raise RecipeError(
-            f"--target-bpw {target_bpw:g}: so many bits leave nothing in {request.kind.name}; lower the target, or use "
-            "llama-quantize for a file of stock types"
+            f"target of {target_bpw:g} bits per weight: so many leave nothing in {request.kind.name}; lower it, or "
+            "use llama-quantize for a file of stock types"
         )
     require_planes(source, rows, request.kind.name)
     return rows
+
+
+def _fitted(
+    source: Source,
+    request: Request,
+    target: float,
+    header: int,
+    progress: Progress,
+    of: Callable[[TensorInfo, int], Importance | None],
+    effects: Effects | None,
+) -> dict[str, Choice]:
+    """The types that fit_budget chooses; where nobody gave a target, and it leaves nothing to our types or finds none,
+    those of the recipe."""
+    options, threads = request.options, request.options.threads
+    try:
+        choices = fit_budget(
+            source.tensors,
+            request.recipe,
+            target,
+            header,
+            lambda t, n: sample(source, t, n),
+            method=request.direct,
+            threads=threads,
+            alignment=source.alignment,
+            progress=progress,
+            takes=lambda t, kind: kind not in TYPES or _look(source, t, kind, threads) is None,
+            importance=effects.importance if effects else of,
+            effects=effects,
+            in_time=not options.has_target,
+            stock=effects.stock(options.as_good_as) if effects and options.as_good_as else None,
+        )
+    except RecipeError:
+        if options.has_target:
+            raise
+        return request.recipe.plan(source.tensors)
+    if not options.has_target and not any(c.type in TYPES for c in choices.values()):
+        return request.recipe.plan(source.tensors)
+    return choices
+
+
+def _target(source: Source, request: Request, header: int, known: bool) -> float | None:
+    """Bits per weight of the whole file that the user or the default recipe means; None: the recipe says every type."""
+    o, weights = request.options, sum(t.n_weights for t in source.tensors)
+    if o.target_size:
+        return 8 * o.target_size / max(1, weights)
+    if o.target_bpw is not None or o.as_good_as or not known:
+        return o.target_bpw
+    choices = request.recipe.plan(source.tensors)
+    size = header
+    for t in source.tensors:
+        kind = choices[t.name].type
+        nbytes = align(OutTensor(t.name, t.shape, kind).nbytes, source.alignment)
+        fixed = len(t.shape) < 2 or kind == t.type or looked_up(t, source.tensors)
+        size += nbytes if fixed else paced(nbytes, kind)
+    return 8 * size / max(1, weights)
 
 
 def require_planes(source: Source, rows: list[PlanRow], type_name: str) -> None:

@@ -8,7 +8,7 @@ from .checkpoint import Checkpoint, show, stamp, transformers_reason
 from .converter import StreamSource
 from .gguf import GgufSource, part_path
 from .identity import changed_option, fingerprint
-from .imatrix import Imatrix, Importance
+from .imatrix import Imatrix, Importance, looked_up, uses_importance
 from .opening import local, open_source
 
 __all__ = [
@@ -25,10 +25,12 @@ __all__ = [
     "fingerprint",
     "hub",
     "local",
+    "looked_up",
     "open_source",
     "part_path",
     "rows_together",
     "show",
     "stamp",
     "transformers_reason",
+    "uses_importance",
 ]

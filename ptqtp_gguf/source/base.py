@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from ..codec import U8
 from ..files import KV, TensorInfo, row_size
+from ..progress import Progress
 
 PIECE = 1 << 22  # weights that travel together
 
@@ -51,6 +52,11 @@ class Source(ABC):
         width = row_size(t.type, t.shape[0])
         for chunk in self.chunks(t, width * (rows or rows_together(t.shape[0]))):
             yield chunk.reshape(-1, width)
+
+    @abstractmethod
+    def as_file(self, scratch: Path, progress: Progress) -> Path:
+        """A GGUF file with just this, of a split one the first part; where there is none, it is written to `scratch`,
+        whole or not at all. Raises InputError, OutputError, OSError."""
 
     @abstractmethod
     def close(self) -> None:

@@ -25,8 +25,19 @@ import numpy as np
 
 from ..codec import U8
 from ..errors import CheckpointError
-from ..files import Header, TensorInfo, file_size, parse_header, read_bytes, read_header
+from ..files import (
+    Header,
+    TensorInfo,
+    check_space,
+    file_size,
+    parse_header,
+    partial_file,
+    read_bytes,
+    read_header,
+    write_all,
+)
 from ..llamacpp import install
+from ..progress import Progress
 from . import _converter_child as child
 from . import checkpoint
 from .base import Source
@@ -232,6 +243,23 @@ class StreamSource(Source):
 
     def chunks(self, t: TensorInfo, size: int) -> Iterator[U8]:
         return self._stream.chunks(t, size)
+
+    def as_file(self, scratch: Path, progress: Progress) -> Path:
+        check_space(scratch.parent, self._stream.size)
+        done, total = 0, sum(t.n_weights for t in self.tensors)
+        with partial_file(scratch) as partial:
+            file = partial.file
+            write_all(file, self._stream.header_bytes)
+            for t in sorted(self.tensors, key=lambda t: t.offset):
+                progress("model for calibration", done, total, t.name)
+                write_all(file, bytes(t.offset - file.tell()))
+                for chunk in self.chunks(t, PIPE):
+                    write_all(file, chunk.data)
+                done += t.n_weights
+            write_all(file, bytes(self._stream.size - file.tell()))
+            partial.sync()
+            partial.publish()
+        return scratch
 
     def close(self) -> None:
         self._stream.close()

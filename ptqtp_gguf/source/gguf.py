@@ -9,6 +9,7 @@ from pathlib import Path
 from ..codec import U8
 from ..errors import InputError
 from ..files import Reader, TensorInfo
+from ..progress import Progress
 from .base import SPLIT_KEYS, Source
 
 PART_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -27,7 +28,7 @@ class GgufSource(Source):
 
     def __init__(self, path: Path, name: Path | None = None) -> None:
         """name: what errors call the file, where it is only our intermediate of something that the user knows."""
-        self.path = name or path
+        self.path, self._file = name or path, path
         self.readers: list[Reader] = []
         try:
             self._open(path, name)
@@ -44,6 +45,7 @@ class GgufSource(Source):
             raise InputError(f"{path}: calls itself a part of a split GGUF, but not of how many; the file is damaged")
         if isinstance(count, int) and count > 1:
             paths = _parts(path, count)
+            self._file = paths[0]
             first.close()
             self.readers.clear()
             for no, part in enumerate(paths):
@@ -66,6 +68,9 @@ class GgufSource(Source):
 
     def chunks(self, t: TensorInfo, size: int) -> Iterator[U8]:
         return self._reader_of[t.name].chunks(t, size)
+
+    def as_file(self, scratch: Path, progress: Progress) -> Path:
+        return self._file
 
     def close(self) -> None:
         for reader in self.readers:

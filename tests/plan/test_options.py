@@ -19,12 +19,15 @@ from ptqtp_gguf.quantize.methods import METHODS
         (Options(calibration=Calibration(tune=True)), "--tune learns from text; give --calib FILE, builtin or self"),
         (Options(calibration=Calibration(hessians=Path("h"), tune=True)), "--tune learns from text"),
         (Options(method="tuned"), "--method tuned learns from text"),
-        (Options(calibration=Calibration(("builtin",), tune_texts=("a.txt",))), "--tune-text says .*; give --tune too"),
-        (Options(method="calibrated"), "--method calibrated learns from text"),
-        (Options(type="tp2_0", calibration=Calibration(("builtin",))), "--calib makes TP2_1, TP2_2, not TP2_0"),
-        (Options(method="paper", calibration=Calibration(("builtin",))), "--method paper takes no calibration"),
         (
-            Options(calibration=Calibration(("builtin",), tune=True, tune_texts=("a",)), type="TP2_0"),
+            Options(calibration=Calibration(texts=("builtin",), tune_texts=("a.txt",))),
+            "--tune-text says .*; give --tune too",
+        ),
+        (Options(method="calibrated"), "--method calibrated learns from text"),
+        (Options(type="tp2_0", calibration=Calibration(texts=("builtin",))), "--calib makes TP2_1, TP2_2, not TP2_0"),
+        (Options(method="paper", calibration=Calibration(texts=("builtin",))), "--method paper takes no calibration"),
+        (
+            Options(calibration=Calibration(texts=("builtin",), tune=True, tune_texts=("a",)), type="TP2_0"),
             "--calib makes TP2_1",
         ),
     ],
@@ -36,7 +39,7 @@ def test_options_that_do_not_go_together(options: Options, message: str) -> None
 
 
 def test_the_method_that_the_options_mean() -> None:
-    text = Calibration(("builtin",))
+    text = Calibration(texts=("builtin",))
     tuned = replace(text, tune=True)
     for options, method, direct, tunes in (
         (Options(), "search", "search", False),
@@ -57,7 +60,7 @@ def test_a_method_of_ones_own_is_not_taken_for_another(monkeypatch: pytest.Monke
     calibrated, tuned = METHODS["calibrated"], METHODS["tuned"]
     monkeypatch.setitem(METHODS, "mine", replace(calibrated, name="mine", stages=("calibrate.run", "calibrate.mine")))
     monkeypatch.setitem(METHODS, "ours", replace(tuned, name="ours"))
-    text = Calibration(("builtin",))
+    text = Calibration(texts=("builtin",))
     assert Request.of(Options(method="mine", calibration=text)).method.name == "mine"
     with pytest.raises(QuantizeError, match="--method mine does not tune; leave out --tune, or use --method tuned"):
         Request.of(Options(method="mine", calibration=replace(text, tune=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import REPO
 
 from ptqtp_gguf.calibrate import texts
 from ptqtp_gguf.codec import TYPES
@@ -23,8 +25,15 @@ WINDOW, TOKENS = 64, 1024
 def prose(folder: Path) -> Options:
     """In order on 16 windows of prose, Fisher-weighted."""
     (folder / "prose.txt").write_text(str(texts.load("builtin").text)[:20000])
-    calibration = Calibration(texts=(str(folder / "prose.txt"),), tokens=TOKENS, window=WINDOW)
+    calibration = Calibration(effort="best", texts=(str(folder / "prose.txt"),), tokens=TOKENS, window=WINDOW)
     return Options(calibration=calibration, device="cpu", threads=1)
+
+
+def seen_prose(folder: Path) -> Options:
+    """The same by what the runtime sees; types by name, as the default recipe has them, not by what errors do."""
+    rules = json.loads((REPO / "ptqtp_gguf" / "plan" / "recipes" / "default.json").read_text())
+    (folder / "by-name.json").write_text(json.dumps({**rules, "name": "by-name"}))
+    return replace(with_(prose(folder), effort="normal"), recipe=str(folder / "by-name.json"))
 
 
 @contextmanager

@@ -34,7 +34,14 @@ FLOOR = ["errors", "progress", "system"]  # below all rooms; they import nothing
 FRONT = ["", "__main__"]
 DOORS = {  # _converter_child runs in the converter's process, with the converter's own gguf-py
     "gguf": {"files.gguf", "source._converter_child"},
-    "ctypes": {"codec.native", "llamacpp.rpc", "llamacpp.install", "llamacpp.model", "source._converter_child"},
+    "ctypes": {
+        "codec.native",
+        "llamacpp.rpc",
+        "llamacpp.install",
+        "llamacpp.model",
+        "llamacpp.tap",
+        "source._converter_child",
+    },
     "llama_cpp": {"llamacpp.model"},
     "torch": {
         "calibrate",

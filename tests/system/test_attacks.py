@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from helpers import REPO, load_tool, safetensors_bytes
 
+from ptqtp_gguf.calibrate import documents, texts
 from ptqtp_gguf.calibrate import store as planes
-from ptqtp_gguf.calibrate import texts
 from ptqtp_gguf.conversion.records import ConversionJournal, choices_of
 from ptqtp_gguf.errors import CalibrationError, CheckpointError, InputError, OutputError, PtqtpError, RecipeError
 from ptqtp_gguf.files.gguf import Reader
@@ -228,7 +228,7 @@ def test_a_recipe_with_many_keys_is_refused_soon() -> None:
 def test_a_packed_line_without_end_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gzip
 
-    monkeypatch.setattr(texts, "MAX_TEXT", 1000)
+    monkeypatch.setattr(documents, "MAX_TEXT", 1000)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * 100000))
     with pytest.raises(CalibrationError, match="line 1: longer than the limit"):
         texts.load(str(tmp_path / "a.jsonl.gz"))
