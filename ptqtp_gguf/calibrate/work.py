@@ -24,6 +24,7 @@ from . import texts
 from .mapping import Link
 from .seen import Seen
 from .store import PlaneStore, unpacked
+from .texts import Text
 
 NEEDS_FOLDER = "runs the model, which takes a checkpoint folder; for a GGUF give --calib TEXT alone"
 GPU_NODES = "nvidia[0-9]*"
@@ -61,8 +62,8 @@ class Work:
         self._found = (
             None if checkpoint.is_gguf(source.path) else checkpoint.check(source.path, self.options.trust_code)
         )
-        self.texts = [] if seen else self._load(self.how.texts)
-        self.tune_texts = self._load(self.how.tune_texts) or self.texts
+        if seen is None:
+            _ = self.tune_texts  # what cannot be read is told before anything long begins
         arch, layers = source.get("general.architecture"), None
         if isinstance(arch, str):
             layers = source.get(f"{arch}.block_count")
@@ -84,7 +85,17 @@ class Work:
         """Tokens to calibrate on in order, at most."""
         return self.how.tokens or (TOKENS_CPU if self.device == "cpu" else TOKENS_GPU)
 
-    def _load(self, specs: tuple[str, ...]) -> list[texts.Text]:
+    @functools.cached_property
+    def texts(self) -> list[Text]:
+        """What to calibrate on."""
+        return self._load(self.how.texts)
+
+    @functools.cached_property
+    def tune_texts(self) -> list[Text]:
+        """What to tune on."""
+        return self._load(self.how.tune_texts) or self.texts
+
+    def _load(self, specs: tuple[str, ...]) -> list[Text]:
         return [texts.load(t, lambda line: self.progress("calibration text", 0, 0, line)) for t in specs]
 
     def checkpoint(self, why: str) -> Checkpoint:
@@ -112,7 +123,7 @@ class Work:
             )
         return windows
 
-    def _windows(self, name: str, of: list[texts.Text], n: int) -> NDArray[np.int64]:
+    def _windows(self, name: str, of: list[Text], n: int) -> NDArray[np.int64]:
         path = self.store.folder / name
         if not self.store.marked(name):
             found = self.checkpoint("--calib")
