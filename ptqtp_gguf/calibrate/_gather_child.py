@@ -1,6 +1,6 @@
 """A process of its own that runs text through a model: moments of its matrices' inputs, or what errors there do.
 
-    python -m ptqtp_gguf.calibrate._gather_child JOB.json      (gather.py runs it)
+gather.py runs it with the name of a file that holds the job.
 
 Apart, because the runtime may abort the process, and because the threads of BLAS and of the runtime must not spin while
 the others work, which is said in the environment. Prints a JSON object a line: {"done": n, "of": n},

@@ -26,6 +26,8 @@ from ..files import Reader, TensorInfo, write_text
 from ..progress import Progress, no_progress
 from .moments import read_index, require_key
 
+# not -m, which would take a package in the current folder for ours
+CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ptqtp_gguf.calibrate._gather_child import main; main()"
 ENVIRONMENT = {  # threads that wait sleep: BLAS and the runtime take turns
     "OMP_WAIT_POLICY": "passive",
     "OPENBLAS_THREAD_TIMEOUT": "4",
@@ -111,7 +113,7 @@ def _run(job: Path, model: Path, threads: int, stage: str, what: str, progress: 
     env = {**os.environ, **ENVIRONMENT}
     if threads:
         env |= {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    line = [sys.executable, "-u", "-m", "ptqtp_gguf.calibrate._gather_child", str(job)]
+    line = [sys.executable, "-u", "-c", CHILD, str(Path(__file__).parents[2]), str(job)]
     said: dict[str, Any] = {}
     pipe = subprocess.PIPE  # the child ends when its standard input does, so with this process
     with subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env) as child:

@@ -388,6 +388,17 @@ def test_a_full_disk_is_no_reason_to_go_without(
 
 # ---- without torch ----
 
+
+def test_no_package_of_the_current_folder_is_run(
+    tiny: Path, one_go: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ptqtp_gguf").mkdir()
+    (tmp_path / "ptqtp_gguf" / "__init__.py").write_text("raise SystemExit('run')")
+    monkeypatch.chdir(tmp_path)
+    convert(tiny, tmp_path / "out.gguf", QUICK)
+    assert (tmp_path / "out.gguf").read_bytes() == one_go[0].read_bytes()
+
+
 NO_TORCH = """
 import sys
 from pathlib import Path
@@ -407,7 +418,7 @@ def test_torch_has_no_part_in_it(tiny: Path, one_go: tuple[Path, Path], tmp_path
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "without")}
     out = tmp_path / "out.gguf"
     args = [sys.executable, "-c", NO_TORCH, str(tiny), str(out)]
-    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(args, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == one_go[0].read_bytes()
 
