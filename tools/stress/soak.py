@@ -59,6 +59,7 @@ GROWTH = 0.02  # of the memory, in the second half: allocators keep a little, a 
 SMALL = 3000  # words of a prompt
 READING = 64  # bytes of memory while a byte of a large prompt is read; glibc keeps what one needs, now or later
 LONG = 2  # minutes: in a shorter run buffers and caches still grow to what the load needs
+GONE = "llama-server is gone"
 Act = Callable[["Client"], str]
 
 
@@ -403,7 +404,7 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
                 try:
                     samples.append((now - start, *usage(pid)))
                 except (OSError, KeyError):
-                    wrong.append("llama-server is gone")
+                    wrong.append(GONE)
                     break
                 if now > told + 30:
                     told = now
@@ -411,9 +412,12 @@ def soak(arguments: argparse.Namespace) -> dict[str, Any]:
                 if now > stop + TIMEOUT + 30:
                     wrong.append(f"{sum(t.is_alive() for t in threads)} clients hang")
                     break
-            if not wrong or wrong[-1] != "llama-server is gone":
-                after = {q: whole(port, q) for q in QUESTIONS}
-                wrong += [f"after the load, another answer to {q!r}" for q in QUESTIONS if after[q] != idle[q]]
+            if GONE not in wrong:
+                try:
+                    after = {q: whole(port, q) for q in QUESTIONS}
+                    wrong += [f"after the load, another answer to {q!r}" for q in QUESTIONS if after[q] != idle[q]]
+                except (OSError, http.client.HTTPException):  # it died after the last look at it
+                    wrong.append(GONE)
         if server["exit"] != 0:
             wrong.append(f"serve ended by SIGTERM with {server['exit']}")
         wrong += [f"left over: {x}" for x in left_over(pid, port)]
