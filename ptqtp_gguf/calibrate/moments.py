@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import F32, I32
+from ..codec import F32, I32, native
 from ..errors import CalibrationError, OutputError
-from ..files import check_space, file_size, open_regular, parse_json, read_whole, sync_folder, write_text
+from ..files import BF16_ID, check_space, file_size, open_regular, parse_json, read_whole, sync_folder, write_text
 
 VERSION = 2
 SUM_COLS = 4096
@@ -174,15 +174,14 @@ def require_key(folder: Path, index: Index, key: dict[str, Any]) -> None:
 
 def to_bf16(x: F32) -> U16:
     """float32 -> the bits of bf16, to nearest even."""
-    x = np.ascontiguousarray(x, np.float32)
-    bits = x.view(np.uint32)
-    rounded = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+    return native.to_bf16(x.reshape(1, -1)).view(np.uint16).reshape(x.shape)
 
 
 def from_bf16(bits: U16) -> F32:
     """The inverse."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    values = native.to_float(BF16_ID, bits.view(np.uint8))
+    assert values is not None
+    return values.reshape(bits.shape)
 
 
 class Moments:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codec import DEFAULT, F32, I8, U8, TensorType, native, scale_to_float
+from ..codec import DEFAULT, F32, I8, U8, TensorType, native, weights_of_levels
 from ..errors import InputError, OutputError, PtqtpError, ResumeError
 from ..files import Journal, TensorInfo, file_size, is_count, is_text, open_regular, partial_file, read_bytes, row_size
 from ..quantize import FLOOR, Encoded, to_float
@@ -173,9 +173,8 @@ class PlaneStore:
 
     def put(self, t: TensorInfo, levels: I8, codes: U8) -> None:
         """Planes of a whole tensor: levels int8 (R, C), codes uint8 (R, C/32)."""
-        kind, rows = self.kind_of(t.name), len(levels)
-        weights = levels.reshape(rows, -1, kind.group).astype(np.float32) * scale_to_float(codes)[:, :, None]
-        hash_ = native.float_hash(weights.reshape(-1))
+        kind = self.kind_of(t.name)
+        hash_ = native.float_hash(weights_of_levels(levels, codes).reshape(-1))
         self._write(t.name, native.pack(kind, native.digits_of_levels(kind, levels), codes), hash=hash_)
 
     def put_vector(self, t: TensorInfo, values: F32) -> None:

@@ -9,7 +9,16 @@ from .planes import TritPlanes
 from .reference import dequantize, pack, unpack
 from .tensor_type import TensorType
 from .tp2_0 import T1_OF_DIGIT, T2_OF_DIGIT, TP2_0
-from .tp2_1 import LEVELS, MAX_LEVEL, SMALLEST_SCALE, TP2_1, digits_of_levels, scale_from_float, scale_to_float
+from .tp2_1 import (
+    LEVELS,
+    MAX_LEVEL,
+    SMALLEST_SCALE,
+    TP2_1,
+    digits_of_levels,
+    scale_from_float,
+    scale_to_float,
+    weights_of_levels,
+)
 from .tp2_2 import CHAIN, THIRD_OF_SUM, TP2_2
 from .types import BY_NAME, DEFAULT, FILE_TYPE, FORMAT_VERSION, TYPES, Key, format_version
 from .unit import SIDE, UNIT, UNIT_BYTES
@@ -51,4 +60,5 @@ __all__ = [
     "scale_to_float",
     "scan",
     "unpack",
+    "weights_of_levels",
 ]

@@ -300,6 +300,36 @@ class Model:
         self.close()
 
 
+def forget(context: Any) -> None:
+    """Empty the memory of a llama_context."""
+    lib = _llama()
+    lib.llama_memory_clear(lib.llama_get_memory(context), True)
+
+
+def decode(
+    context: Any,
+    batch: Any,
+    tokens: I32,
+    positions: I32,
+    wanted: NDArray[np.bool_] | int,
+    sequence: I32 | int,
+    path: Path,
+) -> None:
+    """Run tokens through a llama_context, by a llama_batch with room for them; see Context.feed. Raises InputError."""
+    n, lib = len(tokens), _llama()
+    batch.n_tokens = n
+    for field, values in ((batch.token, tokens), (batch.pos, positions), (batch.n_seq_id, 1), (batch.logits, wanted)):
+        np.ctypeslib.as_array(field, (n,))[:] = values
+    for i, s in enumerate(np.broadcast_to(sequence, (n,)).tolist()):
+        batch.seq_id[i][0] = s
+    with _hushed() as complaints:
+        failed = lib.llama_decode(context, batch)
+    if failed:
+        why = complaints[0] if complaints else f"code {failed}"
+        raise InputError(f"{path}: the runtime cannot run {n} tokens: {why}")
+    lib.llama_synchronize(context)
+
+
 class Context:
     """A model's memory of what it was fed. Use as a context manager. Raises InputError where there is no room."""
 
@@ -326,29 +356,16 @@ class Context:
         sequence   one number for all, or int32 (N,)
         Raises InputError where the runtime fails.
         """
-        n, batch, lib = len(tokens), self._batch, _llama()
-        assert n <= self.batch
-        batch.n_tokens = n
-        for field, values in ((batch.token, tokens), (batch.pos, positions), (batch.logits, wanted)):
-            np.ctypeslib.as_array(field, (n,))[:] = values
-        np.ctypeslib.as_array(batch.n_seq_id, (n,))[:] = 1
-        for i, s in enumerate(np.broadcast_to(sequence, (n,)).tolist()):
-            batch.seq_id[i][0] = s
-        with _hushed() as complaints:
-            failed = lib.llama_decode(self._context, batch)
-        if failed:
-            why = complaints[0] if complaints else f"code {failed}"
-            raise InputError(f"{self.model.path}: the runtime cannot run {n} tokens: {why}")
-        lib.llama_synchronize(self._context)
+        assert len(tokens) <= self.batch
+        decode(self._context, self._batch, tokens, positions, wanted, sequence, self.model.path)
         rows = int(np.count_nonzero(wanted))
         if not rows:
             return np.empty((0, self.model.n_vocab), np.float32)
-        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), (rows, self.model.n_vocab))
+        return np.ctypeslib.as_array(_llama().llama_get_logits(self._context), (rows, self.model.n_vocab))
 
     def forget(self) -> None:
         """Empty the memory: the next token begins a sequence."""
-        lib = _llama()
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        forget(self._context)
 
     def close(self) -> None:
         """Free the memory; twice does no harm."""

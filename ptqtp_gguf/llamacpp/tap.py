@@ -7,6 +7,7 @@ ggml's scheduler asks a callback about each node of a graph, and hands it those 
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from ..codec import F32, I32
 from ..errors import InputError, RuntimeMissing
 from .install import HOW_TO_BUILD, _library, ggml_library
-from .model import Model, _hushed, _llama, cores
+from .model import Model, _hushed, _llama, cores, decode, forget
 
 F32_TYPE = 0  # GGML_TYPE_F32
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
@@ -96,7 +97,7 @@ def _operation(name: str) -> int:
     raise RuntimeMissing(f"the runtime has no operation {name}; {HOW_TO_BUILD}")
 
 
-class _Watched:
+class _Watched(ABC):
     """A model's context whose graph is watched. Use as a context manager.
 
     whole: the computation goes on to the end, and gives logits
@@ -125,32 +126,14 @@ class _Watched:
         with _hushed():
             self._pool = _Pool(self._context, threads or cores())
 
-    def _forget(self) -> None:
-        lib = _llama()
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
-
     def _some(self, tokens: I32, first: int, wanted: int | NDArray[np.bool_] = 1) -> None:
-        n, batch, lib = len(tokens), self._batch, _llama()
         self._failed = None
-        batch.n_tokens = n
-        positions = np.arange(first, first + n)
-        for field, values in (
-            (batch.token, tokens),
-            (batch.pos, positions),
-            (batch.n_seq_id, 1),
-            (batch.logits, wanted),
-        ):
-            np.ctypeslib.as_array(field, (n,))[:] = values
-        for i in range(n):
-            batch.seq_id[i][0] = 0
-        with _hushed() as complaints:
-            failed = lib.llama_decode(self._context, batch)
-        if self._failed:
-            raise self._failed
-        if failed:
-            why = complaints[0] if complaints else f"code {failed}"
-            raise InputError(f"{self.model.path}: the runtime cannot run {n} tokens: {why}")
-        lib.llama_synchronize(self._context)
+        positions = np.arange(first, first + len(tokens), dtype=np.int32)
+        try:
+            decode(self._context, self._batch, tokens, positions, wanted, 0, self.model.path)
+        finally:
+            if self._failed:
+                raise self._failed
 
     # ---- in the middle of a computation ----
 
@@ -163,11 +146,13 @@ class _Watched:
             self._failed = self._failed or e
             return ask
 
+    @abstractmethod
     def _ask(self, t: _Tensor) -> bool:
-        raise NotImplementedError
+        """Whether a node is wanted when it is computed."""
 
+    @abstractmethod
     def _take(self, t: _Tensor) -> bool:
-        raise NotImplementedError
+        """Look at a node that was computed; False ends the computation."""
 
     def close(self) -> None:
         """Free the memory; twice does no harm."""
@@ -216,7 +201,7 @@ class Tap(_Watched):
     def run(self, tokens: I32) -> None:
         """One sequence, int32 (N,), N at most `length`. Raises InputError where the runtime fails, and what `seen`
         raises."""
-        self._forget()
+        forget(self._context)
         for first in range(0, len(tokens), self._batch_size):
             self._inputs.clear()
             self._some(tokens[first : first + self._batch_size], first)
@@ -272,7 +257,7 @@ class Probe(_Watched):
         change   called with such a name and outputs of it, float32 (..., R), which it changes in place
         Raises InputError where the runtime fails, and what `change` raises.
         """
-        self._forget()
+        forget(self._context)
         self._changed, self._change = changed, change
         self._some(tokens, 0, wanted)
         rows = int(np.count_nonzero(wanted))

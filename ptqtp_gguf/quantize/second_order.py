@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import F32, I8, I64, TP2_1, U8, TensorType, native, scale_to_float
+from ..codec import F32, I8, I64, TP2_1, U8, TensorType, native, weights_of_levels
 from ..errors import QuantizeError
 from .gptq import WINDOWS
 
@@ -45,14 +45,7 @@ class Levels(NamedTuple):
 
     def weights(self) -> F32:
         """float32 (R, C)."""
-        return weights_of(self.levels, self.codes)
-
-
-def weights_of(levels: I8, codes: U8) -> F32:
-    """Levels int8 (R, C) and codes uint8 (R, C/32) -> float32 (R, C)."""
-    rows, cols = levels.shape
-    w = scale_to_float(codes)[..., None] * levels.reshape(rows, -1, G).astype(np.float32)
-    return np.ascontiguousarray(w.reshape(rows, cols), np.float32)
+        return weights_of_levels(self.levels, self.codes)
 
 
 def shrinkage(cols: int, tokens: int) -> float:
@@ -160,7 +153,7 @@ def _gptq(kind: TensorType, w: F32, v: F32, window: int, threads: int) -> Levels
             window,
             threads,
         )
-        error[:, a:b] = w[:, a:b] - weights_of(found.levels[:, a:b], found.codes[:, a // G : b // G])
+        error[:, a:b] = w[:, a:b] - weights_of_levels(found.levels[:, a:b], found.codes[:, a // G : b // G])
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ptqtp_gguf.calibrate.store import unpacked
-from ptqtp_gguf.codec import TensorType, native
+from ptqtp_gguf.codec import TensorType, native, weights_of_levels
 from ptqtp_gguf.codec.tp2_1 import TP2_1, scale_to_float
 from ptqtp_gguf.codec.tp2_2 import CHAIN, TP2_2
 from ptqtp_gguf.errors import QuantizeError
@@ -22,7 +22,6 @@ from ptqtp_gguf.quantize.second_order import (
     factor,
     prepared,
     shrinkage,
-    weights_of,
 )
 
 KINDS = pytest.mark.parametrize("kind", [TP2_1, TP2_2], ids=lambda t: t.name)
@@ -247,7 +246,7 @@ def test_levels_of_the_chain_are_none_in_another_order(rng: np.random.Generator)
 def test_weights_of() -> None:
     levels = np.arange(-5, 59, dtype=np.int8).reshape(1, 64).repeat(2, axis=0)
     codes = np.array([[240, 0], [255, 16]], np.uint8)
-    got = weights_of(levels, codes)
+    got = weights_of_levels(levels, codes)
     assert got.dtype == np.float32 and got.flags.c_contiguous
     assert np.array_equal(got[0, :32], levels[0, :32]) and np.array_equal(got[0, 32:], levels[0, 32:] * 2.0**-15)
     assert np.array_equal(got[1, :32], levels[1, :32] * 1.9375) and np.array_equal(got, Levels(levels, codes).weights())
