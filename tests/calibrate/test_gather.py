@@ -247,7 +247,8 @@ def test_killed_and_taken_up_again(llama: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "model.gguf").symlink_to(llama)
     kept = tmp_path / "kept"
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent), str(REPO / "tests" / "support")]
-    assert subprocess.run(command, timeout=300, check=False, stdout=subprocess.DEVNULL).returncode == -9
+    killed = subprocess.run(command, timeout=300, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
     assert json.loads((kept / "index.json").read_text())["done"] == 3
     with pytest.raises(CalibrationError, match=r"was not finished; give --calib TEXT as before"):
         Moments(kept)
