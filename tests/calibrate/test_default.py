@@ -21,7 +21,7 @@ from gathered_models import as_gguf, squares
 from helpers import rewritten, write_gguf
 
 from ptqtp_gguf.calibrate import by_moments
-from ptqtp_gguf.calibrate.moments import Moments
+from ptqtp_gguf.calibrate.moments import Moments, read_index
 from ptqtp_gguf.calibrate.seen import moments_folder
 from ptqtp_gguf.codec import TYPES
 from ptqtp_gguf.codec import types as fmt
@@ -324,11 +324,14 @@ def test_killed_and_taken_up_again(
     out = tmp_path / "out.gguf"
     killed(tiny, out, stage, number)
     assert not out.exists() and moments_folder(out).exists()
+    index = read_index(moments_folder(out) / "moments")  # the model's process may have been ahead of what was told
+    gathered = index is not None and index.complete
+    assert gathered or stage == "calibrating"
     told: list[tuple[str, str]] = []
     summary = convert(tiny, out, QUICK, lambda stage, done, total, what: told.append((stage, what)))
     assert out.read_bytes() == one_go[0].read_bytes()
     assert not leftovers(tmp_path) and not any("not calibrated" in n for n in summary.notes)
-    assert (("calibrating", "windows of text") in told) == (stage == "calibrating")
+    assert (("calibrating", "windows of text") in told) == (not gathered)
     assert any(s == "quantizing by moments" for s, _ in told) == (stage in ("calibrating", "quantizing by moments"))
 
 

@@ -246,7 +246,8 @@ def test_killed_and_taken_up_again(llama: Path, tmp_path: Path, monkeypatch: pyt
     """What is gathered afterwards is what one go gathers, bit by bit."""
     (tmp_path / "model.gguf").symlink_to(llama)
     kept = tmp_path / "kept"
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent), str(REPO / "tests" / "support")]
+    folders = [str(Path(__file__).parent), str(REPO / "tests" / "support")]
+    command = [sys.executable, "-P", "-c", KILLED, str(tmp_path), *folders]  # -P: the package that is installed
     killed = subprocess.run(command, timeout=300, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert json.loads((kept / "index.json").read_text())["done"] == 3
