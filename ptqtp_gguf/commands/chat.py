@@ -15,10 +15,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import PtqtpError
-from ..llamacpp import context_for, load
+from ..llamacpp import adapter, context_for, load, read_template
 from ..serve import Chat, harmless
 from ..terminal import err_console, event
-from .common import AsJson, Quiet, Rpc, RpcLayers, Threads, fail, reporter
+from .common import AsJson, Lora, Quiet, Rpc, RpcLayers, Threads, fail, reporter
 
 
 class _Terminated(BaseException):
@@ -38,6 +38,10 @@ def chat(
     ] = 0,
     threads: Threads = 0,
     ctx: Annotated[int, typer.Option(min=0, help="Tokens of context; 0 = as trained, at most 4096.")] = 0,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A file with a chat template, not the model's own.")
+    ] = None,
+    lora: Lora = None,
     rpc: Rpc = None,
     rpc_layers: RpcLayers = -1,
     quiet: Quiet = False,
@@ -55,16 +59,27 @@ def chat(
       ptqtp-gguf chat model.gguf --system "Answer in one sentence." -p "Why is the sky blue?" --temp 0
 
       ptqtp-gguf chat model.gguf --seed 1 --json < questions.txt
+
+      ptqtp-gguf chat model.gguf --chat-template mine.jinja --lora pirate.gguf
     """
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with reporter(quiet, as_json) as progress:
             progress("loading", 0, 0, file.name)
             n_ctx = context_for(file, ctx)
-            model = load(file, n_ctx=n_ctx, threads=threads or os.cpu_count(), rpc=rpc or (), rpc_layers=rpc_layers)
+            template = read_template(chat_template) if chat_template else None
+            adapters = [adapter(text) for text in lora or ()]
+            cores = threads or os.cpu_count()
+            model = load(file, n_ctx=n_ctx, threads=cores, rpc=rpc or (), rpc_layers=rpc_layers, lora=adapters)
         with closing(model):
             conversation = Chat(
-                model, system=system, temperature=temperature, seed=seed, max_tokens=max_tokens, notice=_note
+                model,
+                system=system,
+                template=template,
+                temperature=temperature,
+                seed=seed,
+                max_tokens=max_tokens,
+                notice=_note,
             )
             if not conversation.has_template:
                 _note("the file has no chat template: the model continues a written dialogue of User and Assistant")

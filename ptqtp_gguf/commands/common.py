@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -24,6 +25,12 @@ Rpc = Annotated[
 RpcLayers = Annotated[
     int, typer.Option(min=-1, metavar="N", help="The last N layers go to the --rpc servers; -1 = all.")
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:SCALE]", help="A LoRA adapter, a GGUF file; may be given several times."),
+]
+Grammar = Annotated[Path | None, typer.Option(help="A file that says what may be answered (GBNF, llama.cpp's).")]
+JsonSchema = Annotated[Path | None, typer.Option(help="The same, as a JSON schema.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON lines on standard output: progress, result, error.")]
 TrustCode = Annotated[
     bool,
@@ -60,10 +67,15 @@ def reporter(quiet: bool, as_json: bool) -> Bar | JsonLines:
     return JsonLines() if as_json else Bar(quiet)
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """Print the one line of an error and end with the exit code."""
+def tell(message: str, code: int) -> None:
+    """Print the one line of an error; code: the exit code that follows."""
     if _json_lines:
         with contextlib.suppress(OutputError):  # standard output may be what has failed
             event("error", message=message, exit_code=code)
     err_console.print(f"Error: {message}", soft_wrap=True, markup=False, style="red")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print the one line of an error and end with the exit code."""
+    tell(message, code)
     sys.exit(code)

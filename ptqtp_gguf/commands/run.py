@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from ..inspect import inspect
-from ..llamacpp import generate, load
-from .common import Rpc, RpcLayers
+from ..llamacpp import adapter, check_grammar, generate, load, read_grammar
+from .common import Grammar, JsonSchema, Lora, Rpc, RpcLayers
 
 
 def run(
@@ -20,20 +21,34 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 1,
     threads: Annotated[int, typer.Option("--threads", "-j", min=0, help="Threads; 0 = llama.cpp's default.")] = 0,
     ctx: Annotated[int, typer.Option(min=32, help="Context length in tokens.")] = 2048,
+    lora: Lora = None,
+    grammar: Grammar = None,
+    json_schema: JsonSchema = None,
     rpc: Rpc = None,
     rpc_layers: RpcLayers = -1,
 ) -> None:
-    """Generate text with a file, through the patched llama-cpp-python.
+    """Generate text with a file, through the patched llama-cpp-python. No chat template is used.
 
-    Example:
+    Examples:
 
       ptqtp-gguf run model.gguf -p "The capital of France is" -n 32 --temp 0
+
+      ptqtp-gguf run model.gguf -p "Once upon a time" --lora pirate.gguf:0.5
+
+      ptqtp-gguf run model.gguf -p "A city as JSON: " --json-schema city.json
 
       ptqtp-gguf run model.gguf -p "Once upon a time" --rpc 192.168.1.2:50052
     """
     inspect(file)  # a damaged file gets our own clear line
-    model = load(file, n_ctx=ctx, threads=threads or None, rpc=rpc or (), rpc_layers=rpc_layers)
+    rules = None
+    if given := grammar or json_schema:
+        if grammar and json_schema:
+            raise InputError("--grammar and --json-schema both say what may be answered; give one of them")
+        rules = read_grammar(given, schema=given is json_schema)
+        check_grammar(rules, file, f"{given}: ")
+    adapters = [adapter(text) for text in lora or ()]
+    model = load(file, n_ctx=ctx, threads=threads or None, rpc=rpc or (), rpc_layers=rpc_layers, lora=adapters)
     print(prompt, end="", flush=True)
-    for piece in generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed):
+    for piece in generate(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, grammar=rules):
         print(piece, end="", flush=True)
     print()

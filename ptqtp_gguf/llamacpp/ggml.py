@@ -7,6 +7,7 @@ CPU family may contract a*b+c and move a rounding.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..codec import F32, TYPES, U8
-from ..errors import QuantizeError, RuntimeMissing
-from ..files import BF16_ID, F16_ID, F32_ID, GGML_TYPES, TYPE_IDS, quantize_plain, type_name
+from ..errors import OutOfReach, QuantizeError, RuntimeMissing
+from ..files import BF16_ID, F16_ID, F32_ID, GGML_TYPES, Q8_0_ID, TYPE_IDS, quantize_plain, type_name
 from ..files import dequantize as dequantize_python
 from . import install
 
@@ -42,8 +43,26 @@ _BY_PYTHON = frozenset(
 )
 _ALWAYS_BY_PYTHON = frozenset((F32_ID, F16_ID, BF16_ID))
 
-REACH = 65504.0  # largest |weight|: scales are fp16, and beyond it some quantizers of ggml abort the process
+FP16 = 65504.0  # the largest number of fp16, in which most types have their scales
+REACH = {  # largest |weight|; of the others FP16: some could hold more, but ggml's quantizers abort the process there
+    F32_ID: math.inf,
+    TYPE_IDS["F64"]: math.inf,
+    BF16_ID: float.fromhex("0x1.fefffep+127"),  # what is larger rounds to infinity
+    Q8_0_ID: 127 * FP16,
+    TYPE_IDS.get("NVFP4", -1): 6 * 448.0,  # what is larger is cut: scales are ue4m3
+}
 CHUNK = 1 << 15  # weights a call: small enough to share rows evenly and to let Ctrl-C through
+
+
+def reach(type_id: int) -> float:
+    """Largest |weight| that the type is asked to hold; inf where it holds every float32."""
+    return REACH.get(type_id, FP16)
+
+
+def beyond(type_id: int, largest: float) -> str | None:
+    """Why a type cannot hold weights up to `largest`, or None."""
+    most = reach(type_id)
+    return None if largest <= most else f"largest weight {largest:.4g}; {type_name(type_id)} reaches {most:g}"
 
 
 def require(type_id: int, weighted: bool = False) -> None:
@@ -61,12 +80,12 @@ def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads:
     """Quantize one matrix to a stock ggml type.
 
     type_id     a member of WRITABLE
-    weights     float32 (R, C), finite, C a multiple of the type's block; up to 65504 but for F32 and BF16
+    weights     float32 (R, C), finite, C a multiple of the type's block, none beyond its `reach`
     importance  float32 (C,) >= 0, weight of each input's squared error, or None; NEEDS_IMPORTANCE want one
     threads     0 = all cores; the bytes do not depend on it
     returns     uint8 (R, C / block * bytes a block)
-    Raises QuantizeError for arguments or values that the type does not take, RuntimeMissing where only the patched
-    runtime can write it.
+    Raises OutOfReach for weights that are too large, QuantizeError for arguments or values that the type does not take
+    otherwise, RuntimeMissing where only the patched runtime can write it.
     """
     require(type_id, importance is not None)
     name, block, size = GGML_TYPES[type_id]
@@ -76,8 +95,8 @@ def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads:
     largest = max(abs(float(weights.max(initial=0.0))), abs(float(weights.min(initial=0.0))))  # NaN comes through
     if not np.isfinite(largest):
         raise QuantizeError(f"value is not finite; {name} holds numbers only")
-    if largest > REACH and type_id not in (F32_ID, BF16_ID):
-        raise QuantizeError(f"largest weight {largest:.4g}; {name} reaches {REACH:g}; BF16 holds it")
+    if why := beyond(type_id, largest):
+        raise OutOfReach(f"{why}; {'BF16' if largest <= reach(BF16_ID) else 'F32'} holds it")
     if importance is not None:
         importance = np.ascontiguousarray(importance, dtype=np.float32)
         if importance.shape != weights.shape[1:]:
@@ -103,7 +122,7 @@ def quantize(type_id: int, weights: F32, importance: F32 | None = None, threads:
         src, dst = weights[first:].ctypes.data, out[first:].ctypes.data
         nbytes = lib.ggml_quantize_chunk(type_id, src, dst, 0, count, cols, table)
         if not lib.ggml_validate_row_data(type_id, dst, nbytes):
-            raise QuantizeError(f"{name} cannot hold these weights: a scale is out of its range; BF16 holds them")
+            raise OutOfReach(f"{name} cannot hold these weights: a scale is out of its range")
 
     _share(some, rows, cols, threads)
     return out

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..codec import BY_NAME
 from ..errors import RuntimeMissing
+from . import aborts
 
 HOW_TO_BUILD = (
     "build it with 'python tools/build/build_runtime.py' in the project's folder (or 'make'), "
@@ -39,6 +40,11 @@ def version() -> str:
             f"llama-cpp-python {found} is a stock build that does not know {' and '.join(BY_NAME)}; {HOW_TO_BUILD}"
         )
     return found
+
+
+def broken(what: str) -> RuntimeMissing:
+    """The error for an installed runtime that does not work."""
+    return RuntimeMissing(f"the runtime is installed but {what}; {HOW_TO_BUILD}")
 
 
 def package_dir() -> Path:
@@ -99,6 +105,7 @@ def ggml_library() -> ctypes.CDLL:
     Its calls release the GIL. Pointers are passed as integers (`array.ctypes.data`).
     """
     lib = _library("ggml-base")
+    aborts.arm(lib)
     i, i64, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     lib.ggml_quantize_init.argtypes, lib.ggml_quantize_init.restype = [i], None
     lib.ggml_quantize_requires_imatrix.argtypes, lib.ggml_quantize_requires_imatrix.restype = [i], ctypes.c_bool

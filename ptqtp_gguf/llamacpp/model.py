@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec import F32, I32
-from ..errors import ChatError, InputError, RuntimeMissing
+from ..errors import InputError, RuntimeMissing
 from ..files import Reader
 from . import rpc
+from .grammar import bound
 from .install import HOW_TO_BUILD, _library, ggml_library, version
+from .loadable import reason, why_not_loadable
+from .lora import Adapter
 
 
 def system_info() -> dict[str, str]:
@@ -54,6 +57,7 @@ def load(
     verbose: bool = False,
     rpc: Sequence[str] = (),
     rpc_layers: int = -1,
+    lora: Sequence[Adapter] = (),
 ) -> Any:
     """Open a GGUF file as llama_cpp.Llama, the class of llama-cpp-python, with all that it can do.
 
@@ -61,26 +65,36 @@ def load(
     threads     None = llama-cpp-python's default, half the cores
     rpc         "host:port" of rpc-servers that hold and compute layers, shared out by their memory
     rpc_layers  how many layers, the last ones, they get; the output counts as one; -1 = all
+    lora        LoRA adapters, as GGUF files, and how strongly each counts; 1.0 = as it was trained
 
+    Threads may load at the same time: of the process nothing is changed but, as by llama-cpp-python itself, how much
+    later models of other origin log. Its chat template is read when it is used.
     With rpc, the servers stay in use by this process until it ends; where one of them dies, llama.cpp ends this process
     (one line on standard error, exit code 1).
-    Raises RuntimeMissing without the patched runtime, InputError if it cannot load the file, ServerError where an
-    rpc-server cannot be used.
+    Raises RuntimeMissing without the patched runtime, InputError if it cannot load the file or an adapter, ServerError
+    where an rpc-server cannot be used.
     """
-    llama_cpp = _llama()
-    import jinja2  # llama_cpp compiles the file's chat template with it
+    _llama()
+    from .opened import Opened
 
     if rpc:
         use_servers(rpc)
     more = {"n_gpu_layers": rpc_layers} if rpc else {}
-    try:
-        return llama_cpp.Llama(
-            str(path), n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=verbose, **more
-        )
-    except jinja2.TemplateError as e:
-        raise InputError(f"{path}: its chat template cannot be read: {e}") from None
-    except (ValueError, RuntimeError) as e:
-        raise InputError(f"{path}: the runtime cannot load this file: {e}") from None
+    hush: contextlib.AbstractContextManager[list[str]] = contextlib.nullcontext([]) if verbose else _hushed()
+    with hush as complaints:
+        try:
+            return Opened(
+                str(path),
+                n_ctx=n_ctx,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=verbose,
+                adapters=[(str(file), scale) for file, scale in lora],
+                **more,
+            )
+        except (ValueError, RuntimeError) as e:
+            why = reason(complaints) if complaints else why_not_loadable(path) or e
+            raise InputError(f"{path}: the runtime cannot load this file: {why}") from None
 
 
 def use_servers(texts: Sequence[str]) -> None:
@@ -91,10 +105,21 @@ def use_servers(texts: Sequence[str]) -> None:
 
 
 def generate(
-    model: Any, prompt: str, *, max_tokens: int, temperature: float, seed: int, stop: list[str] | None = None
+    model: Any,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    stop: list[str] | None = None,
+    grammar: str | None = None,
 ) -> Iterator[str]:
-    """Continue the prompt; yields pieces of text as they come. temperature 0 = greedy."""
-    for text, _ in pieces(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop):
+    """Continue the prompt; yields pieces of text as they come. temperature 0 = greedy; grammar: what may come, as GBNF.
+
+    Raises InputError if the prompt does not fit into the model's context, or the runtime refuses the grammar or fails.
+    """
+    how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
+    for text, _ in pieces(model, prompt, grammar=grammar, **how):
         yield text
 
 
@@ -106,14 +131,20 @@ def pieces(
     temperature: float,
     seed: int,
     stop: list[str] | None = None,
+    grammar: str | None = None,
 ) -> Iterator[tuple[str, str | None]]:
     """Continue a prompt, text or tokens; yields text as it comes and, with the last of it, "stop" or "length".
 
-    What the prompt has in common with the one before is not computed again. Raises InputError if the prompt does not
-    fit into the model's context, or the runtime fails.
+    What the prompt has in common with the one before is not computed again. Raises InputError as `generate` does.
     """
     stream = model.create_completion(
-        prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or [], stream=True
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=stop or [],
+        stream=True,
+        grammar=None if grammar is None else bound(grammar, model),
     )
     try:
         for piece in stream:
@@ -122,54 +153,8 @@ def pieces(
         raise InputError(f"the runtime cannot continue this prompt: {e}") from None
 
 
-# ---- conversations ----
-
-
-def chat_template(model: Any) -> Callable[[Sequence[Mapping[str, str]]], str] | None:
-    """The file's own chat template: messages of {"role", "content"} -> prompt. None if the file has none.
-
-    What is returned raises ChatError if the template refuses the messages.
-    """
-    source = model.metadata.get("tokenizer.chat_template")
-    if not source:
-        return None
-    return functools.partial(
-        render_template, source, bos=_begin(model), eos=_token_text(model, model.token_eos()), answer=True
-    )
-
-
-def render_template(
-    template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str, answer: bool = False
-) -> str:
-    """Messages of {"role", "content"} by a chat template (Jinja). bos, eos: the texts of these tokens; answer: ends
-    where the model's answer begins. Raises ChatError if the template refuses them."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    try:
-        formatter = Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos, add_generation_prompt=answer)
-        return str(formatter(messages=list(messages)).prompt)
-    except Exception as e:  # a template is a program out of a file
-        raise ChatError(f"the file's chat template refuses these messages: {e}") from None
-
-
-def encode(model: Any, prompt: str) -> list[int]:
-    """Tokens of a rendered prompt: special tokens are meant, and it begins as the tokenizer wants it, once."""
-    begin = _begin(model)
-    add = not (begin and prompt.startswith(begin))
-    return list(model.tokenize(prompt.encode(errors="replace"), add_bos=add, special=True))
-
-
-def _begin(model: Any) -> str:
-    return _token_text(model, model.token_bos())
-
-
-def _token_text(model: Any, token: int) -> str:
-    return "" if token < 0 else bytes(model.detokenize([token], special=True)).decode(errors="replace")
-
-
 # ---- tokens in, logits out: llama.cpp's C interface ----
 
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 UNKNOWN = 1  # LLAMA_TOKEN_ATTR_UNKNOWN
 FIRST = 1024  # tokens among which that for the unknown is looked for
 MAX_PIECE = 1024  # bytes of a token
@@ -183,6 +168,7 @@ def _llama() -> Any:
         import llama_cpp
     except (OSError, RuntimeError, ImportError) as e:
         raise RuntimeMissing(f"the runtime cannot be loaded: {e}; {HOW_TO_BUILD}") from None
+    ggml_library()  # what ends in one line, ends so here too
     llama_cpp.llama_backend_init()
     return llama_cpp
 
@@ -192,29 +178,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_complaints: list[str] = []
-
-
-@functools.cache
-def _listener() -> Any:
-    @_llama().llama_log_callback  # type: ignore[untyped-decorator]
-    def listen(level: int, text: bytes, _: object) -> None:
-        if level == _ERROR and text.strip():
-            _complaints.append(text.decode(errors="replace").strip())
-
-    return listen
-
-
 @contextlib.contextmanager
 def _hushed() -> Iterator[list[str]]:
-    """llama.cpp prints nothing meanwhile; its errors are collected."""
-    lib = _llama()
-    _complaints.clear()
-    lib.llama_log_set(_listener(), None)
-    try:
-        yield _complaints
-    finally:
-        lib.llama_log_set(lib._logger.llama_log_callback, None)
+    """llama.cpp prints nothing for this thread meanwhile; its errors are collected."""
+    _llama()
+    from . import log
+
+    with log.hushed() as complaints:
+        yield complaints
 
 
 class Model:
@@ -234,8 +205,7 @@ class Model:
         with _hushed() as complaints:
             self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            why = complaints[0] if complaints else "no reason given"
-            raise InputError(f"{path}: the runtime cannot load this file: {why}")
+            raise InputError(f"{path}: the runtime cannot load this file: {reason(complaints)}")
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         self.bos: int | None = lib.llama_vocab_bos(self._vocab) if lib.llama_vocab_get_add_bos(self._vocab) else None

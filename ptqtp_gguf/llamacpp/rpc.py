@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from ..codec import BY_NAME
 from ..errors import ServerError
+from . import aborts
 
 CONNECT_SECONDS = 10.0
 HELLO = 14  # RPC_CMD_HELLO, the same in every version
@@ -118,6 +119,7 @@ def _aborted(message: bytes) -> None:
     text = message.decode(errors="replace")
     with contextlib.suppress(OSError, ValueError):
         if "rpc" not in text.lower():
+            aborts.gave_up(text)
             os.write(2, f"{text}\n".encode())
             return
         sys.stdout.flush()

@@ -26,6 +26,7 @@ BEFORE_OUTPUT = (b"result_norm", b"result_embd_pooled")  # llama.cpp's names of 
 SOME_OPS = 64  # fewer than ggml has; products are among the first
 OBJECT_BYTES = 32  # struct ggml_object of ggml.c
 POOLING_NONE = 0
+NO_FLASH_ATTENTION = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
 CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
 
 
@@ -115,6 +116,9 @@ class _Watched(ABC):
         params.n_seq_max, params.n_threads, params.n_threads_batch = 1, threads or cores(), threads or cores()
         if not whole:
             params.embeddings, params.pooling_type = True, POOLING_NONE  # every token counts to the last layer
+        # keys and values as they are: fp16, which flash attention rounds them to, would be felt by all that comes behind
+        params.type_k = params.type_v = F32_TYPE
+        params.flash_attn_type = NO_FLASH_ATTENTION
         params.offload_kqv = params.op_offload = False
         params.cb_eval = self._callback
         with _hushed() as complaints:

@@ -50,12 +50,14 @@ class Chat:
 
     model        as runtime.load returns it; its context bounds prompt and answer together
     system       what the model is told before the first message; "" = what its template says by itself
+    template     a chat template instead of the file's own
     temperature  0 = always the likeliest token
     seed         the same conversation has the same answers; None = others each time
     max_tokens   of an answer; 0 = until the context is full
     notice       called with a line for the user when something was left out
 
     turns: messages of user and assistant by turns, all of them; the model sees those from `first` on.
+    Raises ChatError if the template cannot be read.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Chat:
         model: Any,
         *,
         system: str = "",
+        template: str | None = None,
         temperature: float = 0.8,
         seed: int | None = None,
         max_tokens: int = 0,
@@ -75,7 +78,7 @@ class Chat:
         self.pace: Pace | None = None
         self.n_ctx = int(model.n_ctx())
         self._seeds = random.Random(seed)
-        self._template = chat_template(model)
+        self._template = chat_template(model, template)
         model.reset()  # what an earlier conversation left behind would be reused, and rounds in another way
 
     @property
@@ -84,7 +87,7 @@ class Chat:
         return self._template is not None
 
     def prompt(self) -> list[int]:
-        """Tokens of what the model sees now. Raises ChatError if the template refuses the messages."""
+        """Tokens of what the model sees now. Raises ChatError if the template refuses the messages, or loses them."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*system, *self.turns[self.first :]]
         return encode(self.model, self._template(messages) if self._template else dialogue(messages))

@@ -19,8 +19,9 @@ from typing import IO, BinaryIO
 
 from ..errors import InputError, OutputError, ServerError
 from ..files import read_whole, write_all
-from ..llamacpp import check, context_for, endpoints, install, lost
+from ..llamacpp import Adapter, check, context_for, endpoints, install, lost
 from ..progress import Progress, no_progress
+from .options import arguments, prefix
 
 STOP_SECONDS = 5.0  # for a server to end by itself; it has nothing to save
 MAX_KEYS = 1 << 20  # bytes of a file of API keys
@@ -30,6 +31,9 @@ ALL_LAYERS = 9999
 HTTP_THREADS = 64  # and one for each request that is answered
 HTTP_SECONDS = 60  # without a byte of a request, or with a client that takes none of its answer
 PROMPT_CACHE = 1024  # MiB; llama-server's own default of 8 GiB is more than many machines have
+# Errors in its log ("0.00.083 E srv  init: text") and of its command line ("error: text"), and what stands before them.
+ERROR = re.compile(r"[\d.]+ E |error\b")
+PLACE = re.compile(r"^(?:[\d.]+ [A-Z] (?:(?:\w+ +)?(?:\w+: )+)?)?(?:error: )?")
 # Ends the server when our end of the pipe closes without a word, however we died; needs a shell, so not on Windows.
 # The server tells its number itself, before it becomes llama-server: so there is no moment at which nobody knows it.
 GUARD = 'read -r pid && { read -r word || kill -KILL "$pid"; }'
@@ -52,8 +56,17 @@ class Server:
     log           file to append the server's log to
     rpc           "host:port" of rpc-servers that hold and compute layers, shared out by their memory
     rpc_layers    how many layers, the last ones, they get; the output counts as one; -1 = all
+    embeddings    answer /v1/embeddings; pooling, how a text becomes one vector: "none", "mean", "cls", "last", "rank",
+                  None = as the file says, else "mean"
+    reranking     answer /v1/rerank, with a model made for it
+    lora          (file, scale) of LoRA adapters, GGUF files; 1.0 = as it was trained
+    draft         a small GGUF file with the same tokens that guesses ahead; answers stay those of the model
+    chat_template_file  a chat template instead of the file's own
+    slots         answer /slots, which tells what is being answered
+    grammar, json_schema  a file that says what every answer must look like (GBNF; JSON schema), unless a request does
+    options       further options of llama-server, passed on as they are
 
-    The model's file is all that it reads, the network is not asked for anything, web pages of other origins than
+    The files named here are all that it reads, the network is not asked for anything, web pages of other origins than
     localhost may not use it, and LLAMA_ARG_* of the environment do not count. Where there is a POSIX shell the server
     ends even if this process is killed; on Windows only stop() ends it.
     """
@@ -73,6 +86,16 @@ class Server:
         log: Path | None = None,
         rpc: Sequence[str] = (),
         rpc_layers: int = -1,
+        embeddings: bool = False,
+        pooling: str | None = None,
+        reranking: bool = False,
+        lora: Sequence[Adapter] = (),
+        draft: Path | None = None,
+        chat_template_file: Path | None = None,
+        slots: bool = False,
+        grammar: Path | None = None,
+        json_schema: Path | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self.path, self.host, self.port = path, host, port
         self.threads, self.parallel, self.api_key_file, self.log = threads, parallel, api_key_file, log
@@ -84,18 +107,39 @@ class Server:
                 "--api-key-file, else leave the host at 127.0.0.1"
             )
         self.ctx = context_for(path, ctx)
+        self.embeddings, self.reranking, self._prefix = embeddings, reranking, prefix(options)
+        self._more = arguments(
+            path,
+            self.ctx,
+            embeddings=embeddings,
+            pooling=pooling,
+            reranking=reranking,
+            lora=lora,
+            draft=draft,
+            chat_template_file=chat_template_file,
+            slots=slots,
+            grammar=grammar,
+            json_schema=json_schema,
+            options=options,
+        )
         self.has_key = bool(_keys(api_key_file) or os.environ.get("LLAMA_API_KEY"))
         self.process: subprocess.Popen[bytes] | None = None
         self.log_fault = ""  # why the log has ended
         self._guard: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._lines: deque[str] = deque(maxlen=40)
+        self._ready = False
 
     @property
     def url(self) -> str:
         """Where this machine reaches it; clients of OpenAI's API want "/v1" behind it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        host = f"[{self._reached}]" if ":" in self._reached else self._reached
+        return f"http://{host}:{self.port}{self._prefix}"
+
+    @property
+    def _reached(self) -> str:
+        """The address under which this machine reaches it."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
 
     @property
     def pid(self) -> int | None:
@@ -132,7 +176,6 @@ class Server:
             "localhost",
             "--offline",
             "--no-ui",
-            "--no-slots",
             "--threads-http",
             str(HTTP_THREADS + self.parallel),
             "--timeout",
@@ -140,6 +183,7 @@ class Server:
             *(["--threads", str(self.threads)] if self.threads else []),
             *(["--rpc", ",".join(self.rpc), "--n-gpu-layers", str(layers)] if self.rpc else []),
             *(["--api-key-file", str(self.api_key_file)] if self.api_key_file else []),
+            *self._more,  # last, as the last of two counts
         ]
         # what the caller said is what runs; a key that is set but empty would let everybody in who sends none
         env = {
@@ -243,12 +287,12 @@ class Server:
                 raise ServerError(f"{self.path}: the server was not ready within {timeout:.0f} s; {self._last()}")
             progress("loading", 0, 0, self.path.name)
             time.sleep(0.05)
+        self._ready = True
 
     def _healthy(self) -> bool:
-        host = self.url.removeprefix("http://").rsplit(":", 1)[0].strip("[]")
-        connection = http.client.HTTPConnection(host, self.port, timeout=5)
+        connection = http.client.HTTPConnection(self._reached, self.port, timeout=5)
         try:
-            connection.request("GET", "/health")
+            connection.request("GET", f"{self._prefix}/health")
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False
@@ -263,14 +307,25 @@ class Server:
             return ServerError(f"{self.path}: {lost(self.rpc)}")
         code = self.process.returncode
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return ServerError(f"{self.path}: llama-server {how}: {self._last()}")
+        if any("chat template parsing error" in x for x in self._lines):
+            why = f"cannot read the chat template: {self._first()}; give another with --chat-template-file FILE"
+            return ServerError(f"{self.path}: llama-server {why}")
+        return ServerError(f"{self.path}: llama-server {how}: {self._last() if self._ready else self._first()}")
+
+    def _first(self) -> str:
+        """The first complaint of the log, to which those after it are due."""
+        lines = list(self._lines)
+        at = next((i for i, x in enumerate(lines) if ERROR.match(x)), -1)
+        if at < 0:
+            return self._last()
+        more = next((x for x in lines[at + 1 :] if x.startswith("Error: ")), "") if lines[at].endswith(":") else ""
+        return f"{PLACE.sub('', lines[at])} {more}".strip()
 
     def _last(self) -> str:
-        """The line of the log that tells most."""
+        """The line of the log that tells most of what has just happened."""
         lines = list(self._lines)
-        errors = [x for x in lines if re.match(r"[\d.]+ E ", x)]
-        found = (errors or lines or ["it has printed nothing"])[-1]
-        return re.sub(r"^[\d.]+ [A-Z] ", "", found)
+        errors = [x for x in lines if ERROR.match(x)]
+        return PLACE.sub("", (errors or lines or ["it has printed nothing"])[-1])
 
 
 def is_loopback(host: str) -> bool:

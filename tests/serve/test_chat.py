@@ -146,14 +146,13 @@ def test_a_file_without_a_template(model: Any, monkeypatch: pytest.MonkeyPatch) 
     assert chat.prompt() == model.tokenize(seen.encode(), add_bos=True, special=True)
 
 
-def test_a_template_that_refuses(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_template_that_refuses(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(model.metadata, TEMPLATE, "{{ raise_exception('System role\\nnot supported') }}")
     chat = Chat(model)
     with pytest.raises(ChatError, match="refuses these messages: System role not supported"):
         next(chat.ask("x"))
     assert not chat.turns
-    with pytest.raises(InputError, match="its chat template cannot be read"):
-        runtime.load(write_talking_model(tmp_path / "broken.gguf", "{% for x %%}"))
+    assert "".join(Chat(model, template="{{ messages[-1].content }}", max_tokens=2).ask("x"))
 
 
 def test_text_cannot_steer_the_terminal() -> None:

@@ -17,8 +17,11 @@ SPECIAL = ["<unk>", "<s>", "<|im_end|>", "<|im_start|>"]
 LETTERS = [BLANK, *"abcdefghijklmnopqrstuvwxyz"]
 
 
-def write_talking_model(path: Path, template: str | None = TEMPLATE, context: int = 2048) -> Path:
-    """A Llama of two layers with random weights and a tokenizer of letters and bytes, in F32."""
+def write_talking_model(
+    path: Path, template: str | None = TEMPLATE, context: int = 2048, without: str | None = None
+) -> Path:
+    """A Llama of two layers with random weights and a tokenizer of letters and bytes, in F32. without: the name of a
+    tensor that it lacks, so that no runtime loads it."""
     rng = np.random.default_rng(5)
     tokens = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *LETTERS]
     kinds = [2, 3, 3, 3, *[6] * 256, *[1] * len(LETTERS)]  # unknown, control, byte, normal
@@ -57,9 +60,29 @@ def write_talking_model(path: Path, template: str | None = TEMPLATE, context: in
             ("ffn_down", WIDTH, HIDDEN),
         ):
             matrix = (rng.normal(size=(rows, columns)) * 0.1).astype(np.float32)
-            w.add_tensor(f"blk.{i}.{name}.weight", matrix)
+            if f"blk.{i}.{name}.weight" != without:
+                w.add_tensor(f"blk.{i}.{name}.weight", matrix)
         for name in ("attn_norm", "ffn_norm"):
             w.add_tensor(f"blk.{i}.{name}.weight", np.ones(WIDTH, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def write_adapter(path: Path, rank: int = 4, strength: float = 0.3, width: int = WIDTH) -> Path:
+    """A LoRA adapter for it, in F32: random matrices for three of each layer's. width: another one fits no model."""
+    rng = np.random.default_rng(9)
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_type("adapter")
+    w.add_string("adapter.type", "lora")
+    w.add_float32("adapter.lora.alpha", float(rank))  # so that the product counts once
+    for i in range(LAYERS):
+        for name, rows, columns in (("attn_q", width, width), ("ffn_up", HIDDEN, width), ("ffn_down", width, HIDDEN)):
+            for part, shape in (("lora_a", (rank, columns)), ("lora_b", (rows, rank))):
+                matrix = (rng.normal(size=shape) * strength).astype(np.float32)
+                w.add_tensor(f"blk.{i}.{name}.weight.{part}", matrix)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
