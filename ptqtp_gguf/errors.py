@@ -36,6 +36,14 @@ class QuantizeError(PtqtpError):
     """Values that cannot be quantized, or arguments that a quantizer does not take."""
 
 
+class OutOfReach(QuantizeError):
+    """Weights too large for a type; another holds them."""
+
+
+class MomentsError(QuantizeError):
+    """Second moments that say nothing of a matrix: not finite, all zero, or singular."""
+
+
 class TuneError(QuantizeError):
     """Tuning cannot begin or continue: planes that do not fit the model, text, memory, values that are not finite."""
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from . import mapping, texts
-from .model import quiet
+from .model import explained, quiet, whole_model
 from .run import ENDS
 from .seen import Effects, Seen, moments_folder, remove_moments
-from .store import PlaneStore, planes_folder, remove_planes
+from .store import STOPPED, PlaneStore, holds_planes, planes_folder, remove_planes
 from .work import HELD_OUT, Work, goes_in_order, planned, require_checkpoint, rows_in
 
 __all__ = [
     "ENDS",
     "HELD_OUT",
+    "STOPPED",
     "Effects",
     "PlaneStore",
     "Seen",
     "Work",
+    "explained",
     "goes_in_order",
+    "holds_planes",
     "mapping",
     "moments_folder",
     "planes_folder",
@@ -27,4 +30,5 @@ __all__ = [
     "require_checkpoint",
     "rows_in",
     "texts",
+    "whole_model",
 ]

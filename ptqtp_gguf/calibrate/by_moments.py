@@ -15,9 +15,7 @@ from ..errors import CalibrationError, QuantizeError
 from ..quantize import second_order
 from .moments import Input, Moments
 from .seen import Seen
-from .work import Work
-
-MIN_TOKENS = 64  # an expert that saw fewer is quantized by search
+from .work import FEW, MIN_TOKENS, Work
 
 
 def by_moments(work: Work, seen: Seen) -> None:
@@ -32,7 +30,7 @@ class _Planes:
         self.work, self.moments = work, moments
         self.how = work.how.second_order
         self.kept: Counter[str] = Counter()  # why search was kept, and of how many matrices
-        self.few: dict[str, list[int]] = {}
+        self.matrices = 0  # that were made, experts one by one
 
     def make(self) -> None:
         work, seen = self.work, set[str]()
@@ -49,16 +47,8 @@ class _Planes:
                     self._matrices(of, [n for n in names if work.kinds[n] == kind], kind)
             done += weights
         work.progress("quantizing by moments", total, total, "")
-        self._say()
-
-    def _say(self) -> None:
-        for name, experts in self.few.items():
-            shown = ", ".join(map(str, experts[:5])) + (" ..." if len(experts) > 5 else "")
-            self.work.store.say(
-                f"{name}: {len(experts)} experts ({shown}) saw fewer than {MIN_TOKENS} tokens: by search"
-            )
         for why, n in self.kept.items():
-            self.work.store.say(f"{n} of {len(self.work.tensors)} matrices by search: {why}")
+            work.store.say(f"{n} of {self.matrices} matrices by search: {why}")
 
     def _matrices(self, of: Input, names: list[str], kind: TensorType) -> None:
         """Matrices of one input and type, whole tensors; those that do not fit their type are left."""
@@ -74,10 +64,12 @@ class _Planes:
         for n, w in todo.items():
             if len(w) % experts:
                 raise CalibrationError(f"tensor {n}: {len(w)} rows for {experts} experts of the moments")
-            parts = [self._best(of, e, [part], kind)[0] for e, part in enumerate(np.split(w, experts))]
+        split = [np.split(w, experts) for w in todo.values()]
+        made = [self._best(of, e, [parts[e] for parts in split], kind) for e in range(experts)]
+        few = [e for e in range(experts) if self.moments.tokens(of, e) < MIN_TOKENS]
+        for n, parts in zip(todo, zip(*made, strict=True), strict=True):
             self._put([n], [second_order.Levels(*map(np.concatenate, zip(*parts, strict=True)))])
-            if few := of.few(MIN_TOKENS):
-                self.few[n] = few
+            work.say_experts(n, few, FEW)
 
     def _put(self, names: list[str], found: list[second_order.Levels]) -> None:
         for n, levels in zip(names, found, strict=True):
@@ -85,10 +77,11 @@ class _Planes:
 
     def _best(self, of: Input, expert: int, weights: list[F32], kind: TensorType) -> list[second_order.Levels]:
         """Planes of matrices with one input: of each the better of second order and search."""
+        self.matrices += len(weights)
         searched = [second_order.Levels(*self.work.searched_as(kind, w)) for w in weights]
         if self.moments.tokens(of, expert) < MIN_TOKENS:
             if len(of.counts) == 1:
-                self.kept[f"fewer than {MIN_TOKENS} tokens were seen"] += len(weights)
+                self.kept[FEW] += len(weights)
             return searched
         try:
             found = self._second_order(of, expert, np.concatenate(weights), kind)

@@ -35,6 +35,7 @@ ENVIRONMENT = {  # threads that wait sleep: BLAS and the runtime take turns
 }
 SAMPLE = 1 << 12  # bytes of each tensor that stand for it
 BATCH = 1024  # tokens that are computed together, at most
+SCORES = 1 << 22  # of attention in one head, at most: a batch of tokens times a window
 
 
 def key_of(model: str, tokens: NDArray[np.int64], wanted: dict[str, TensorInfo]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def gather(
             "model": str(model),
             "tokens": str(kept),
             "window": tokens.shape[1],
-            "batch": min(BATCH, tokens.shape[1]),
+            "batch": min(BATCH, tokens.shape[1], max(1, SCORES // tokens.shape[1])),
             "folder": str(folder),
             "key": key,
             "threads": threads,

@@ -24,6 +24,10 @@ Rows = NDArray[Any]  # (R, C) of the GGUF's values as integers of their bits
 
 SUFFIXES = (".weight", ".bias")
 OFFSETS = (0.0, 1.0)  # of vectors; some models multiply by 1 + norm, and the converter adds the 1
+FUSED = {  # Granite's modules, and the matrices of a block that they become; gguf-py's table has neither
+    "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate", "ffn_up"),
+    "shared_mlp.output_linear": ("ffn_down_shexp", "ffn_down"),
+}
 _BITS = {BF16_ID: ("<u2", "bfloat16"), F16_ID: ("<u2", "float16"), F32_ID: ("<u4", "float32")}
 _BLOCK = 1 << 20  # values hashed at a time
 
@@ -108,10 +112,13 @@ def _candidates(source: Source, name: str) -> Iterator[str]:
             yield hf + suffix
             if hf.startswith("model."):
                 yield f"model.language_model.{hf.removeprefix('model.')}{suffix}"
-    if stem.endswith(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")):  # as transformers 5 holds experts
-        block = stem.split(".")[1]
+    block, _, leaf = stem.removeprefix("blk.").partition(".")
+    if leaf in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):  # as transformers 5 holds experts
         fused = "down_proj" if "down" in stem else "gate_up_proj"
-        yield f"model.layers.{block}.mlp.experts.{fused}"
+        yield from (f"model.layers.{block}.{m}.experts.{fused}" for m in ("mlp", "block_sparse_moe"))
+    for module, made in FUSED.items():
+        if leaf in made:
+            yield f"model.layers.{block}.{module}{suffix}"
 
 
 def _matrix(source: Source, t: TensorInfo, hf: str, w: torch.Tensor) -> Link | None:

@@ -12,6 +12,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibrationError, PtqtpError
@@ -42,46 +43,85 @@ class Stop(Exception):
     """Ends a forward pass behind the block that was wanted; a tap may raise it too."""
 
 
+@contextlib.contextmanager
+def explained(folder: Path, what: str) -> Iterator[None]:
+    """Errors of torch and transformers about a model that is not as they expect, as CalibrationError in one line.
+
+    What is ours is let through; so is memory that is not enough, as MemoryError or torch.OutOfMemoryError.
+    """
+    import torch
+
+    try:
+        yield
+    except (PtqtpError, Stop, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as e:
+        if isinstance(e, RuntimeError) and "can't allocate memory" in str(e):  # torch's, on the CPU
+            raise MemoryError(str(e)) from None
+        text = transformers_reason(e) or "no reason given"
+        raise CalibrationError(f"{folder}: {what}: {type(e).__name__}: {text}; {WAY_OUT}") from e
+
+
+def whole_model(folder: Path, trust_code: bool = False) -> Any:
+    """The model of a checkpoint in the type that it is stored in; of float16 in float32, since the states of some
+    models pass 65504, the largest number of float16. Raises what transformers raises."""
+    import torch
+    import transformers
+
+    version = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+    option = "dtype" if version >= (4, 56) else "torch_dtype"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_code, **{option: "auto"}
+    )
+    return model.float() if model.dtype == torch.float16 else model
+
+
 class Blocks:
     """The blocks of a model. Raises CalibrationError where transformers cannot build it, or it has no plain blocks.
 
-    Weights are float32 on the CPU, of the checkpoint's type on a GPU.
+    Weights are float32 on the CPU, of `dtype` on a GPU.
 
     n       number of blocks
     prefix  full name of their list
-    dtype   of the checkpoint, and of what is kept between blocks
+    dtype   the checkpoint's, and that of what is kept between blocks; float32 for one of float16, whose largest number,
+            65504, the states of some models pass
     """
 
     def __init__(self, found: Checkpoint, device: str = "cpu") -> None:
         import torch
-        import transformers
 
         self.folder, self.device = found.folder, torch.device(device)
         self._shards = found.shards
-        with quiet(), self._explained("transformers cannot build it"):
-            self.config = transformers.AutoConfig.from_pretrained(
-                found.folder, local_files_only=True, trust_remote_code=found.trust_code
-            )
-            if getattr(self.config, "quantization_config", None):
-                raise CalibrationError(
-                    f"{found.folder}: its weights are quantized already; calibrate from the original"
-                )
-            self.dtype: torch.dtype = getattr(self.config.get_text_config(), "dtype", None) or torch.float32
-            compute = torch.float32 if self.device.type == "cpu" else self.dtype
-            if hasattr(self.config, "_experts_implementation"):
-                self.config._experts_implementation = "eager"  # an expert at a time, so that one can see its input
-            with _parameters_on_meta():
-                self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=compute).eval()
+        with quiet(), explained(self.folder, "transformers cannot build it"):
+            self._build(found)
+            self.decoder, self.prefix = self._find()
+            self.blocks: Any = self.decoder.get_submodule(self._list)
+            self._keys = self._assign_keys()
+        self.n = len(self.blocks)
+        self._through: torch.Tensor | None = None
+        self.returns = 0  # length of the tuple that a block returns, 0 = no tuple; known once one has run
+
+    def _build(self, found: Checkpoint) -> None:
+        """The model without weights."""
+        import torch
+        import transformers
+
+        self.config = transformers.AutoConfig.from_pretrained(
+            found.folder, local_files_only=True, trust_remote_code=found.trust_code
+        )
+        if getattr(self.config, "quantization_config", None):
+            raise CalibrationError(f"{found.folder}: its weights are quantized already; calibrate from the original")
+        stored: torch.dtype = getattr(self.config.get_text_config(), "dtype", None) or torch.float32
+        self.dtype = torch.float32 if stored == torch.float16 else stored
+        compute = torch.float32 if self.device.type == "cpu" else self.dtype
+        if hasattr(self.config, "_experts_implementation"):
+            self.config._experts_implementation = "eager"  # an expert at a time, so that one can see its input
+        with _parameters_on_meta():
+            self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=compute).eval()
         for module in self.model.modules():  # tables of rotary embeddings and the like; they were computed, not loaded
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
-        self.decoder, self.prefix = self._find()
-        self.blocks: Any = self.decoder.get_submodule(self._list)
-        self.n = len(self.blocks)
-        self._keys = self._assign_keys()
-        self._through: torch.Tensor | None = None
-        self.returns = 0  # length of the tuple that a block returns, 0 = no tuple; known once one has run
 
     def _find(self) -> tuple[Any, str]:
         """The decoder, and the full name of its list of blocks."""
@@ -100,19 +140,6 @@ class Blocks:
         """The error for a model that is not as this needs it."""
         name = (getattr(self.config, "architectures", None) or [self.config.model_type])[0]
         return CalibrationError(f"{self.folder}: {name} cannot be calibrated block by block: {why}; {WAY_OUT}")
-
-    @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        """Errors of transformers about a model that is not as it expects, in one line."""
-        import torch
-
-        try:
-            yield
-        except (PtqtpError, Stop, torch.OutOfMemoryError, MemoryError, KeyboardInterrupt):
-            raise
-        except Exception as e:
-            text = transformers_reason(e) or type(e).__name__
-            raise CalibrationError(f"{self.folder}: {what}: {type(e).__name__}: {text}; {WAY_OUT}") from e
 
     # ---- weights ----
 
@@ -167,7 +194,7 @@ class Blocks:
 
     def load(self, index: int) -> None:
         """Bring the weights of a block into memory; -1: embedding, norm and what else the decoder holds."""
-        with contextlib.ExitStack() as stack, quiet(), self._explained(f"the weights of block {index} do not load"):
+        with contextlib.ExitStack() as stack, quiet(), explained(self.folder, f"block {index} does not load"):
             readers: dict[str, Callable[[str], Any]] = {}
             state = {}
             for key, shard, _ in self._keys.get(index, []):
@@ -265,7 +292,7 @@ class Blocks:
     def _decode(self, *hooks: Any, **inputs: Any) -> Any:
         """The decoder's forward up to where a hook stops it; the hooks are removed."""
         try:
-            with self._explained("its forward cannot be followed"):
+            with explained(self.folder, "its forward cannot be followed"):
                 return self.decoder(**inputs, use_cache=False)
         except Stop:
             return None
@@ -303,17 +330,23 @@ def _watch() -> Any:
             self.spans = [(p.data_ptr(), p.data_ptr() + p.nbytes, name, p) for name, p in weights]
             self.tap = tap
 
+        def seen(self, x: torch.Tensor, w: torch.Tensor) -> bool:
+            """Tell of the product of inputs (..., C) with w, if that is a weight of the block."""
+            at = w.data_ptr()
+            for begin, end, name, p in self.spans:
+                if begin <= at < end:
+                    expert = (at - begin) // (p.stride(0) * p.element_size()) if p.ndim == 3 and w.ndim == 2 else -1
+                    self.tap(x, name, expert, len(p) if p.ndim == 3 else 0)
+                    return True
+            return False
+
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kind = getattr(func, "__name__", "")
             place = {"linear": 0, "matmul": 0, "__matmul__": 0, "bmm": 0, "addmm": 1}.get(kind)
             if place is not None and len(args) > place + 1 and isinstance(args[place + 1], torch.Tensor):
                 x, w = args[place : place + 2]
-                at = w.data_ptr()
-                for begin, end, name, p in self.spans:
-                    if begin <= at < end:
-                        expert = (at - begin) // (p.stride(0) * p.element_size()) if p.ndim == 3 and w.ndim == 2 else -1
-                        self.tap(x, name, expert, len(p) if p.ndim == 3 else 0)
-                        break
+                if not self.seen(x, w) and "matmul" in kind and w.ndim > 1:  # some families have the weight on the left
+                    self.seen(w.mT, x)
             return func(*args, **(kwargs or {}))
 
     return Watch

@@ -13,11 +13,13 @@ matrices (q, k, v; gate, up) is kept once.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,10 +73,6 @@ class Input:
     heads: bool = False
     passed: int = 0
     held_passed: int = 0
-
-    def few(self, minimum: int) -> list[int]:
-        """The experts that saw fewer tokens than `minimum`; [0] for a plain matrix that did."""
-        return [i for i, n in enumerate(self.counts) if n < minimum]
 
     @property
     def sum_bytes(self) -> int:
@@ -141,7 +139,7 @@ def read_index(folder: Path) -> Index | None:
             raise ValueError("out of range")
         return Index(dict(found["key"]), numbers[0], numbers[1], numbers[2], inputs)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        raise CalibrationError(f"{path}: damaged; remove the folder to gather the moments again") from None
+        raise _damaged(path) from None
 
 
 def _input(r: dict[str, Any]) -> Input:
@@ -196,6 +194,7 @@ class Moments:
             raise CalibrationError(f"{folder}: was not finished; give --calib TEXT as before to resume it")
         self._index = index
         self._held: tuple[tuple[int, int], F32] | None = None
+        self._went: dict[bool, tuple[Path, I32]] = {}  # held-out or not: to which experts rows of an input went
 
     def __iter__(self) -> Iterator[Input]:
         return iter(self._index.inputs)
@@ -231,36 +230,66 @@ class Moments:
 
     def tokens(self, of: Input, expert: int = 0) -> int:
         """Tokens behind `second`."""
-        if of.summed or not of.used:
-            return of.counts[expert] if of.summed else of.rows
-        return len(self.rows(of, expert))
+        if of.summed:
+            return of.counts[expert]
+        return len(self._of_expert(of, expert, False)) if of.used else of.rows
 
     def rows(self, of: Input, expert: int = 0, held: bool = False) -> F32:
         """Inputs that are kept as they were, float32 (T, C): of the text, or of its held-out windows."""
         what, n = ("held", of.held) if held else ("rows", of.rows)
-        bits = self._read(rows_path(self.folder, of.number, what), 0, n * of.cols, np.uint16).reshape(n, of.cols)
-        if of.used:
-            name = "held-experts" if held else "experts"
-            went = self._read(rows_path(self.folder, of.number, name), 0, n * of.used, np.int32).reshape(n, of.used)
-            bits = bits[(went == expert).any(axis=1)]
+        path = rows_path(self.folder, of.number, what)
+        if not of.used:
+            return from_bf16(self._read(path, 0, n * of.cols, np.uint16).reshape(n, of.cols))
+        wanted = self._of_expert(of, expert, held)
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1) if len(wanted) else []
+        with self._opened(path, 2 * n * of.cols) as f:
+            bits, done = np.empty((len(wanted), of.cols), np.uint16), 0
+            for run in runs:
+                _fill(f, 2 * of.cols * int(run[0]), bits[done : done + len(run)], path)
+                done += len(run)
         return from_bf16(bits)
 
+    def _of_expert(self, of: Input, expert: int, held: bool) -> NDArray[np.int64]:
+        """Numbers of the rows that went to an expert. Where each went is read once, of the input that is asked for."""
+        name, n = ("held-experts", of.held) if held else ("experts", of.rows)
+        path = rows_path(self.folder, of.number, name)
+        if held not in self._went or self._went[held][0] != path:
+            self._went[held] = path, self._read(path, 0, n * of.used, np.int32).reshape(n, of.used)
+        return np.flatnonzero((self._went[held][1] == expert).any(axis=1))
+
     def _read(self, path: Path, at: int, n: int, dtype: Any) -> NDArray[Any]:
-        size = n * np.dtype(dtype).itemsize
-        if not n:
-            return np.empty(0, dtype)
+        kind = np.dtype(dtype).newbyteorder("<")
+        with self._opened(path, at + n * kind.itemsize) as f:
+            out = np.empty(n, kind)  # not before the file is known to hold so much
+            _fill(f, at, out, path)
+        return out
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path, size: int) -> Iterator[BinaryIO]:
+        """A file of at least so many bytes; nothing is opened where none are wanted. Raises CalibrationError."""
+        if not size:
+            yield io.BytesIO()
+            return
         try:
             with open_regular(path, CalibrationError) as f:
-                whole = file_size(f, str(path)) >= at + size
-                f.seek(at if whole else 0)
-                data = f.read(size) if whole else b""
+                if file_size(f, str(path)) < size:
+                    raise _damaged(path)
+                yield f
         except OSError as e:
             raise CalibrationError(
                 f"{path}: {e.strerror or e}; remove the folder to gather the moments again"
             ) from None
-        if len(data) != size:
-            raise CalibrationError(f"{path}: damaged; remove the folder to gather the moments again")
-        return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"))
+
+
+def _fill(f: BinaryIO, at: int, out: NDArray[Any], path: Path) -> None:
+    """Read what a file has from byte `at` on. Raises CalibrationError where it has become shorter."""
+    f.seek(at)
+    if f.readinto(out.data) != out.nbytes:  # type: ignore[attr-defined]
+        raise _damaged(path)
+
+
+def _damaged(path: Path) -> CalibrationError:
+    return CalibrationError(f"{path}: damaged; remove the folder to gather the moments again")
 
 
 class Gathering:
@@ -293,7 +322,7 @@ class Gathering:
                 whole = path.exists() and path.stat().st_size >= i.offset + 4 * n
                 held = np.fromfile(path, np.float32, n, offset=i.offset) if whole else np.empty(0, np.float32)
                 if held.size != n or not n:
-                    raise CalibrationError(f"{path}: damaged; remove the folder to gather the moments again")
+                    raise _damaged(path)
                 self._sums[i.number] = held.reshape(len(i.counts), i.cols, i.cols)
 
     def add(self, name: str, x: F32, experts: I32 | None, n_experts: int, held: bool) -> None:
@@ -382,7 +411,7 @@ class Gathering:
     def _file(self, path: Path, at: int) -> Any:
         if path not in self._files:
             if at and not (path.exists() and path.stat().st_size >= at):
-                raise CalibrationError(f"{path}: damaged; remove the folder to gather the moments again")
+                raise _damaged(path)
             file = open(path, "r+b" if path.exists() else "w+b")  # closed by `checkpoint`
             file.truncate(at)  # what came after the last checkpoint goes
             file.seek(at)

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import F32
-from ..errors import CalibrationError, OutputError, QuantizeError
+from ..codec import F32, I8, U8
+from ..errors import CalibrationError, MomentsError, OutputError, QuantizeError
 from ..files import TensorInfo
 from ..plan import Role, role_of
 from ..quantize import gptq
 from ..source import Checkpoint
 from . import mapping
-from .by_moments import MIN_TOKENS, by_moments
+from .by_moments import by_moments
 from .in_order import Stage, has_streams, in_order
 from .sums import Moment
 from .token_weights import Weights, token_weights
-from .work import Work, rows_in
+from .work import FEW, MIN_TOKENS, Work, rows_in
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,6 @@ def _token_weights(work: Work, found: Checkpoint, tokens: NDArray[np.int64]) -> 
 
 def _quantize(work: Work, moments: dict[str, Moment], cross: torch.Tensor | None) -> None:
     """Tensors of one input; all again where one is missing: products of other shapes may round otherwise."""
-    import torch
 
     if all(work.store.has(n) for n in moments):
         return
@@ -111,48 +110,49 @@ def _quantize(work: Work, moments: dict[str, Moment], cross: torch.Tensor | None
         if not flat:
             continue
         m = moments[next(iter(flat))]
-        w = torch.from_numpy(np.concatenate(list(flat.values()))).to(work.device)
-        planes = _planes(work, next(iter(flat)), w, m.h.to(work.device), cross)
+        try:
+            planes = _planes(work, next(iter(flat)), np.concatenate(list(flat.values())), m.h, cross)
+        except MomentsError as e:
+            for n in flat:
+                work.store.put(work.tensors[n], *work.searched(n, flat[n]))
+                work.store.say(f"{n}: by search: {e}")
+            continue
         cuts = np.cumsum([len(v) for v in flat.values()])[:-1].tolist()
-        for n, levels, codes in zip(
-            flat,
-            np.split(planes.levels.cpu().numpy(), cuts),
-            np.split(planes.codes.cpu().numpy(), cuts),
-            strict=True,
-        ):
+        for n, levels, codes in zip(flat, *(np.split(p, cuts) for p in planes), strict=True):
             work.store.put(work.tensors[n], levels, codes)
     for n in todo:
         if moments[n].h.ndim > 2 and not work.store.has(n):
             _experts(work, n, todo[n], moments[n])
 
 
-def _planes(work: Work, name: str, w: torch.Tensor, h: torch.Tensor, cross: torch.Tensor | None) -> gptq.Planes:
+def _planes(work: Work, name: str, w: F32, h: torch.Tensor, cross: torch.Tensor | None) -> tuple[I8, U8]:
+    """Levels and codes of weights (R, C). Raises MomentsError where h or cross says nothing, QuantizeError."""
+    import torch
+
+    on, kind = torch.from_numpy(w).to(work.device), work.kinds[name]
     try:
-        return gptq.calibrate(w, h, cross, work.how.settings, work.options.threads, work.kinds[name])
+        planes = gptq.calibrate(on, h.to(work.device), cross, work.how.settings, work.options.threads, kind)
+    except MomentsError:
+        raise
     except QuantizeError as e:
         raise QuantizeError(f"tensor {name}: {e}") from None
+    return planes.levels.cpu().numpy(), planes.codes.cpu().numpy()
 
 
 def _experts(work: Work, name: str, w: F32, m: Moment) -> None:
-    import torch
-
-    few = m.few(MIN_TOKENS)
-    levels, codes = [], []
+    planes = []
+    by_search: dict[str, list[int]] = {}  # why: experts
     for e, part in enumerate(np.split(w, len(m.counts))):
-        if e in few:
-            found, c = work.searched(name, part)
-            levels.append(found)
-            codes.append(c)
-            continue
-        planes = _planes(work, name, torch.from_numpy(part).to(work.device), m.h[e].to(work.device), None)
-        levels.append(planes.levels.cpu().numpy())
-        codes.append(planes.codes.cpu().numpy())
-    if few:
-        shown = ", ".join(map(str, few[:5])) + (" ..." if len(few) > 5 else "")
-        note = f"{name}: {len(few)} experts ({shown}) saw fewer than {MIN_TOKENS} tokens: by search"
-        work.store.say(note)
-        work.progress("calibrating", 0, 0, note)
-    work.store.put(work.tensors[name], np.concatenate(levels), np.concatenate(codes))
+        try:
+            if m.counts[e] < MIN_TOKENS:
+                raise MomentsError(FEW)
+            planes.append(_planes(work, name, part, m.h[e], None))
+        except MomentsError as error:
+            by_search.setdefault(str(error), []).append(e)
+            planes.append(work.searched(name, part))
+    for why, experts in by_search.items():
+        work.say_experts(name, experts, why)
+    work.store.put(work.tensors[name], *map(np.concatenate, zip(*planes, strict=True)))
 
 
 def _replaced(work: Work, stage: Stage) -> dict[str, torch.Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..progress import Progress, no_progress
-from ..source import Checkpoint, transformers_reason
-from .model import WAY_OUT, quiet
+from ..source import Checkpoint
+from .model import explained, quiet, whole_model
 
 BATCH = 32  # windows written together
 
@@ -27,39 +29,36 @@ def written(
 
     bos     the first token, if the tokenizer has one
     common  tokens of some text, int64 (T,); without BOS each window begins with one of them, drawn at random
-    Deterministic for one seed and device. Raises CalibrationError.
+    Written by transformers' `generate`, which knows what each family keeps of the tokens before. Deterministic for one
+    seed and device. Raises CalibrationError.
     """
     import torch
     import transformers
 
-    with quiet():
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                found.folder, dtype="auto", local_files_only=True, trust_remote_code=found.trust_code
-            ).to(device)
-        except Exception as e:
-            text = transformers_reason(e)
-            raise CalibrationError(f"{found.folder}: transformers cannot load it: {text}; {WAY_OUT}") from None
-    chance = torch.Generator().manual_seed(seed)
-    if bos is not None:
-        first = torch.full((n, 1), bos)
-    else:
-        first = torch.from_numpy(common)[torch.randint(len(common), (n, 1), generator=chance)]
     out = np.empty((n, window), np.int64)
-    for begin in range(0, n, BATCH):
-        last = first[begin : begin + BATCH]
-        rows = out[begin : begin + BATCH]
-        rows[:, 0] = last[:, 0]
-        cache = None
-        for t in range(1, window):
-            progress("writing", begin * window + t * len(rows), n * window, "the model's own text")
-            with torch.no_grad():
-                got = model(last.to(device), past_key_values=cache, use_cache=True)
-            cache = got.past_key_values
-            weights = torch.softmax(got.logits[:, -1].float().cpu(), dim=-1)
-            if not bool(torch.isfinite(weights).all()):
-                raise CalibrationError(f"{found.folder}: its logits are not finite; is the model damaged?")
-            last = torch.multinomial(weights, 1, generator=chance)
-            rows[:, t] = last[:, 0]
+    begin = 0
+
+    def watch(ids: Any, logits: Any) -> Any:
+        progress("writing", begin * window + ids.numel(), n * window, "the model's own text")
+        if not bool(torch.isfinite(logits).any(dim=-1).all()) or bool(logits.isnan().any()):
+            raise CalibrationError(f"{found.folder}: its logits are not finite; is the model damaged?")
+        return logits
+
+    how = transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=window, pad_token_id=0, use_cache=True
+    )
+    with quiet(), explained(found.folder, "transformers cannot write with it"), torch.random.fork_rng():
+        model = whole_model(found.folder, found.trust_code).eval().to(device)
+        model.generation_config = how  # in place of what the checkpoint asks for
+        torch.manual_seed(seed)
+        if bos is not None:
+            first = torch.full((n, 1), bos)
+        else:
+            first = torch.from_numpy(common)[torch.randint(len(common), (n, 1))]
+        for begin in range(0, n, BATCH):
+            ids = first[begin : begin + BATCH].to(device)
+            mask = torch.ones_like(ids)  # or token 0 would be taken for padding
+            made = model.generate(ids, attention_mask=mask, generation_config=how, logits_processor=[watch])
+            out[begin : begin + BATCH] = made.cpu().numpy()
     progress("writing", n * window, n * window, "")
     return out

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..codec import F32
 from ..errors import CalibrationError, InputError, OutputError, RecipeError, RuntimeMissing
-from ..files import TYPE_IDS, TensorInfo, parse_json, partial_file, read_whole, system_errors, write_text
+from ..files import TYPE_IDS, TensorInfo, parse_json, read_whole, system_errors, write_text
 from ..llamacpp import Model, install
 from ..plan import DEFAULT_EFFORT, TOKENS_OF, Request, Role, role_of
 from ..progress import Progress
@@ -35,7 +35,6 @@ from .tokenizers import RuntimeTokenizer
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 WINDOW = 512  # tokens a window; many short ones see more kinds of text than few long ones
-MAX_TOKENS = 1 << 32  # bytes of the tokens that are kept
 BESIDES = 1 << 30  # bytes of memory beside weights and sums
 SECOND_ORDER = 0.5  # error of second order over that of search, typically (docs/results/calibration.md)
 MAX_WORTH = 16 << 20
@@ -55,19 +54,22 @@ def remove_moments(out: Path) -> None:
 class Seen:
     """The text of a request through the source's model, as far as it is asked for.
 
-    Where moments are given without text, they are taken as they are, and no model is run. Raises CalibrationError,
-    OutputError.
+    Where moments are given without text, they are taken as they are, and no model is run. `begin` comes first. Raises
+    CalibrationError, OutputError.
     """
 
     def __init__(self, source: Source, request: Request, out: Path, progress: Progress) -> None:
         self.source, self.how, self.options, self.progress = source, request.calibration, request.options, progress
         self.folder = moments_folder(out)
         self._moments_in = self.how.hessians or self.folder / "moments"
+
+    def begin(self) -> None:
+        """Make the folder, or take up what the same run has left in it; another's, which nothing waits for, goes."""
         with system_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
-            stamp = json.dumps([source.stamp, self.how.decisive(), self.how.effort], default=str)
+            stamp = json.dumps([self.source.stamp, self.how.decisive(), self.how.effort], default=str)
             path = self.folder / "of.json"
-            if not path.exists() or path.read_text() != stamp:  # of another run, which nothing waits for
+            if not path.exists() or path.read_text() != stamp:
                 shutil.rmtree(self.folder)
                 self.folder.mkdir()
                 write_text(path, stamp)
@@ -98,17 +100,8 @@ class Seen:
     @functools.cached_property
     def tokens(self) -> NDArray[np.int64]:
         """Windows, int64 (N, window)."""
-        path, window = self.folder / "tokens", self.how.window or WINDOW
-        if not path.exists():
-            made = self._tokenized()
-            with system_errors(path), partial_file(path) as partial:
-                partial.file.write(np.ascontiguousarray(made, "<i8").data)
-                partial.sync()
-                partial.publish()
-        raw = read_whole(path, MAX_TOKENS, OutputError)
-        if not raw or len(raw) % (8 * window):
-            raise OutputError(f"{path}: damaged; start over with --restart")
-        return np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, window)
+        path = self.folder / "tokens"
+        return texts.kept(path, self.how.window or WINDOW, path.exists(), self._tokenized)
 
     def _tokenized(self) -> NDArray[np.int64]:
         n = self.how.tokens or TOKENS_OF[self.how.effort or DEFAULT_EFFORT]

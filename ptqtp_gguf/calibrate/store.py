@@ -17,10 +17,26 @@ from typing import Any
 import numpy as np
 
 from ..codec import DEFAULT, F32, I8, U8, TensorType, native, weights_of_levels
-from ..errors import InputError, OutputError, PtqtpError, ResumeError
-from ..files import Journal, TensorInfo, file_size, is_count, is_text, open_regular, partial_file, read_bytes, row_size
+from ..errors import InputError, OutputError, ResumeError
+from ..files import (
+    MAX_BYTES,
+    Journal,
+    TensorInfo,
+    file_size,
+    is_count,
+    is_text,
+    journal_path,
+    open_regular,
+    parse_json,
+    partial_file,
+    read_bytes,
+    read_whole,
+    row_size,
+)
 from ..quantize import FLOOR, Encoded, to_float
 from ..source import changed_option
+
+STOPPED = (KeyboardInterrupt, OutputError, OSError)  # after which the same call goes on; anything else is a failure
 
 
 def unpacked(kind: TensorType, packed: U8) -> tuple[I8, U8]:
@@ -50,6 +66,21 @@ def planes_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.planes")
 
 
+def is_work(record: dict[str, Any]) -> bool:
+    """Whether a line of the journal stands for what took long: planes, or a finished block."""
+    return "name" in record or "block" in record
+
+
+def holds_planes(out: Path) -> bool:
+    """Whether there are planes beside a target that a run which was killed or stopped has left."""
+    try:
+        lines = read_whole(journal_path(planes_folder(out) / "planes"), MAX_BYTES).split(b"\n")[:-1]
+        records = [parse_json(line) for line in lines]
+    except (InputError, OSError, ValueError):
+        return False
+    return any(map(is_work, records)) and "failed" not in records[-1]
+
+
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> str:
     """What decides the planes and is not as it was, in the user's words."""
     if option := changed_option(then.get("options", {}), now.get("options", {})):
@@ -68,7 +99,8 @@ class PlaneStore:
     """The folder of one target, locked while it is open. A context manager.
 
     kind     type of the tensors that `kinds` does not name
-    Raises ResumeError where it holds planes that were made in another way, OutputError where it cannot be written.
+    Raises ResumeError where a run that was killed or stopped has left planes in it that were made in another way;
+    OutputError where it cannot be written. Anything else that it holds gives way.
     """
 
     def __init__(
@@ -89,6 +121,11 @@ class PlaneStore:
             raise OutputError(f"{self.folder}: {e.strerror}") from None
         self._journal = Journal(self.folder / "planes", read_row, restart)
         then = self._journal.job
+        if then is not None and then != job and (self._journal.failed or not self._worth_keeping):
+            for path in self.folder.glob("[!.]*"):
+                path.unlink()
+            self._journal.clear()
+            then = None
         if then is not None and then != job:
             self._journal.__exit__(None, None, None)
             changed = _changed(then, job)
@@ -107,10 +144,17 @@ class PlaneStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        failed = kind is not None and not issubclass(kind, STOPPED)
+        if failed and self._worth_keeping:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                self._journal.fail()
         self._journal.__exit__(kind, e, tb)
-        useless = kind is not None and issubclass(kind, PtqtpError) and not issubclass(kind, OutputError)
-        if useless and not self._journal.found and not self._of:  # other text, other settings are next
+        if failed and not self._worth_keeping:  # other text, other settings are next
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _worth_keeping(self) -> bool:
+        return any(map(is_work, self._journal.rows))
 
     @property
     def notes(self) -> list[str]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import CalibrationError
 from ..files import read_bytes
+from . import mapping
 from .model import Blocks
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 BATCH_CPU = 256 << 20  # bytes of activations of a batch of windows
 BATCH_GPU = 0.3  # of the memory that is free
 MAX_BATCH = 64  # windows
+MIN_HEAD = 64  # values of an attention head, where the configuration does not tell how many heads there are
 
 # transformers' parameters that hold the experts of several GGUF tensors, or of one, with the same input
 _EXPERTS = {
@@ -86,11 +88,11 @@ class Batches:
         """Windows that fit into memory together, roughly."""
         import torch
 
-        window = self.tokens.shape[1]
-        config = self.blocks.config.get_text_config()
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        values = 12 * config.hidden_size + 4 * (max(inner) if isinstance(inner, list) else inner)
-        values += config.num_attention_heads * window
+        window, model = self.tokens.shape[1], self.blocks.model
+        hidden = model.get_input_embeddings().weight.shape[-1]
+        widest = max((n for p in self.blocks.blocks.parameters() if p.ndim > 1 for n in p.shape[-2:]), default=hidden)
+        heads = getattr(self.blocks.config.get_text_config(), "num_attention_heads", None)  # a model of states has none
+        values = 12 * hidden + 4 * widest + (heads if isinstance(heads, int) else hidden // MIN_HEAD) * window
         room: float = BATCH_CPU
         if self.blocks.device.type == "cuda":
             room = BATCH_GPU * torch.cuda.mem_get_info(self.blocks.device)[0]
@@ -114,6 +116,7 @@ def targets(
     else:
         one = gguf_name(one_of.sub("experts.", full))
         found = [one] if one and one.endswith(".weight") else []
+        found += [f"blk.{i}.{t}.weight" for t in mapping.FUSED.get(name.removesuffix(".weight"), ())]
     for made, other in _SAME.items():
         found += [t.replace(made, other) for t in found if made in t]
-    return tuple(t for t in found if wanted is None or t in wanted), expert, n
+    return tuple(t for t in dict.fromkeys(found) if wanted is None or t in wanted), expert, n

@@ -23,10 +23,6 @@ class Moment:
     counts: list[int]
     shared: str
 
-    def few(self, minimum: int) -> list[int]:
-        """The experts that saw fewer tokens than `minimum`; [0] for a plain tensor that did."""
-        return [i for i, n in enumerate(self.counts) if n < minimum]
-
 
 class Sums:
     """Sums of x xT over batches, one for each distinct input of the tensors that are wanted.

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, OutputError
+from ..files import partial_file, read_whole, system_errors
+from ..llamacpp import keeps
 from ..progress import Progress, no_progress
 from ..source import Checkpoint, hub
 from . import documents
@@ -20,16 +22,17 @@ from .tokenizers import Tokenizer, TransformersTokenizer
 
 BUILTIN, SELF = "builtin", "self"
 BUILTIN_FILE = Path(__file__).with_name("data") / "builtin.jsonl.gz"
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = tuple(s + p for s in (".txt", ".jsonl", ".json", ".csv", ".tsv") for p in ("", ".gz")) + (".parquet",)
 WINDOW, TOKENS = 1024, 262144  # tokens a window, and in all
 PIECE = 12  # characters a token that are surely enough to fill a window
 TOGETHER = 1 << 16  # characters that are tokenized as one, by one thread; cut at a line's end or a blank
 BETWEEN = "\n\n"  # documents
 MAX_TOKENS_A_BYTE = 1.2
 MAX_UNKNOWN = 0.2  # share of unknown tokens
+MAX_KEPT = 1 << 32  # bytes of the tokens that are kept
 MAX_STRAY = 0.5  # share of tokens that are but a part of a character
 
-__all__ = ["BUILTIN", "MAX_TEXT", "SELF", "Text", "load", "tokens"]
+__all__ = ["BUILTIN", "MAX_TEXT", "SELF", "Text", "kept", "load", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Text:
 def load(spec: str, log: Callable[[str], None] = lambda _: None) -> Text:
     """The text that `--calib SPEC` names, at most MAX_TEXT characters of it.
 
-    spec  a file (documents.read), "builtin", "self", or the id of a data set on the hub
+    spec  a file or a folder (documents.read), "builtin", "self", or the id of a data set on the hub
     Raises CalibrationError, InputError.
     """
     if spec == SELF and not Path(spec).exists():
@@ -57,11 +60,11 @@ def load(spec: str, log: Callable[[str], None] = lambda _: None) -> Text:
     path = Path(spec)
     if hub.looks_like_id(spec):
         path = hub.fetch_data(spec, SUFFIXES, log)
-    return _read(path, spec)
+    return _read(path, spec, log)
 
 
-def _read(path: Path, name: str) -> Text:
-    found = documents.read(path, name)
+def _read(path: Path, name: str, log: Callable[[str], None] = lambda _: None) -> Text:
+    found = documents.read(path, name, log)
     talks = any(d.messages for d in found)
     return Text(name, BETWEEN.join(d.text for d in found), tuple(found) if talks else ())
 
@@ -113,6 +116,23 @@ def tokens(
     return np.stack(out[:n])
 
 
+def kept(path: Path, window: int, found: bool, make: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Windows of tokens, int64 (N, window), out of a file; made and put there first unless they were found there.
+
+    Raises OutputError, and what `make` raises.
+    """
+    if not found:
+        made = make()
+        with system_errors(path), partial_file(path) as partial:
+            partial.file.write(np.ascontiguousarray(made, "<i8").data)
+            partial.sync()
+            partial.publish()
+    raw = read_whole(path, MAX_KEPT, OutputError)
+    if not raw or len(raw) % (8 * window):
+        raise OutputError(f"{path}: damaged; start over with --restart")
+    return np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, window)
+
+
 def _windows(tokenizer: Tokenizer, t: Text, window: int, n: int) -> NDArray[np.int64]:
     """At most n windows (N, window) of a text."""
     assert t.text is not None
@@ -149,7 +169,10 @@ def _of_documents(tokenizer: Tokenizer, t: Text, fill: int, n: int) -> tuple[NDA
     ids, plain = [], []
     between = tokenizer.encode([BETWEEN])[0]
     for d in t.documents:
-        shown = tokenizer.render([{"role": r, "content": c} for r, c in d.messages]) if d.messages else None
+        messages = [{"role": r, "content": c} for r, c in d.messages]
+        shown = tokenizer.render(messages) if messages else None
+        if shown is not None and not keeps(messages, shown):  # a template that loses the texts
+            shown = None
         made = _ids(tokenizer, d.text) if shown is None else tokenizer.encode([shown], special=True)[0]
         ids += [made, between]
         plain.append(made if shown is None else made[:0])

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, PtqtpError
 from ..progress import Progress, no_progress
 from ..source import transformers_reason
 from ..system import free_memory
-from .model import quiet
+from .model import quiet, whole_model
 
 MAX_BATCH = 8  # windows
 LOGIT_COPIES = 6  # float32 arrays of logits alive at a time
@@ -41,14 +41,11 @@ def token_weights(
     loaded or run, or does not fit into memory.
     """
     import torch
-    import transformers
 
     dev = torch.device(device)
     try:
         with quiet():
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_code, dtype="auto"
-            )
+            model = whole_model(folder, trust_code)
         if dev.type == "cpu" and 4 * sum(p.numel() for p in model.parameters()) < free_memory() // 2:
             model = model.float()  # faster there
         model = model.to(dev).eval().requires_grad_(False)
@@ -58,9 +55,11 @@ def token_weights(
             f"{folder}: the model and a backward pass through it do not fit into the memory of {device}; calibrate "
             "with --no-fisher, which needs one block at a time"
         ) from None
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
-        text = transformers_reason(e)
-        raise CalibrationError(f"{folder}: no gradients of this model: {text}; calibrate with --no-fisher") from None
+    except PtqtpError:
+        raise
+    except Exception as e:
+        text = transformers_reason(e) or type(e).__name__
+        raise CalibrationError(f"{folder}: no gradients of this model: {text}; calibrate with --no-fisher") from e
 
 
 class _Pass:
@@ -106,7 +105,8 @@ class _Pass:
         if self.device.type != "cuda":
             return 1
         free = torch.cuda.mem_get_info(self.device)[0]
-        return max(1, min(MAX_BATCH, int(0.3 * free // (LOGIT_COPIES * 4 * length * self.model.config.vocab_size))))
+        vocabulary = len(self.model.get_output_embeddings().weight)
+        return max(1, min(MAX_BATCH, int(0.3 * free // (LOGIT_COPIES * 4 * length * vocabulary))))
 
     def _tap(self, name: str, module: Any, args: Any, y: Any) -> None:
         if not y.requires_grad:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibrationError, ChatError, InputError
-from ..llamacpp import Model, render_template
+from ..llamacpp import Model, fitted, render_template
 from ..source import Checkpoint, transformers_reason
 
 Messages = Sequence[Mapping[str, str]]
@@ -55,7 +55,7 @@ class RuntimeTokenizer:
         if not self._template:
             return None
         try:
-            return render_template(self._template, messages, self._model.bos_text, self._model.eos_text)
+            return render_template(self._template, messages, self._model.bos_text, self._model.eos_text, strict=False)
         except ChatError:
             return None
 
@@ -66,19 +66,25 @@ class TransformersTokenizer:
     def __init__(self, found: Checkpoint) -> None:
         import transformers
 
+        self._folder = found.folder
         try:
             self._it: Any = transformers.AutoTokenizer.from_pretrained(
                 found.folder, local_files_only=True, trust_remote_code=found.trust_code
             )
+            ids = self._it("a").input_ids
         except Exception as e:
             text = transformers_reason(e)
             raise CalibrationError(f"{found.folder}: transformers cannot load its tokenizer: {text}") from None
-        ids = self._it("a").input_ids
         self.bos = int(ids[0]) if ids and ids[0] == self._it.bos_token_id else None
         self.unknown = self._it.unk_token_id
 
     def encode(self, parts: list[str], special: bool = False) -> list[NDArray[np.int64]]:
-        found = self._it(parts, add_special_tokens=False, verbose=False).input_ids
+        try:
+            found = self._it(parts, add_special_tokens=False, verbose=False).input_ids
+        except Exception as e:
+            what = f"transformers' tokenizer fails on a text of {sum(map(len, parts))} characters"
+            text = transformers_reason(e)
+            raise CalibrationError(f"{self._folder}: {what}: {type(e).__name__}: {text}; give other text") from e
         return [np.array(ids, np.int64) for ids in found]
 
     def stray(self, token: int) -> bool:
@@ -86,6 +92,6 @@ class TransformersTokenizer:
 
     def render(self, messages: Messages) -> str | None:
         try:
-            return str(self._it.apply_chat_template(list(messages), tokenize=False))
-        except Exception:  # no template, or a program out of a file that fails
+            return fitted(messages, lambda form: str(self._it.apply_chat_template(form, tokenize=False)), strict=False)
+        except ChatError:  # no template, or one that refuses them
             return None

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec import F32, I8, TYPES, U8, TensorType, native
-from ..errors import CalibrationError, OutputError, QuantizeError
-from ..files import TensorInfo, partial_file, read_whole
+from ..errors import CalibrationError, QuantizeError
+from ..files import TensorInfo
 from ..plan import TOKENS_CPU, TOKENS_GPU, Below, Calibration, PlanRow, Request
 from ..progress import Progress
 from ..quantize import FLOOR, methods, to_float
@@ -28,7 +28,8 @@ from .texts import Text
 
 NEEDS_FOLDER = "runs the model, which takes a checkpoint folder; for a GGUF give --calib TEXT alone"
 GPU_NODES = "nvidia[0-9]*"
-MAX_TOKENS = 1 << 32  # bytes of the tokens that are kept
+MIN_TOKENS = 64  # a matrix, or an expert, that saw fewer is quantized by search
+FEW = f"fewer than {MIN_TOKENS} tokens were seen"
 HELD_OUT = 16  # one window of so many is never tuned on, but measured
 
 
@@ -124,24 +125,24 @@ class Work:
         return windows
 
     def _windows(self, name: str, of: list[Text], n: int) -> NDArray[np.int64]:
-        path = self.store.folder / name
-        if not self.store.marked(name):
+        def made() -> NDArray[np.int64]:
             found = self.checkpoint("--calib")
-            windows = texts.tokens(of, found, self.window, n, device=self.device, progress=self.progress)
-            with partial_file(path) as partial:
-                partial.file.write(np.ascontiguousarray(windows, "<i8").data)
-                partial.sync()
-                partial.publish()
+            return texts.tokens(of, found, self.window, n, device=self.device, progress=self.progress)
+
+        windows = texts.kept(self.store.folder / name, self.window, self.store.marked(name), made)
+        if not self.store.marked(name):
             self.store.mark(name)
-        raw = read_whole(path, MAX_TOKENS, OutputError)
-        if not raw or len(raw) % (8 * self.window):
-            raise OutputError(f"{path}: damaged; start over with --restart")
-        held: NDArray[np.int64] = np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, self.window)
-        return held
+        return windows
 
     def weights(self, t: TensorInfo) -> F32:
         """All of a tensor, float32 (R, C)."""
         return np.concatenate([to_float(raw, t.type, self.options.threads) for raw in self.source.pieces(t)])
+
+    def say_experts(self, name: str, experts: list[int], why: str) -> None:
+        """Keep for the user which experts of a tensor are quantized by search."""
+        if experts:
+            shown = ", ".join(map(str, experts[:5])) + (" ..." if len(experts) > 5 else "")
+            self.store.say(f"{name}: {len(experts)} experts ({shown}) by search: {why}")
 
     def fits(self, name: str, w: F32) -> bool:
         """Whether a tensor's type can hold its weights; what it cannot, the conversion lets fall back."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..calibrate import moments_folder, planes_folder, remove_moments
-from ..errors import Interrupted, OutputError, PtqtpError, ResumeError
+from ..calibrate import holds_planes, moments_folder, planes_folder, remove_moments
+from ..errors import Interrupted, OutputError, ResumeError
 from . import shares
 from .output_files import discard
 from .records import ConversionJournal
@@ -16,6 +16,7 @@ from .records import ConversionJournal
 @contextmanager
 def kept_on_failure(out: Path, journal: ConversionJournal) -> Iterator[None]:
     """Leaves a state that can be taken up again where that makes sense, and nothing at all where it does not."""
+    begun_here = journal.job is None and not moments_folder(out).exists()
     try:
         yield
     except ResumeError:
@@ -28,12 +29,18 @@ def kept_on_failure(out: Path, journal: ConversionJournal) -> Iterator[None]:
             where = e.filename or f"{out}: writing failed"
             raise OutputError(f"{where}: {e.strerror or e}; {kept}") from None
         raise
-    except PtqtpError:
+    except BaseException:  # also what is not ours: a bug, a library's
         # what this run has begun is of no use; what it found, or has finished, is not for it to throw away
-        if journal.found == 0 and journal.verified is None and not shares.left(out):
+        if begun_here and not shares.left(out):
             with suppress(OSError):  # the first error is the one to tell
                 _forget(out, journal)
         raise
+
+
+def replaceable(out: Path, journal: ConversionJournal) -> bool:
+    """Whether another run may begin in the place of an unfinished one: that has failed, or has finished nothing."""
+    nothing = not (journal.rows or shares.left(out) or holds_planes(out))
+    return journal.verified is None and (journal.failed or nothing)
 
 
 def _kept(out: Path, journal: ConversionJournal) -> str:

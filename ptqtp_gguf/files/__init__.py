@@ -32,6 +32,7 @@ from .gguf import (
     read_header,
     row_size,
     tensor_names,
+    total_size,
     type_block,
     type_name,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "sync_folder",
     "system_errors",
     "tensor_names",
+    "total_size",
     "type_block",
     "type_name",
     "write_all",

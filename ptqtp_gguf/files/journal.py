@@ -5,6 +5,7 @@ The journal stands next to the target as `.NAME.journal`. Its lines are
     {"job": {...}}             what decides the result; another job cannot resume this one
     {"tensor": 0, ...}         row 0 is finished; the rest of the line is the row's own
     {"verified": [...]}        all is finished and read back
+    {"failed": true}           what came before, ended with an error: the next run may go on, or begin another job
 
 What a row holds, its owner says with the function that reads it (`Journal(..., read)`): conversion/records.py,
 calibrate/store.py. A torn last line (the process died while it was written) is cut off. Any other line passes `read`
@@ -63,6 +64,7 @@ class Journal(Generic[Row]):
     job       what decides the result, as JSON; None before `begin`
     rows      the finished rows, as `read` makes them
     verified  SHA-256 of each file of the result, once it was read back
+    failed    whether the last run ended with an error, and not by being killed or stopped
     found     rows that were there when it was opened
     Raises OutputError if another process holds it, it is damaged, or the folder cannot be written.
     """
@@ -85,6 +87,7 @@ class Journal(Generic[Row]):
         self.rows: list[Row] = []
         self._lines: list[dict[str, Any]] = []  # the rows as JSON
         self.verified: list[str] | None = None  # SHA-256 of each file
+        self.failed = False
         self._removed = False
         busy = f"{out}: another conversion to this file is running; wait for it, or write to another name"
         try:
@@ -142,13 +145,16 @@ class Journal(Generic[Row]):
             sums = record["verified"]
             if not isinstance(sums, list) or not all(is_text(s, 64) and _SHA256.fullmatch(s) for s in sums):
                 raise ValueError("a damaged verdict")
-        else:
+        elif record.keys() != {"failed"}:
             if not is_count(record.get("tensor")) or record["tensor"] != len(self.rows) or self.job is None:
                 raise ValueError("a tensor out of turn")
             self._read(record)
         return record
 
     def _take(self, record: dict[str, Any]) -> None:
+        self.failed = "failed" in record
+        if self.failed:
+            return
         if "job" in record:
             self.job = record["job"]
         elif "verified" in record:
@@ -165,6 +171,11 @@ class Journal(Generic[Row]):
         """Note that the result was read back. sums: SHA-256 of each file."""
         self.append({"verified": sums})
 
+    def fail(self) -> None:
+        """Note that this run ends with an error. Nothing, where no job was begun."""
+        if self.job is not None and not self._file.closed:
+            self.append({"failed": True})
+
     def append(self, record: dict[str, Any]) -> None:
         """Add one line: {"job": ...}, {"tensor": number of the row, ...} or {"verified": ...}. Raises ValueError."""
         write_all(self._file, json.dumps(self._checked(record), separators=(",", ":")).encode() + b"\n")
@@ -176,7 +187,7 @@ class Journal(Generic[Row]):
     def cut(self, n_rows: int) -> None:
         """Forget all rows but the first n_rows, and the verdict."""
         del self.rows[n_rows:], self._lines[n_rows:]
-        self.verified = None
+        self.verified, self.failed = None, False
         keep = [{"job": self.job}, *self._lines] if self.job is not None else []
         data = b"".join(json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in keep)
         self._file.seek(0)

@@ -116,7 +116,7 @@ class _Watched(ABC):
         params.n_seq_max, params.n_threads, params.n_threads_batch = 1, threads or cores(), threads or cores()
         if not whole:
             params.embeddings, params.pooling_type = True, POOLING_NONE  # every token counts to the last layer
-        # keys and values as they are: fp16, which flash attention rounds them to, would be felt by all that comes behind
+        # keys and values as they are: flash attention rounds them to fp16, which all that comes behind would feel
         params.type_k = params.type_v = F32_TYPE
         params.flash_attn_type = NO_FLASH_ATTENTION
         params.offload_kqv = params.op_offload = False

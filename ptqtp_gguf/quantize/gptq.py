@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..codec import TP2_1, TP2_2, TensorType, native
-from ..errors import QuantizeError
+from ..errors import MomentsError, QuantizeError
 from .cuda import driver as nvidia
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def calibrate(
     h      float32 (C, C), second moments of the inputs; on the same device, which decides where the work is done
     cross  float32 (C, C), sum of c * x_full xT, x as in h, x_full the same input in the unquantized model; or None
     kind   TP2_1 or TP2_2
-    Raises QuantizeError where h or cross is not finite, or h has no direction with any power.
+    Raises MomentsError where h or cross is not finite, or h has no direction with any power; QuantizeError.
     """
     settings = settings or Settings()
     cols = w.shape[1]
@@ -203,7 +203,7 @@ def _prepare(h: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     diagonal = h.diagonal().double()
     mean = float(diagonal.mean())
     if not (np.isfinite(mean) and mean > 0 and bool(torch.isfinite(h).all())):
-        raise QuantizeError("second moments are not finite or all zero")
+        raise MomentsError("second moments are not finite or all zero")
     scaled = h.double() / mean
     dead = diagonal <= 0
     scaled.diagonal()[dead] = 1.0
@@ -217,7 +217,7 @@ def _prepare(h: Tensor, damp: float) -> tuple[Tensor, Tensor]:
             if not int(failed):
                 return damped.float(), u.float().contiguous()
         if damp >= MAX_DAMP:
-            raise QuantizeError("second moments are singular")
+            raise MomentsError("second moments are singular")
         damp = min(max(damp * 4, 1e-3), MAX_DAMP)
 
 
@@ -226,7 +226,7 @@ def _aimed(w: Tensor, h: Tensor, cross: Tensor, settings: Settings, limit: float
     import torch
 
     if not bool(torch.isfinite(cross).all()):
-        raise QuantizeError("moments with the unquantized inputs are not finite")
+        raise MomentsError("moments with the unquantized inputs are not finite")
     mean = h.diagonal().double().mean()
     damped = h.double() / mean
     damped.diagonal().add_(settings.damp)

@@ -28,10 +28,10 @@ import numpy as np
 
 from .. import __version__
 from ..codec import DEFAULT, TensorType, TritPlanes
-from ..errors import TuneError
+from ..errors import PtqtpError, TuneError
 from ..plan import TuneSettings
 from ..progress import Progress, no_progress
-from ..source import stamp
+from ..source import stamp, transformers_reason
 from .trainer import Batches, Measure, Run
 
 if TYPE_CHECKING:
@@ -189,6 +189,11 @@ def _student(
         raise TuneError(
             f"{folder}: the model does not fit in the memory of {device}; take a larger GPU, or cpu"
         ) from None
+    except (PtqtpError, MemoryError):
+        raise
+    except Exception as e:  # of a family that is not as this expects
+        why = transformers_reason(e) or "no reason given"
+        raise TuneError(f"{folder}: this model cannot be tuned: {type(e).__name__}: {why}") from e
     return student
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from ..calibrate import ENDS, HELD_OUT, Work, mapping, quiet, rows_in
+from ..calibrate import ENDS, HELD_OUT, Work, explained, mapping, quiet, rows_in, whole_model
 from ..codec import F32
 from ..files import F32_ID, FLOAT_IDS, TensorInfo
 from ..llamacpp import ggml
@@ -20,16 +18,13 @@ MOST_HELD_OUT = 64  # windows; a measure of more would cost as much as the steps
 def run(work: Work) -> None:
     """Tune the planes in the store, norms and biases. Raises TuneError, CalibrationError, OutputError."""
     import torch
-    import transformers
 
     found = work.checkpoint("--tune")
     windows = work.tune_tokens()
     held = _held_out(len(windows))
     work.progress("tuning", 0, work.how.tune_steps, "finding the model's tensors")
-    with quiet():
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            found.folder, local_files_only=True, trust_remote_code=found.trust_code, dtype="auto"
-        )
+    with quiet(), explained(found.folder, "transformers cannot load it"):
+        model = whole_model(found.folder, found.trust_code)
     params = dict(model.named_parameters())
     links: dict[str, tuple[TensorInfo, mapping.Link]] = {}  # by parameter
     fixed: dict[str, F32] = {}

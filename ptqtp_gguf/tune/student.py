@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..calibrate import quiet, whole_model
 from ..codec import DEFAULT, TensorType
 from ..errors import TuneError
 from ..quantize import GROUP, Tensor, code_scales, latent_start, nearest_in_chain, nearest_levels
@@ -42,9 +43,14 @@ class _Given(nn.Module):  # type: ignore[misc]
         self.hidden: Tensor = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+        return _Output((self.hidden,))
 
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+
+class _Output(tuple):  # type: ignore[type-arg]
+    """What a body returns: its states, and None for all else that some family's head asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
 
 
 class _Vector(NamedTuple):
@@ -344,22 +350,12 @@ def _device(name: str) -> Any:
 
 
 def _load(folder: Path, trust_code: bool) -> Any:
-    import transformers
-    from transformers.utils import logging
-
-    version = tuple(int(n) for n in transformers.__version__.split(".")[:2])
-    option = "dtype" if version >= (4, 56) else "torch_dtype"
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_code, **{option: "auto"}
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise TuneError(f"{folder}: transformers cannot load it: {transformers_reason(e)}") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with quiet():
+        try:
+            model = whole_model(folder, trust_code)
+        except Exception as e:
+            why = transformers_reason(e) or type(e).__name__
+            raise TuneError(f"{folder}: transformers cannot load it: {why}") from None
     if model.get_output_embeddings() is None:
         raise TuneError(f"{folder}: {type(model).__name__} has no output head; it cannot be tuned")
     return model

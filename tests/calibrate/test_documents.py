@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,19 +70,17 @@ def test_ends_of_lines(tmp_path: Path) -> None:
         "[]",
         "[1, 2, 3]",
         "[null]",
-        '["a", "b"]\n["c"]\n',
         '["not closed\n',
         "{curly} prose\nand more\n",
         "{",
-        "{}",
-        '{"key": "no text of ours"}\n{"key": 2}\n',
-        '{"text": "not closed\n',
-        '{\n"text": "an object over lines"\n}\n',
         "{%- a template %}\n",
+        "{'text': 'a line of Python'}\n",
+        '{"a", "b"};\n',
         '"text"\n',
         "null\n",
         "7\n",
-        '{"text": "a"} and more\n',
+        "text\nThe first line is a word.\n",
+        "The text, as it is\n",
     ],
 )
 def test_prose_that_begins_like_json(tmp_path: Path, text: str) -> None:
@@ -98,6 +102,26 @@ def test_json_lines_by_content(tmp_path: Path) -> None:
     data = '{"n": 1, "text": "one"}\n\n  \n{"content": "tw\\u00f6", "text": null}\n{"text": "three", "content": "x"}'
     for name in ("text", "text.txt", "text.json", "text.jsonl", "text.jsonl.txt"):
         assert texts(tmp_path, data, name) == ["one", "tw\u00f6", "three"]
+
+
+def test_lists_in_lines(tmp_path: Path) -> None:
+    for name in ("text", "text.jsonl"):
+        assert texts(tmp_path, '["a", "b"]\n\n["c"]\n', name) == ["a", "b", "c"]
+        talks = [[dict(TALK[0]), dict(TALK[1])], [{"from": "human", "value": "Again."}]]
+        for data in (lines(*talks), json.dumps(talks)):
+            assert [d.messages for d in found(tmp_path, data, name)] == [
+                (("user", "Hi."), ("assistant", "Hello!")),
+                (("user", "Again."),),
+            ]
+
+
+def test_objects_over_several_lines(tmp_path: Path) -> None:
+    """As editors and jq write them: one, or one behind the other; an array in a file of another name."""
+    for name in ("text", "text.json", "text.jsonl"):
+        one = json.dumps({"id": 1, "text": "a"}, indent=2)
+        assert texts(tmp_path, one, name) == ["a"]
+        assert texts(tmp_path, one + "\n" + one + "\n", name) == ["a", "a"]
+        assert texts(tmp_path, json.dumps([{"text": "a"}, {"text": "b"}], indent=2), name) == ["a", "b"]
 
 
 def test_the_name_decides_where_the_first_line_does_not(tmp_path: Path) -> None:
@@ -146,6 +170,7 @@ def test_records_without_text_are_left_out(tmp_path: Path) -> None:
         (r"\ude00\ud83d", "\ufffd\ufffd"),
         (r"\ud83d\ude00\ud83d", "\U0001f600\ufffd"),
         (r"x\ud83d\ude00y", "x\U0001f600y"),
+        (r"a\u0000b", "a\ufffdb"),
     ],
 )
 def test_halves_of_pairs(tmp_path: Path, escapes: str, text: str) -> None:
@@ -165,52 +190,95 @@ def test_whole() -> None:
     assert whole("\ud83d") == whole("\ude00") == "\ufffd"
 
 
-# ---- conversations ----
+# ---- packed, encoded ----
 
 
-@pytest.mark.parametrize("key", ["messages", "conversations", "conversation"])
-@pytest.mark.parametrize(("role", "content"), [("role", "content"), ("from", "value")])
-@pytest.mark.parametrize(("user", "answerer"), [("user", "assistant"), ("human", "gpt")])
-def test_conversations(tmp_path: Path, key: str, role: str, content: str, user: str, answerer: str) -> None:
-    turns = [{role: "system", content: "Be."}, {role: user, content: "Hi."}, {role: answerer, content: "Yes?\n"}]
-    got = found(tmp_path, lines({"id": 1, key: turns}, {key: turns[1:]}))
-    messages = (("system", "Be."), ("user", "Hi."), ("assistant", "Yes?\n"))
-    assert got == [Document("Be.\n\nHi.\n\nYes?\n", messages), Document("Hi.\n\nYes?\n", messages[1:])]
-
-
-def test_parts_of_messages(tmp_path: Path) -> None:
-    parts = [{"type": "image", "url": "x"}, {"type": "text", "text": "What "}, "no part", {"text": "is it?"}]
-    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"text": "A cat."}]}]
-    got = found(tmp_path, lines({"messages": turns}))
-    assert got == [Document("What is it?\n\nA cat.", (("user", "What is it?"), ("assistant", "A cat.")))]
-
-
-def test_a_part_whose_text_is_null(tmp_path: Path) -> None:
-    """As data sets with one form for all parts have pictures."""
-    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
-    assert texts(tmp_path, lines({"messages": [{"role": "user", "content": parts}]})) == ["What is it?"]
-
-
-def test_other_roles_are_left_out(tmp_path: Path) -> None:
-    tool = [{"role": "tool", "content": "42"}, {"from": "observation", "value": "x"}, {"content": "of nobody"}]
-    no_text = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "user", "content": 7}]
-    got = found(tmp_path, lines({"messages": [TALK[0], *tool, *no_text, TALK[1]]}))
-    assert got == [Document("Hi.\n\nHello!", (("user", "Hi."), ("assistant", "Hello!")))]
-
-
-def test_text_goes_before_messages(tmp_path: Path) -> None:
-    assert found(tmp_path, lines({"messages": TALK, "text": "rendered"})) == [Document("rendered")]
-    assert texts(tmp_path, lines({"messages": 7, "conversations": TALK})) == ["Hi.\n\nHello!"]
-
-
-# ---- gzip ----
-
-
-def test_gzip_by_content(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, bytes])
+def test_packed_by_content(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """Whatever the name says."""
     for data, want in (("One\ntwo.", ["One\ntwo."]), (lines({"text": "a"}), ["a"]), ('["a", "b"]', ["a", "b"])):
-        for name in ("text", "text.gz", "text.txt", "text.jsonl.gz"):
-            if name != "text.jsonl.gz" or data.startswith("{"):
-                assert texts(tmp_path, gzip.compress(data.encode()), name) == want
+        for name in ("text", "text.gz", "text.txt", "text.xz", "text.jsonl.gz"):
+            if name != "text.jsonl.gz" or data[0] in "[{":
+                assert texts(tmp_path, pack(data.encode()), name) == want
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_other_encodings_with_a_mark(tmp_path: Path, encoding: str) -> None:
+    """As PowerShell and Excel write."""
+    for data, want in (
+        ("\u00dcber\r\n\U0001f600.", ["\u00dcber\n\U0001f600."]),
+        (lines({"text": "a"}, {"text": "\u00e4"}), ["a", "\u00e4"]),
+        ("id\ttext\r\n1\ta\r\n2\tb\r\n", ["a", "b"]),
+    ):
+        marked = data if encoding in ("utf-16", "utf-32") else "\ufeff" + data  # the first two write it themselves
+        assert texts(tmp_path, marked.encode(encoding)) == want
+        assert texts(tmp_path, gzip.compress(marked.encode(encoding))) == want
+
+
+# ---- tables ----
+
+
+def test_tables(tmp_path: Path) -> None:
+    """By the header: a column that we know, or the name of the file; quotes, line breaks and empty cells in it."""
+    rows = [["id", "Text"], ["1", 'She said "a, b".'], ["2", ""], ["3", "two\nlines"], ["4"], ["5", "c"]]
+    for delimiter in ",;\t":
+        out = io.StringIO()
+        csv.writer(out, delimiter=delimiter).writerows(rows)
+        for name in ("text", "text.csv" if delimiter != "\t" else "text.tsv"):
+            if (name, delimiter) != ("text.csv", ";"):
+                assert texts(tmp_path, out.getvalue(), name) == ['She said "a, b".', "two\nlines", "c"]
+    assert texts(tmp_path, "text\na\nb, c\n", "one.csv") == ["a", "b"]
+    assert texts(tmp_path, "text\na\nb\n", "one.txt") == ["text\na\nb\n"]
+    got = found(tmp_path, "instruction,input,output\nAdd.,1 and 2,3\n")
+    assert got[0].messages == (("user", "Add.\n\n1 and 2"), ("assistant", "3"))
+    before = csv.field_size_limit()
+    assert texts(tmp_path, f"id,text\n1,{'x' * 200_000}\n") == ["x" * 200_000]
+    assert csv.field_size_limit() == before
+    for name, data in (("a.csv", "label,sentence\n1,x\n"), ("a.tsv", "x\n")):
+        with pytest.raises(CalibrationError, match=rf'{name}: no column "text"; it has: ') as e:
+            found(tmp_path, data, name)
+        assert "\n" not in str(e.value)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = pa.table({"n": [1, 2, 3], "text": ["a", None, "b"]})
+    pq.write_table(table, tmp_path / "any.name")
+    assert [d.text for d in read(tmp_path / "any.name", "x")] == ["a", "b"]
+    pq.write_table(pa.table({"messages": [TALK, None]}), tmp_path / "talk.parquet")
+    assert [d.messages for d in read(tmp_path / "talk.parquet", "x")] == [(("user", "Hi."), ("assistant", "Hello!"))]
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "none.parquet")
+    with pytest.raises(CalibrationError, match=r'none\.parquet: no column "text"; it has: n'):
+        read(tmp_path / "none.parquet", "x")
+    (tmp_path / "damaged").write_bytes(b"PAR1" + bytes(20))
+    with pytest.raises(CalibrationError, match="damaged: damaged parquet: ") as e:
+        read(tmp_path / "damaged", "x")
+    assert "\n" not in str(e.value)
+
+
+# ---- folders ----
+
+
+def test_folders(tmp_path: Path) -> None:
+    """All files of text in it, in order of their names, each by its content; what is none is told of."""
+    folder = tmp_path / "texts"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "b.txt").write_text("Prose.")
+    (folder / "a.jsonl").write_text(lines({"text": "one"}, {"text": "two"}))
+    (folder / "deeper" / "c").write_bytes(gzip.compress(b'["three"]'))
+    for name, data in (("empty.txt", b""), ("picture.png", b"\x89PNG\r\n\x1a\n\xff"), (".hidden", b"not this")):
+        (folder / name).write_bytes(data)
+    told: list[str] = []
+    assert [d.text for d in read(folder, "it", told.append)] == ["one", "two", "Prose.", "three"]
+    assert [re.sub(r"^left out: .*/", "", t).split(":")[0] for t in told] == ["empty.txt", "picture.png"]
+    (folder / "damaged.jsonl").write_text('{"text": "a"}\nno JSON\n')
+    with pytest.raises(CalibrationError, match=r"damaged\.jsonl: line 2: not valid JSON"):
+        read(folder, "it")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(CalibrationError, match=r"^it: a folder without a file of text$"):
+        read(tmp_path / "none", "it")
 
 
 # ---- refused ----
@@ -225,9 +293,15 @@ def test_gzip_by_content(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"text": 1}\n', "line 2", 'no "text" in it; it has: text$'),
         ('{"text": "a"}\n{}\n', "line 2", 'no "text" in it; it has: nothing$'),
         ('{"text": "a"}\n[1]\n', "line 2", 'no "text" in it; it has: list$'),
+        ('{"key": "no text of ours"}\n{"key": 2}\n', "line 1", 'no "text" in it; it has: key$'),
+        ("{}", "line 1", 'no "text" in it; it has: nothing$'),
+        ('{"text": "not closed\n', "line 1", "not valid JSON"),
+        ('{"text": "a"} and more\n', "line 1", "not valid JSON"),
+        ('[{"text": "a"},\n{"te', "line 1", "not valid JSON"),
+        ('["a",\n"b"', "line 1", "not valid JSON"),
         ('{"text": "a"}\n7\n', "line 2", 'no "text" in it; it has: int$'),
         ('{"text": "a"}\n{"messages": ["x"]}\n', "line 2", 'no "text" in it; it has: messages$'),
-        ('{"text": "a"}\n{"messages": [{"role": "tool", "content": "x"}]}\n', "line 2", 'no "text" in it'),
+        ('{"text": "a"}\n{"messages": [{"from": "tool", "value": "x"}]}\n', "line 2", 'no "text" in it'),
         ('["a", "b", 7]', "record 3", 'no "text" in it; it has: int$'),
         ('["a", {"txt": 7}]', "record 2", 'no "text" in it; it has: txt$'),
         ('{"text": "a"}\n' + "[" * 100_000, "line 2", r"not valid JSON \(nested too deeply\)$"),
@@ -249,8 +323,10 @@ def test_lines_are_counted_from_the_first(tmp_path: Path) -> None:
 def test_a_first_line_that_is_none_in_jsonl(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"a\.jsonl: line 1: not valid JSON"):
         found(tmp_path, "plain\n", "a.jsonl")
-    with pytest.raises(CalibrationError, match=r'a\.jsonl: line 1: no "text" in it; it has: list'):
-        found(tmp_path, '["a"]\n', "a.jsonl")
+    with pytest.raises(CalibrationError, match=r'a\.jsonl: line 1: no "text" in it; it has: int'):
+        found(tmp_path, "7\n", "a.jsonl")
+    with pytest.raises(CalibrationError, match=r"a\.json: line 1: not valid JSON"):
+        found(tmp_path, "[Chorus]\n", "a.json")
 
 
 @pytest.mark.parametrize(
@@ -261,10 +337,15 @@ def test_a_first_line_that_is_none_in_jsonl(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf", "holds no text"),
         (gzip.compress(b" "), "holds no text"),
         (b'[""]', "holds no text"),
-        (b"text\0text", r"holds zero bytes; is it a binary file\?"),
-        (b'{"text": "a\\u0000"}', "holds zero bytes"),
-        (b"text \xff", r"no UTF-8 text \(byte 5 of a part\); is it a binary file\?"),
-        (b"\xff\xfet\0e\0x\0t\0", "no UTF-8 text"),
+        (b"text\0text", r"holds zero bytes; is it a binary file, or UTF-16 without a mark\?"),
+        ("text".encode("utf-16-le"), "holds zero bytes"),
+        (b"text \xff", r"no UTF-8 text; is it a binary file, or of another encoding\? Save it as UTF-8$"),
+        (b"\xff\xfet\0e\0x", "no UTF-8 text"),
+        (b"PK\3\4rest", "is a zip archive or an Office document"),
+        (b"\x28\xb5\x2f\xfdrest", "is packed with zstd; unpack it"),
+        (b"%PDF-1.7", "is a PDF"),
+        (b"{\\rtf1 text}", "is an RTF document"),
+        (b"GGUF\3\0\0\0", "is a GGUF file, a model"),
         ("f\u00fcr".encode("latin-1"), "no UTF-8 text"),
         (b"\xed\xa0\xbd", "no UTF-8 text"),
         (gzip.compress(b"text \xff"), "no UTF-8 text"),
@@ -281,16 +362,9 @@ def test_files_without_text(tmp_path: Path, data: bytes, why: str) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_a_name_that_promises_gzip(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"^text\.gz: Not a gzipped file"):
-        found(tmp_path, "plain", "text.gz")
-
-
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"^it: no such file; --calib takes a text file, builtin, self"):
+    with pytest.raises(CalibrationError, match=r"^it: no such file; --calib takes a text file or a folder"):
         read(tmp_path / "none", "it")
-    with pytest.raises(CalibrationError, match=r"^it: is a folder; --calib takes"):
-        read(tmp_path, "it")
     with pytest.raises(CalibrationError, match=r"^it: File name too long$"):
         read(tmp_path / ("x" * 300), "it")
 
@@ -371,7 +445,7 @@ def test_any_bytes(tmp_path: Path, kind: str) -> None:
             for _ in range(int(rng.integers(1, 4))):
                 changed[int(rng.integers(0, len(changed)))] = int(rng.integers(0, 256))
             data = bytes(changed[: int(rng.integers(1, len(changed) + 1))] if i % 2 else changed)
-        name = ("text", "text.jsonl", "text.json")[i % 3]
+        name = ("text", "text.jsonl", "text.txt")[i % 3]
         try:
             got = found(tmp_path, data, name)
         except CalibrationError as e:

@@ -34,6 +34,7 @@ MODELS = {
         "Gemma2",
         "gemma2",
         config=dict(tie_word_embeddings=True, head_dim=64, sliding_window=8, query_pre_attn_scalar=64),
+        table=True,
     ),
     "mixtral": Family("Mixtral", "llama", (EXPERTS,), config=dict(num_local_experts=4, num_experts_per_tok=2)),
 }
@@ -63,7 +64,7 @@ CALLED = {  # what transformers computes in a form of its own
         bpe=True,
     ),
 }
-SAME = 2e-3  # the runtime keeps keys and values in fp16, and looks GELU up in a table of it
+SAME, BY_TABLE = 3e-6, 1e-3  # of float32; where the runtime looks GELU up in a table of fp16
 EXACT = 1e-6  # before the first attention
 SUMMED = N - 1  # the last of five windows is held out
 
@@ -104,7 +105,7 @@ def test_equals_a_forward_of_the_whole_model(tmp_path: Path, name: str) -> None:
     expected, counts = seen.squares(), seen.counts()
     assert len(expected) > (8 if "attn_qkv" in family.blocks[0] else 12)
     for n, h in expected.items():
-        assert distance(got[n], h) < SAME, n
+        assert distance(got[n], h) < (BY_TABLE if family.table else SAME), n
         assert of[n].counts == counts[n]
         assert sum(of[n].counts) == SUMMED * WINDOW * (2 if "_exps" in n else 1)  # two experts a token
     first = "blk.0.attn_qkv.weight" if "attn_qkv" in family.blocks[0] else "blk.0.attn_q.weight"
@@ -128,7 +129,7 @@ def test_experts_are_seen_one_by_one(mixtral: Path, tmp_path: Path) -> None:
     moments = gather(mixtral, some_tokens(), tmp_path / "kept")
     up = by_tensor(moments)["blk.0.ffn_up_exps.weight"]
     assert up.tensors == ["blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"] and up.used == 2
-    assert up.few(max(up.counts)) == [i for i in range(4) if up.counts[i] < max(up.counts)] != []
+    assert len(set(up.counts)) > 1
     down = by_tensor(moments)["blk.0.ffn_down_exps.weight"]
     assert down.counts == up.counts and down.used == 1 and down.cols == 192
     assert np.linalg.norm(moments.second(up, 0) - moments.second(up, 1)) > 0.1 * np.linalg.norm(moments.second(up, 0))
@@ -247,8 +248,16 @@ def test_killed_and_taken_up_again(llama: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "model.gguf").symlink_to(llama)
     kept = tmp_path / "kept"
     folders = [str(Path(__file__).parent), str(REPO / "tests" / "support")]
-    command = [sys.executable, "-P", "-c", KILLED, str(tmp_path), *folders]  # -P: the package that is installed
-    killed = subprocess.run(command, timeout=300, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), *folders]
+    killed = subprocess.run(
+        command,
+        timeout=300,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,  # not in the repository, whose package may lack its library
+    )
     assert killed.returncode == -9, killed.stderr
     assert json.loads((kept / "index.json").read_text())["done"] == 3
     with pytest.raises(CalibrationError, match=r"was not finished; give --calib TEXT as before"):

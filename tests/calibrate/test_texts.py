@@ -119,7 +119,7 @@ def test_files(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', r'line 2: no "text" in it; it has: txt'),
         ("b.jsonl", b'{"text": 1}\n', 'no "text"'),
         ("c.jsonl", b"{text\n", "line 1: not valid JSON"),
-        ("d.jsonl.gz", b"no gzip", "Not a gzipped file"),
+        ("d.jsonl.gz", b"no gzip", "line 1: not valid JSON"),
         ("e.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999, mtime=0)[:-20], "ended before"),
     ],
 )
@@ -136,6 +136,23 @@ def test_no_data_set_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         load("some/data")
+
+
+def test_the_file_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the cache of the hub: not what is about the data; what is for training first."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "datasets--some--data"
+    files = cached / "snapshots" / ("0" * 40)
+    files.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    for name in ("README.txt", "dataset_infos.json", "dataset_dict.json", "requirements.txt"):
+        (files / name).write_text("{}")
+    (files / "eval.csv").write_text("id,text\n1,eval\n")
+    assert load("some/data").text == "eval"
+    (files / "z-train.json").write_text('[{"instruction": "a", "output": "b"}]')
+    assert load("some/data").text == "a\n\nb"
 
 
 def test_bad_texts(words: Checkpoint, bpe: Checkpoint, tmp_path: Path) -> None:

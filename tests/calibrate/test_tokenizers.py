@@ -11,6 +11,8 @@ from bench_models import write_llama
 from helpers import rewritten
 from talking_model import BLANK, LETTERS, SPECIAL, TEMPLATE, write_talking_model
 
+from ptqtp_gguf.calibrate.documents import Document
+from ptqtp_gguf.calibrate.texts import Text, tokens
 from ptqtp_gguf.calibrate.tokenizers import RuntimeTokenizer
 from ptqtp_gguf.errors import CalibrationError, InputError
 from ptqtp_gguf.files.gguf import kv_scalar
@@ -77,6 +79,21 @@ def test_render(model: Model) -> None:
     )
     for none in (None, ""):
         assert RuntimeTokenizer(model, none).render(TALK) is None
+
+
+PARTS = "{% for m in messages %}<|im_start|>{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "shown"), [(PARTS, "<|im_start|>hi<|im_start|>yes"), ("<|im_start|>", "")])
+def test_the_texts_are_calibrated_on(model: Model, template: str, shown: str) -> None:
+    """In the form that the template takes; where it loses them, without it."""
+    it = RuntimeTokenizer(model, template)
+    talk = Document("hi\nyes", (("user", "hi"), ("assistant", "yes")))
+    text = Text("t", talk.text * 20, (talk,) * 20)
+    ids = set(tokens([text], it, 8, 24).ravel().tolist())
+    assert set(letters("hiyes")) <= ids and (START in ids) == bool(shown)
+    if shown:
+        assert it.render(TALK) == shown
 
 
 @pytest.mark.parametrize(

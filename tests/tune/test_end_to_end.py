@@ -76,7 +76,11 @@ def planes_of(model: Any, kind: TensorType = TP2_1) -> dict[str, Planes]:
     planes = {}
     plain = type(model.get_input_embeddings()) is torch.nn.Embedding  # not Gemma's, which multiplies
     for name, p in model.named_parameters():
-        if p.ndim == 2 and ("proj" in name or "lm_head" in name or ("embed" in name and plain)):
+        if (
+            p.ndim == 2
+            and p.shape[1] % 32 == 0
+            and ("proj" in name or "lm_head" in name or ("embed" in name and plain))
+        ):
             w = p.detach().numpy()
             digits, codes = search.FITS[kind.id](w.reshape(-1, 32), None)
             levels = kind.to_levels(digits).reshape(w.shape)
@@ -355,6 +359,15 @@ def test_what_is_not_tuned_is_told(text: tuple[Any, Any], tmp_path: Path) -> Non
     assert len(got.notes) == len(experts) + 1 and all("not tuned" in n for n in got.notes)
     assert "lm_head.weight: not tuned, it is model.embed_tokens.weight too" in got.notes
     assert all(np.array_equal(got.planes[n].codes, odd.codes) for n in [*experts, "lm_head.weight"])
+    assert min(m.held_out for m in got.history) < got.history[0].held_out
+
+
+def test_a_model_of_states(text: tuple[Any, Any], tmp_path: Path) -> None:
+    """Without attention: its head asks for other things than those of other families."""
+    model = make_model("Mamba", tmp_path, state_size=4)
+    planes = {n: p for n, p in planes_of(model).items() if n.endswith(("in_proj.weight", "out_proj.weight"))}
+    got = tune(tmp_path, planes, text[0], text[0], QUICK)
+    assert len(got.planes) == 4 and not got.notes
     assert min(m.held_out for m in got.history) < got.history[0].held_out
 
 
