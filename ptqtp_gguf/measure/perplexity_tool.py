@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..errors import BenchError, InputError, Interrupted
+from ..errors import BenchError, InputError, Interrupted, RuntimeMissing
 from ..files import check_space, write_text
-from ..llamacpp import install
+from ..llamacpp import install, why_not_loadable
 from ..progress import Progress, no_progress
 from ..source import GgufSource
 from .quality import Evaluation
@@ -93,7 +93,7 @@ def _logits(file: File, text: Text, ctx: int, windows: int, words: list[str], fo
         part, scored = path.with_suffix(".partial"), path.with_suffix(".txt")
         write_text(scored, text.text)
         line = ["-m", str(file.parts[0]), "-f", str(scored), "--kl-divergence-base", str(part), *words]
-        install.run_tool("llama-perplexity", *line)
+        _tool(file.parts[0], *line)
         scored.unlink()
         part.replace(path)
     with open(path, "rb") as f:
@@ -104,10 +104,20 @@ def _logits(file: File, text: Text, ctx: int, windows: int, words: list[str], fo
     return path, n
 
 
+def _tool(path: Path, *words: str) -> str:
+    """What llama-perplexity prints. Raises InputError where the runtime does not load the file, RuntimeMissing."""
+    try:
+        return install.run_tool("llama-perplexity", *words)
+    except RuntimeMissing:
+        if why := why_not_loadable(path):
+            raise InputError(f"{path}: the runtime cannot load this file: {why}") from None
+        raise
+
+
 def _figures(path: Path, words: list[str], windows: int, ctx: int) -> Quality:
     """One file against the logits; again where the tool lost the end of what it printed."""
     for _ in range(RETRIES):
-        printed = install.run_tool("llama-perplexity", "-m", str(path), *words, "--kl-divergence")
+        printed = _tool(path, "-m", str(path), *words, "--kl-divergence")
         if LAST.search(printed):
             break
     return parse(printed, windows, windows * (ctx - ctx // 2 - 1))

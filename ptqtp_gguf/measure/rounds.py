@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BenchError
-from ..llamacpp import install
+from ..llamacpp import install, why_not_loadable
 from . import machine
 
 Round = dict[str, Any]  # what a round measured, fit for JSON: see one_round
@@ -122,21 +122,13 @@ def _run(args: list[str], file: File, what: str) -> str:
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         lack = "; memory is likely short" if name == "SIGKILL" else ""
-        raise BenchError(f"{file.path}: {what} was ended by {name}{lack}")
+        why = None if lack else why_not_loadable(file.path)
+        raise BenchError(f"{file.path}: {what} was ended by {name}{lack}{f': {why}' if why else ''}")
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        why = _why(file) or (said[-1] if said else "it says nothing")
+        why = why_not_loadable(file.path) or (said[-1] if said else "it says nothing")  # llama-bench does not tell
         raise BenchError(f"{file.path}: {what} failed: {why}")
     return done.stdout
-
-
-def _why(file: File) -> str:
-    """Why the runtime does not load a file: llama-bench tells only when it tells everything. "" if it loads."""
-    args = [str(install.tool("llama-bench")), "-v", "-m", str(file.path), "-p", "1", "-n", "0", "-r", "1"]
-    done = subprocess.run(args, capture_output=True, text=True, errors="replace", check=False)
-    return next(
-        (text for _, mark, text in (x.partition("error loading model: ") for x in done.stderr.splitlines()) if mark), ""
-    )
 
 
 def _llama_bench(file: File, settings: Settings, threads: int) -> dict[str, float]:

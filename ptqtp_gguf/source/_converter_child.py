@@ -1,37 +1,37 @@
 """Runs in the converter's own process: llama.cpp's converter, serving its tensors instead of writing a file.
 
-    python -I -u _converter_child.py CONVERT_HF_TO_GGUF.PY CHECKPOINT_FOLDER
+    python -I -u _converter_child.py CONVERT_HF_TO_GGUF.PY CHECKPOINT_FOLDER JOB
 
-Not imported by the package. The converter runs unchanged up to the point where it would write: two methods of its
-GGUFWriter are replaced, so that header and metadata go to memory by its own code, and the tensors stay lazy until asked
-for. On the original standard output: MAGIC, header length and size of the whole file as uint64, the header; then the
-bytes of one tensor for each index that comes in as a line on standard input. Where the converter lacks a name that
-this needs: REFUSAL, length of the reason, 0, the reason. What the converter prints goes to standard error. End of
-standard input ends the process at once, so none outlives its parent.
+Not imported by the package; JOB is that of _converter_hooks.py, whose hooks are in place here, too. The converter runs
+unchanged up to the point where it would write: two methods of its GGUFWriter are replaced, so that header and metadata
+go to memory by its own code, and the tensors stay lazy until asked for. On the original standard output: MAGIC, header
+length and size of the whole file as uint64, the header; then the bytes of one tensor for each index that comes in as a
+line on standard input. Where the converter lacks a name that this needs: REFUSAL, length of the reason, 0, the reason.
+What the converter prints goes to standard error. End of standard input ends the process at once, so none outlives its
+parent.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import io
+import json
 import mmap
 import os
 import queue
-import runpy
 import signal
 import struct
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 MAGIC, REFUSAL = b"PTQTPbf\x01", b"PTQTPno\x01"
 PIECE = 1 << 19  # weights made at a time
-TRUST = "--trust-remote-code"
-UNTRUSTED = f"the checkpoint brings Python code of its own, which is not run; if you trust it, give {TRUST}"
 
 _WRITER = "open_output_file write_header_to_file write_kv_data_to_file write_ti_data_to_file write_tensors_to_file"
 NEEDED = {
@@ -49,48 +49,32 @@ ATTRIBUTES = {
 }
 
 
-def main(script: Path, folder: str, trust: bool) -> None:
+def main(script: str, folder: str, job: dict[str, Any]) -> None:
     out = os.dup(1)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
     wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(wanted,), daemon=True).start()
-    sys.path[:0] = [str(script.parent / "gguf-py"), str(script.parent)]
+    hooks = _hooks()
+    hooks.converter_first(script)
     import gguf
 
     if absent := missing(gguf):
         send(out, struct.pack("<8sQQ", REFUSAL, len(absent.encode()), 0) + absent.encode())
         return
-    if not trust:
-        distrust()
-    Server(gguf, out, wanted).install()
-    sys.argv = [str(script), folder, "--outtype", "bf16", "--outfile", os.devnull]
-    runpy.run_path(str(script), run_name="__main__")
+    hooks.install(job)
+    Server(gguf, out, wanted, lambda: hooks.say(job, ready=True)).install()
+    hooks.run(script, [folder, "--outtype", "bf16", "--outfile", os.devnull], job)
 
 
-def distrust() -> None:
-    """Keep Python code that lies in the checkpoint's folder from being run, though the converter asks for it.
-
-    What transformers knows by itself is used instead; else the converter ends with UNTRUSTED.
-    """
-    import transformers
-    from transformers import dynamic_module_utils
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise ValueError(UNTRUSTED)
-
-    dynamic_module_utils.get_class_in_module = refuse  # the one place where such code is loaded
-    for name in ("AutoConfig", "AutoTokenizer", "AutoProcessor"):
-        _without_trust(getattr(transformers, name))
-
-
-def _without_trust(auto: Any) -> None:
-    plain = auto.from_pretrained
-
-    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-        return plain(*args, **{**kwargs, "trust_remote_code": False})
-
-    auto.from_pretrained = from_pretrained
+def _hooks() -> Any:
+    """The module beside this one; its folder is not on the path, since names in it are the converter's too."""
+    path = Path(__file__).with_name("_converter_hooks.py")
+    spec = importlib.util.spec_from_file_location("_converter_hooks", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _listen(wanted: queue.SimpleQueue[int]) -> None:
@@ -129,12 +113,15 @@ class Server:
     data that is only cast, rounded to bf16 or stacked from experts, it is made piece by piece and never whole.
     """
 
-    def __init__(self, gguf: Any, out: int, wanted: queue.SimpleQueue[int]) -> None:
+    def __init__(
+        self, gguf: Any, out: int, wanted: queue.SimpleQueue[int], ready: Callable[[], None] = lambda: None
+    ) -> None:
+        """ready: called when all that the hooks tell before the first tensor has been told."""
         import torch
         from conversion import LazyTorchTensor  # from the converter's folder
 
         self.gguf, self.torch, self.lazy_torch = gguf, torch, LazyTorchTensor
-        self.out, self.wanted = out, wanted
+        self.out, self.wanted, self.ready = out, wanted, ready
         self.maps: list[mmap.mmap] = []
         self.quantize = gguf.quants.quantize
 
@@ -193,6 +180,7 @@ class Server:
         """Send the header, then tensors as they are asked for; never returns."""
         gc.collect()  # the tokenizer
         _give_back()
+        self.ready()
         send(self.out, struct.pack("<8sQQ", MAGIC, len(header), size))
         send(self.out, header)
         while True:
@@ -301,4 +289,4 @@ def _give_back() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == [TRUST])
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

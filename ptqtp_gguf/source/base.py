@@ -9,7 +9,7 @@ Both have the same interface, so that the rest does not know which it has.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -38,6 +38,7 @@ class Source(ABC):
     """Tensors and metadata. Use as a context manager."""
 
     path: Path  # what errors call it
+    notes: Sequence[str] = ()  # what of it neither file nor runtime carries, a line each
     kvs: dict[str, KV]
     tensors: list[TensorInfo]
     alignment: int

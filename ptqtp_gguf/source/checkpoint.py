@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
-from ..files import open_regular, parse_json, read_whole
+from ..files import open_regular, parse_json
 from ..llamacpp import install
-from . import _converter_child as child
+from . import _converter_hooks as hooks
+from . import kinds, pre_tokenizers
+from .converter_log import ConverterLog
+from .kinds import load_json, show
 from .pickles import bin_tensors
 
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-MAX_JSON = 256 << 20
 MAX_DIMS = 16  # of a tensor in a shard; GGUF holds 4, but the converter may reshape
 MAX_SIZE = 1 << 62  # of a dimension, and of an offset
 
@@ -54,13 +55,20 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked folder: its architecture, shards, and bytes of weights; whether Python code in it may be run."""
+    """A checked folder.
+
+    architecture   as llama.cpp's converter finds it
+    nbytes         of weights, in the shards
+    trust_code     Python code in it may be run
+    pre_tokenizer  name of it that is given; "" = by the converter's own list
+    """
 
     folder: Path
     architecture: str
     shards: tuple[Path, ...]
     nbytes: int
     trust_code: bool = False
+    pre_tokenizer: str = ""
 
 
 def is_gguf(path: Path) -> bool:
@@ -94,48 +102,70 @@ def _deciding(folder: Path) -> list[Path]:
     return [p for p in files if p.suffix in _DECIDES and not p.name.startswith(".") and not p.is_dir()]
 
 
-def check(folder: Path, trust_code: bool = False) -> Checkpoint:
+def check(folder: Path, trust_code: bool = False, pre_tokenizer: str = "") -> Checkpoint:
     """Check a checkpoint folder without reading a weight. Raises CheckpointError with the first thing that is wrong.
 
-    trust_code: Python code that the folder brings may be run, by llama.cpp's converter and by transformers
+    trust_code     Python code that the folder brings may be run, by llama.cpp's converter and by transformers
+    pre_tokenizer  of a byte-level BPE, by the runtime's name; "" = by the converter's own list
     """
-    config = _load_json(folder / "config.json", "config.json names the architecture; is this a checkpoint folder?")
-    architectures = config.get("architectures")
-    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
-        raise CheckpointError(f"{folder / 'config.json'}: no 'architectures' entry; llama.cpp's converter needs it")
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise CheckpointError(kinds.file_reason(folder))
+        raise CheckpointError(f"{folder}: no such folder")
     try:
+        if not os.path.lexists(folder / "config.json") and (found := kinds.folder_reason(folder)):
+            raise CheckpointError(found)
         for path in _deciding(folder):  # the converter would wait for a pipe for ever
             _regular(path)
+            if wrong := kinds.instead(path):
+                raise CheckpointError(wrong)
     except OSError as e:
         raise CheckpointError(f"{folder}: {e.strerror}") from None
+    hint = "config.json names the architecture; is this a checkpoint folder?"
+    config = load_json(folder / "config.json", hint)
+    architecture = kinds.architecture(folder, config)
+    by = kinds.quantized(config)
+    try:
+        shards, tensors = _weights(folder)
+    except CheckpointError:
+        if by:  # its tensors may be of kinds that we do not know
+            raise CheckpointError(kinds.quantized_reason(folder, by, None)) from None
+        raise
+    if by:
+        raise CheckpointError(kinds.quantized_reason(folder, by, tensors))
+    return Checkpoint(folder, architecture, shards, sum(tensors.values()), trust_code, pre_tokenizer)
+
+
+def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, int]]:
+    """The shards, and bytes of each tensor. Raises CheckpointError."""
     for index, single, others, tensors_of in (
         (INDEX, "model.safetensors", "model*.safetensors", shard_tensors),
         (BIN_INDEX, "pytorch_model.bin", "pytorch_model*.bin", bin_tensors),
     ):
         if os.path.lexists(folder / index):
-            shards, nbytes = _check_sharded(folder, folder / index, tensors_of)
-            return Checkpoint(folder, architectures[0], shards, nbytes, trust_code)
+            return _check_sharded(folder, folder / index, tensors_of)
         found = sorted(folder.glob(others))
         if folder / single in found:
             if len(found) > 1:  # the converter would read them all
                 extra = next(p.name for p in found if p.name != single)
                 raise CheckpointError(f"{folder}: {extra} stands beside {single} and there is no {index}; remove one")
-            nbytes = sum(tensors_of(folder / single).values())
-            return Checkpoint(folder, architectures[0], (folder / single,), nbytes, trust_code)
+            return (folder / single,), tensors_of(folder / single)
         if found:
             raise CheckpointError(
                 f"{folder}: no model.safetensors and no {INDEX}: found {found[0].name}, but no {single} and no {index}"
             )
-    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    if not names and (other := kinds.folder_reason(folder)):
+        raise CheckpointError(other)
     hint = f"found {names[0]}, but no {INDEX}" if names else "no safetensors and no pytorch_model.bin"
     raise CheckpointError(f"{folder}: no model.safetensors and no {INDEX}: {hint}")
 
 
 def _check_sharded(
     folder: Path, index_path: Path, tensors_of: Callable[[Path], dict[str, int]]
-) -> tuple[tuple[Path, ...], int]:
+) -> tuple[tuple[Path, ...], dict[str, int]]:
     index = index_path.name
-    weight_map = _load_json(index_path, "").get("weight_map")
+    weight_map = load_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no 'weight_map'")
     wanted: dict[str, set[str]] = {}
@@ -151,7 +181,7 @@ def _check_sharded(
                 "which is not a plain file name"
             )
         wanted.setdefault(shard, set()).add(tensor)
-    total = 0
+    tensors: dict[str, int] = {}
     owner: dict[str, str] = {}
     for shard in sorted(wanted):
         if not os.path.lexists(folder / shard):
@@ -164,18 +194,12 @@ def _check_sharded(
         for name in present:
             if owner.setdefault(name, shard) != shard:
                 raise CheckpointError(f"{folder}: tensor {show(name)} stands in both {owner[name]} and {shard}")
-        total += sum(present.values())
+        tensors |= present
     if extra := sorted(set(owner) - set(weight_map)):  # the converter refuses it too, later
         raise CheckpointError(
             f"{folder / owner[extra[0]]}: tensor {show(extra[0])} is not named by {index}; is it another model's index?"
         )
-    return tuple(folder / s for s in sorted(wanted)), total
-
-
-def show(text: str) -> str:
-    """A name from a file, fit for one line of a message."""
-    text = "".join(c if c.isprintable() else "?" for c in text[:100])
-    return text[:97] + "..." if len(text) == 100 else text
+    return tuple(folder / s for s in sorted(wanted)), tensors
 
 
 def _regular(path: Path) -> int:
@@ -262,37 +286,24 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _load_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        data = parse_json(read_whole(path, MAX_JSON, CheckpointError))
-    except CheckpointError as e:
-        raise CheckpointError(f"{e}; {hint}" if hint and not path.is_file() else str(e)) from None
-    except ValueError as e:
-        raise CheckpointError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return data
-
-
 def to_bf16_gguf(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
     """Run llama.cpp's converter: checkpoint -> bf16 GGUF at `out`. Yields its log lines as they come.
 
-    Raises CheckpointError if the converter fails, with its own last word; the process dies with the generator.
+    Raises CheckpointError if the converter fails, with the reason; the process dies with the generator.
     """
-    script = install.converter()
+    script, log = install.converter(), ConverterLog()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    guard = child.TRUST if checkpoint.trust_code else child.__file__
-    command = [sys.executable, "-I", "-u", "-c", _LAUNCH, guard, str(script), str(checkpoint.folder)]
+    job = log.job(checkpoint.trust_code, checkpoint.pre_tokenizer)
+    command = [sys.executable, "-I", "-u", hooks.__file__, str(script), job, str(checkpoint.folder)]
     command += ["--outtype", "bf16", "--outfile", str(out)]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     assert process.stdout is not None
-    lines: list[str] = []
     try:
         for line in process.stdout:
-            lines = [*lines[-200:], line.rstrip()]
-            yield line.rstrip()
+            if not log.take(line.rstrip()):
+                yield line.rstrip()
         code = process.wait()
     finally:
         if process.poll() is None:
@@ -300,62 +311,13 @@ def to_bf16_gguf(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
             process.wait()
         process.stdout.close()
     if code:
-        raise CheckpointError(f"{checkpoint.folder}: {converter_reason(checkpoint, lines, code)}")
-
-
-# Linux ends it with its parent, so that nobody goes on writing the file when a killed conversion is begun again.
-# -I keeps the current folder and PYTHONPATH out. The converter's own gguf-py must come before PyPI's, which claims the
-# same version.
-_LAUNCH = """
-import ctypes, runpy, signal, sys
-if sys.platform == 'linux':
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
-guard, script = sys.argv[1:3]
-folder = script.rsplit('/', 1)[0] if '/' in script else script.rsplit(chr(92), 1)[0]
-sys.path[:0] = [folder + '/gguf-py', folder]
-sys.argv = sys.argv[2:]
-if guard != '--trust-remote-code':
-    runpy.run_path(guard)['distrust']()
-runpy.run_path(script, run_name='__main__')
-"""
+        raise CheckpointError(log.reason(checkpoint.folder, checkpoint.architecture, code))
+    if log.unknown_pre:
+        name = pre_tokenizers.required_of(out, log.sample, str(checkpoint.folder))
+        yield f"again, with the pre-tokenizer {name}"
+        yield from to_bf16_gguf(replace(checkpoint, pre_tokenizer=name), out)
 
 
 def transformers_reason(e: Exception) -> str:
     """What transformers has to say, in one line. Its long text about code of the checkpoint's own becomes ours."""
-    return child.UNTRUSTED if "trust_remote_code" in str(e) else " ".join(str(e).split())[:200]
-
-
-def converter_reason(checkpoint: Checkpoint, lines: list[str], code: int) -> str:
-    """The converter's last word, in one line."""
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")[:300]
-    for line in reversed(lines):
-        if any(word in line for word in (child.UNTRUSTED, "Please pass the argument `trust_remote_code=True`")):
-            return child.UNTRUSTED
-        if "is not supported" in line:
-            return f"llama.cpp's converter does not know the architecture {checkpoint.architecture}"
-        if line.startswith("ModuleNotFoundError"):
-            return f"the converter needs a package: {line}; pip install 'ptqtp-gguf[hf]'"
-    if code < 0:
-        why = "; out of memory?" if code == -signal.SIGKILL else ""
-        return f"llama.cpp's converter was killed by signal {-code} ({_signal_name(-code)}){why}"
-    if last.startswith("KeyError") and "could not find any of" in last:
-        return f"config.json lacks an entry that llama.cpp's converter needs: {last}"
-    if not any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZERS):
-        return f"no tokenizer.json and no tokenizer.model in the folder; llama.cpp's converter failed: {last}"
-    if "JSONDecodeError" in last:
-        for path in sorted(checkpoint.folder.glob("*.json")):
-            try:
-                _load_json(path, "")
-            except CheckpointError as e:
-                return f"llama.cpp's converter cannot read {str(e).removeprefix(f'{checkpoint.folder}{os.sep}')}"
-    return f"llama.cpp's converter failed (exit code {code}): {last}"
-
-
-_TOKENIZERS = "tokenizer.json", "*.model", "vocab*", "tekken.json", "*.tiktoken", "*vocab*.txt"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
+    return hooks.UNTRUSTED if "trust_remote_code" in str(e) else " ".join(str(e).split())[:200]

@@ -15,8 +15,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, BinaryIO
@@ -39,12 +39,14 @@ from ..files import (
 from ..llamacpp import install
 from ..progress import Progress
 from . import _converter_child as child
-from . import checkpoint
+from . import checkpoint, pre_tokenizers, settings
 from .base import Source
-from .checkpoint import Checkpoint, converter_reason, to_bf16_gguf
+from .checkpoint import Checkpoint, to_bf16_gguf
+from .converter_log import ConverterLog
 
 PIPE = 1 << 20  # bytes; what an ordinary user may ask for
 MAX_HEAD = 1 << 28  # bytes; far beyond any vocabulary
+READY = 30.0  # seconds for lines that are in the pipe already
 
 
 class ConverterStream:
@@ -53,6 +55,7 @@ class ConverterStream:
     header        parsed and checked; offsets as in the file
     header_bytes  everything before the first tensor, padding included
     size          bytes of the whole file
+    said          what the converter told of itself
     """
 
     header: Header
@@ -67,7 +70,8 @@ class ConverterStream:
         Raises CheckpointError if the converter fails, or cannot be hooked and there is no fallback.
         """
         self._checkpoint, self._log = checkpoint, log
-        self._lines: deque[str] = deque(maxlen=200)
+        self.said = ConverterLog()
+        job = self.said.job(checkpoint.trust_code, checkpoint.pre_tokenizer)
         self._unlogged: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._left = 0  # bytes of the tensor last asked for that are not read yet
         self._turn = 0
@@ -82,7 +86,7 @@ class ConverterStream:
                 child.__file__,
                 str(script),
                 os.path.abspath(checkpoint.folder),
-                *([child.TRUST] if checkpoint.trust_code else []),
+                job,
             ],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
             stdin=subprocess.PIPE,
@@ -180,6 +184,8 @@ class ConverterStream:
         if magic not in (child.MAGIC, child.REFUSAL) or length > MAX_HEAD:
             raise CheckpointError(f"{self._checkpoint.folder}: the converter's process sends what it should not")
         self.header_bytes = self._take(length)
+        if magic == child.MAGIC:
+            self.said.ready.wait(READY)  # it was told before, on another pipe
         return self.header_bytes.decode() if magic == child.REFUSAL else ""
 
     def _take(self, n: int) -> bytes:
@@ -204,8 +210,8 @@ class ConverterStream:
     def _drain_log(self, pipe: IO[bytes]) -> None:
         for raw in pipe:
             line = raw.decode(errors="replace").rstrip()
-            self._lines.append(line)
-            self._unlogged.put(line)
+            if not self.said.take(line):
+                self._unlogged.put(line)
 
     def _flush_log(self) -> None:
         while not self._unlogged.empty():
@@ -216,9 +222,7 @@ class ConverterStream:
         code = self._process.wait()
         self._drain.join()
         self._flush_log()
-        return CheckpointError(
-            f"{self._checkpoint.folder}: {converter_reason(self._checkpoint, list(self._lines), code)}"
-        )
+        return CheckpointError(self.said.reason(self._checkpoint.folder, self._checkpoint.architecture, code))
 
 
 def _enlarge(fd: int) -> None:
@@ -232,14 +236,26 @@ def _enlarge(fd: int) -> None:
 class StreamSource(Source):
     """A checked checkpoint folder, converted tensor by tensor as it is read. Raises CheckpointError."""
 
-    def __init__(self, found: checkpoint.Checkpoint, log: Callable[[str], None], scratch: Path | None = None) -> None:
+    def __init__(self, found: Checkpoint, log: Callable[[str], None], scratch: Path | None = None) -> None:
         """scratch: see stream.ConverterStream's fallback."""
         self.path = found.folder
         self._stream = ConverterStream(found, log, scratch)
-        self.kvs = self._stream.header.kvs
-        self.tensors = self._stream.header.tensors
-        self.alignment = self._stream.header.alignment
-        self.stamp = checkpoint.stamp(found.folder)
+        try:
+            said = self._stream.said
+            if said.unknown_pre:
+                name = pre_tokenizers.required(self._stream.header.kvs.values(), said.sample, str(found.folder))
+                self._stream.close()
+                self._stream = ConverterStream(replace(found, pre_tokenizer=name), log, scratch)
+            header = self._stream.header
+            self.kvs, self.tensors, self.alignment = header.kvs, header.tensors, header.alignment
+            self.stamp = checkpoint.stamp(found.folder)
+            self.notes = [
+                *pre_tokenizers.notes(self.kvs, self._stream.said.sample, found.pre_tokenizer, said.unknown_pre),
+                *settings.notes(found.folder, self, self._stream.said.config),
+            ]
+        except BaseException:
+            self._stream.close()
+            raise
 
     def chunks(self, t: TensorInfo, size: int) -> Iterator[U8]:
         return self._stream.chunks(t, size)

@@ -20,6 +20,12 @@ LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
+ABOUT = {  # files of a data set that are not its data
+    *("readme.txt", "license.txt", "requirements.txt"),
+    *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"),
+}
+
+
 def looks_like_id(text: str) -> bool:
     """True for "org/name" where no file or folder has that name."""
     return bool(ID.fullmatch(text)) and len(text) <= 96 and not os.path.lexists(text)
@@ -56,7 +62,7 @@ def fetch_data(repo_id: str, suffixes: tuple[str, ...], log: Callable[[str], Non
             files = [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
         else:
             files = HfApi().list_repo_files(repo_id, repo_type="dataset")
-        files = [f for f in files if f.endswith(suffixes) and not f.lower().endswith(("readme.txt", "license.txt"))]
+        files = [f for f in files if f.endswith(suffixes) and f.lower().rpartition("/")[2] not in ABOUT]
         if not files:
             raise InputError(
                 f"{repo_id}: this data set has no file that ends in {', '.join(suffixes)}; give a local file"

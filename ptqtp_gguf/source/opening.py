@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..progress import Progress, no_progress
-from . import checkpoint, hub
+from . import checkpoint, hub, kinds, pre_tokenizers
 from .base import Source
 from .converter import StreamSource
 from .gguf import GgufSource
@@ -24,17 +24,26 @@ def local(source: Path, progress: Progress = no_progress, revision: str | None =
 
 
 def open_source(
-    source: Path, progress: Progress = no_progress, scratch: Path | None = None, trust_code: bool = False
+    source: Path,
+    progress: Progress = no_progress,
+    scratch: Path | None = None,
+    trust_code: bool = False,
+    pre_tokenizer: str = "",
 ) -> Source:
     """A GGUF file or a checkpoint folder, ready to be read. Raises InputError.
 
-    scratch     where the bf16 GGUF may lie for the time being if the converter cannot be read as a stream
-    trust_code  run Python code that a checkpoint brings, if the converter wants it
+    scratch        where the bf16 GGUF may lie for the time being if the converter cannot be read as a stream
+    trust_code     run Python code that a checkpoint brings, if the converter wants it
+    pre_tokenizer  of a checkpoint with a byte-level BPE, by the runtime's name; "" = found
     """
+    if pre_tokenizer:
+        pre_tokenizers.check_name(pre_tokenizer)
     if checkpoint.is_gguf(source):
+        if pre_tokenizer:
+            raise InputError(f"{source}: {pre_tokenizers.OPTION} is for checkpoints; --override-kv changes a GGUF's")
         return GgufSource(source)
     if not source.is_dir():
-        raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
-    found = checkpoint.check(source, trust_code)
+        raise InputError(kinds.file_reason(source))
+    found = checkpoint.check(source, trust_code, pre_tokenizer)
     progress("converter", 0, 0, found.architecture)
     return StreamSource(found, lambda line: progress("converter", 0, 0, line), scratch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from helpers import safetensors_bytes
 
 from ptqtp_gguf.errors import CheckpointError, InputError
-from ptqtp_gguf.source.checkpoint import INDEX, check, converter_reason, is_gguf, shard_tensors, stamp
+from ptqtp_gguf.source.checkpoint import INDEX, check, is_gguf, shard_tensors, stamp
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
@@ -203,32 +202,6 @@ def test_stamp(folder: Path) -> None:
         stamp(folder / "absent")
 
 
-# ---- PyTorch .bin ----
-
-
-LAST_WORDS = {
-    "ERROR:hf-to-gguf:Model X is not supported": (1, "does not know the architecture LlamaForCausalLM"),
-    "ModuleNotFoundError: No module named 'torch'": (1, r"pip install 'ptqtp-gguf\[hf\]'"),
-    "KeyError: \"could not find any of: ['n_layers']\"": (1, "config.json lacks an entry"),
-    "x" * 1000: (1, "failed .exit code 1.: x{300}$"),
-    "": (-9, r"killed by signal 9 \(SIGKILL\); out of memory\?"),
-    "json.decoder.JSONDecodeError: Expecting": (1, r"cannot read broken\.json: not valid JSON"),
-}
-
-
-@pytest.mark.parametrize("line", LAST_WORDS)
-def test_last_words_of_the_converter(folder: Path, line: str) -> None:
-    code, message = LAST_WORDS[line]
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "broken.json").write_text("{")
-    assert re.search(message, converter_reason(check(folder), ["before", line, ""], code))
-
-
-def test_no_tokenizer(folder: Path) -> None:
-    said = converter_reason(check(folder), ["ValueError: need sentencepiece or tiktoken"], 1)
-    assert said.startswith("no tokenizer.json and no tokenizer.model in the folder; ") and "ValueError: need" in said
-
-
 def test_tensor_in_two_shards(folder: Path) -> None:
     (folder / "two.safetensors").write_bytes(safetensors_bytes(GOOD, bytes(22)))
     index(folder, {"a": "one.safetensors", "b": "two.safetensors"})
@@ -282,8 +255,13 @@ def test_folders_that_are_no_checkpoint(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no safetensors and no pytorch_model\.bin"):
         check(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json: No such file"):
+    with pytest.raises(CheckpointError, match="an empty folder"):
         check(folder)
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"config\.json: No such file .*; config.json names the architecture"):
+        check(folder)
+    with pytest.raises(CheckpointError, match="absent: no such folder"):
+        check(tmp_path / "absent")
 
 
 def test_what_a_path_is(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_models import BPE_VOCAB, FAMILIES, build
 
 from ptqtp_gguf.conversion import pipeline as conversion
 from ptqtp_gguf.errors import CheckpointError, InputError, OutputError
@@ -82,10 +84,55 @@ def test_checkpoint_without_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> 
     shutil.copytree(tiny_checkpoint, folder)
     for path in folder.glob("token*"):
         path.unlink()
-    with pytest.raises(CheckpointError, match="converter failed") as e:
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer\.json and no tokenizer\.model .* save the tokenizer there"
+    ) as e:
         conversion.convert(folder, tmp_path / "out.gguf")
     assert "\n" not in str(e.value)
     assert not list(tmp_path.glob("*out*"))
+
+
+def changed(checkpoint: Path, folder: Path, **entries: object) -> Path:
+    """A copy of a checkpoint with other entries in its config.json."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+    return folder
+
+
+def test_more_tokens_than_the_embedding_has_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build(replace(FAMILIES["llama-tied"], bpe=True), folder, [5, 6])
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": BPE_VOCAB, "content": "<|tool|>", "special": True, **added})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = rf"tokens up to number {BPE_VOCAB}, its embedding {BPE_VOCAB} rows .*resize_token_embeddings"
+    with pytest.raises(CheckpointError, match=message):
+        conversion.convert(folder, tmp_path / "out.gguf")
+
+
+def test_an_entry_that_only_the_original_configuration_has(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = changed(tiny_checkpoint, tmp_path / "minicpm", architectures=["MiniCPMForCausalLM"])
+    message = r"config.json lacks the entry 'scale_emb', .* for MiniCPMForCausalLM \(minicpm.py:\d+\); take it over"
+    with pytest.raises(CheckpointError, match=message):
+        conversion.convert(folder, tmp_path / "out.gguf")
+
+
+def test_what_the_file_does_not_carry_is_told(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = changed(tiny_checkpoint, tmp_path / "model", hidden_act="gelu")
+    told = "config.json says hidden_act gelu: the runtime computes silu in a llama"
+    out, card = tmp_path / "out.gguf", tmp_path / "card.md"
+    done = cli("convert", folder, out, "--model-card", card)
+    assert done.returncode == 0, done.stderr
+    assert f"  note: {told}" in done.stdout and "verify FILE --against FOLDER --logits" in done.stdout
+    assert f"- {told}".replace("_", r"\_") in card.read_text() or f"- {told}" in card.read_text()
+    done = cli("convert", folder, tmp_path / "b.gguf", "--dry-run", "--json")
+    assert told in json.loads(done.stdout.splitlines()[-1])["notes"]
+    kept = conversion.convert(folder, tmp_path / "c.gguf", Options(keep_bf16=tmp_path / "bf16.gguf"))
+    assert told in kept.notes and not conversion.convert(tiny_checkpoint, tmp_path / "d.gguf").notes
 
 
 def test_keep_bf16_does_not_overwrite(demo_checkpoint: Path, demo_files: dict[str, Path], tmp_path: Path) -> None:

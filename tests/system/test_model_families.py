@@ -24,6 +24,7 @@ from ptqtp_gguf.conversion.export import export_q4_0
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.conversion.summary import Summary
 from ptqtp_gguf.files.gguf import F32_ID, OutTensor, Reader, TensorInfo, write_stream
+from ptqtp_gguf.measure.logits import BOUND, against_checkpoint
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.source import checkpoint
 
@@ -226,6 +227,17 @@ def test_unquantized_equals_transformers(made: Callable[[str], Made], name: str)
     """The reference itself: no row of q or k misplaced, no wrong rope, window, norm, bias or expert."""
     m = made(name)
     assert distance(m.exact, m.expected) < (SAME_FLOATS_TABLE if m.family.table else SAME_FLOATS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_verify_finds_the_same_function(made: Callable[[str], Made], name: str) -> None:
+    """The check that users have, `verify --against FOLDER --logits`; and nothing in these configurations is noted."""
+    m = made(name)
+    found = against_checkpoint(m.bf16, m.folder / "checkpoint", threads=2)
+    assert found.fault is None and not found.quantized
+    assert max(found.median, found.late) < BOUND / 2 and found.same_top > 0.8
+    assert not m.summary.notes
+    assert against_checkpoint(m.ours, m.folder / "checkpoint", threads=2).distance > 4 * found.median
 
 
 @pytest.mark.parametrize("name", FAMILIES)
