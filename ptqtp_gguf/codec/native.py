@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import QuantizeError, RuntimeMissing
+from ..errors import OutOfReach, QuantizeError, RuntimeMissing
 from .arrays import F32, I8, U8
 from .tensor_type import TensorType
 from .types import TYPES
 from .unit import UNIT_BYTES
 
 _OK = 0
+_TOO_LARGE = 8
 
 
 class _Kernel(ctypes.Structure):
@@ -159,7 +160,8 @@ def _lib() -> ctypes.CDLL:
 
 def _check(status: int, what: str) -> None:
     if status != _OK:
-        raise QuantizeError(f"{what}: {_lib().ptqtp_status_text(status).decode()}")
+        kind = OutOfReach if status == _TOO_LARGE else QuantizeError
+        raise kind(f"{what}: {_lib().ptqtp_status_text(status).decode()}")
 
 
 def _ptr(a: NDArray[np.generic] | None) -> int | None:

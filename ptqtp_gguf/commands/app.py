@@ -16,11 +16,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from ..errors import PtqtpError
+from ..errors import PtqtpError, printable
+from ..llamacpp import end_in_one_line
 from . import bench, chat, compare, convert, diff, evaluate, inspect, serve
 from . import run as generate
 from . import verify as files
-from .common import EXIT_CODES, fail
+from .common import EXIT_CODES, fail, tell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,6 +76,7 @@ def _drop_output() -> None:
 def main() -> NoReturn:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _stop)
+    end_in_one_line(lambda why: tell(printable(why), 1))
     if isinstance(
         sys.stdout, io.TextIOWrapper
     ):  # a name out of a file that the terminal cannot show is not a reason to end

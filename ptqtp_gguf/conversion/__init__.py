@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import pipeline, shares
 from .bf16 import make_bf16, ready_source
-from .checking import verify_written
+from .checking import require_loadable, verify_written
 from .export import export_q4_0
 from .facts import FLOATS, card_facts
 from .loop import Job
@@ -45,6 +45,7 @@ __all__ = [
     "pipeline",
     "plan_of",
     "ready_source",
+    "require_loadable",
     "require_same",
     "rows_of",
     "share_files",

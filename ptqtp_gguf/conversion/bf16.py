@@ -10,7 +10,7 @@ from ..errors import InputError, OutputError
 from ..files import check_space, check_target, scratch_path, system_errors
 from ..plan import Options
 from ..progress import Progress, no_progress
-from ..source import GgufSource, Source, checkpoint, open_source
+from ..source import GgufSource, Source, checkpoint, notes, open_source
 from .records import ConversionJournal
 
 
@@ -22,14 +22,15 @@ def ready_source(source: Path, out: Path, options: Options, progress: Progress, 
     """
     bf16 = options.keep_bf16
     if bf16 is None:
-        with open_source(source, progress, out.with_name(f".{out.name}.bf16.gguf"), options.trust_code) as opened:
+        scratch = out.with_name(f".{out.name}.bf16.gguf")
+        with open_source(source, progress, scratch, options.trust_code, options.pre_tokenizer) as opened:
             yield opened
         return
     if checkpoint.is_gguf(source):
         raise InputError(f"{source}: is a GGUF already; --keep-bf16 is for checkpoint folders")
     if bf16.resolve() == out.resolve():
         raise OutputError(f"{out}: is also the name to keep the bf16 GGUF under; give it one of its own")
-    found = checkpoint.check(source, options.trust_code)
+    found = checkpoint.check(source, options.trust_code, options.pre_tokenizer)
     with ConversionJournal(bf16) as note:
         files = [list(s) for s in checkpoint.stamp(source)]
         mine = note.job == {"bf16": files, "made": _identity(bf16)}
@@ -39,7 +40,7 @@ def ready_source(source: Path, out: Path, options: Options, progress: Progress, 
             # noted before it gets its name: of one without a note nobody knows where it comes from
             make_bf16(found, bf16, progress, lambda work: note.begin({"bf16": files, "made": _identity(work)}))
         with GgufSource(bf16, source) as opened:
-            opened.stamp = checkpoint.stamp(source)
+            opened.stamp, opened.notes = checkpoint.stamp(source), notes(source, opened)
             yield opened
         note.clear()
 

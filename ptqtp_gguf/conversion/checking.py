@@ -1,16 +1,45 @@
-"""An output read back from the disk: what an unfinished file really holds, and whether all of it is as meant."""
+"""Whether an output is what it should be: loadable, before it is made; as it was meant, when it is read back."""
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from ..errors import InputError, OutputError
-from ..files import Reader, align
-from ..inspect import check_file, intact
+from ..files import KV, OutTensor, Reader, align
+from ..inspect import ask_runtime, check_file, intact
+from ..llamacpp import why_header_not_loadable
 from ..progress import Progress, no_progress
+from ..source import Source
 from .output_files import Part
+
+# what the runtime says, and what to do about it
+WAYS_OUT = {
+    r"tensor '(token_embd|output)\.weight' has wrong shape": "the list of tokens (vocab_size) must be as long as "
+    "the tensor has rows",
+    r"has wrong shape": "its settings (config.json) ask for the first, the tensor has the second: correct the settings",
+    r"unknown model architecture": "a newer llama.cpp may know it",
+    r"": "its settings, tokenizer and tensors must fit one another",
+}
+
+
+def require_loadable(source: Source, kvs: list[KV], tensors: list[OutTensor], alignment: int) -> str:
+    """Let the runtime read the header of an output that is not there yet, as one file.
+
+    Returns a note where it could not be asked, else "". Raises InputError, with the runtime's reason, where it does not
+    load such a file.
+    """
+    found = ask_runtime({kv.key for kv in kvs}, functools.partial(why_header_not_loadable, kvs, tensors, alignment))
+    if found.why is None:
+        return found.note
+    way = next(text for pattern, text in WAYS_OUT.items() if re.search(pattern, found.why))
+    raise InputError(
+        f"{source.path}: the runtime could not load the output: {found.why}; {way}, or give --no-load-check to convert "
+        "it all the same"
+    )
 
 
 class _Finished(Protocol):

@@ -7,6 +7,7 @@ j in its low and element j + 16 in its high nibble (ggml/src/ggml-common.h, bloc
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from ..files import (
     system_errors,
     write_verified,
 )
+from ..inspect import ask_runtime
+from ..llamacpp import why_header_not_loadable
 from ..plan import Choice, role_of
 from ..plan import PlanRow as Row
 from ..progress import Progress, no_progress
@@ -49,7 +52,7 @@ def to_q4_0(t: TensorType, data: U8) -> U8:
 
 def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progress = no_progress) -> Summary:
     """Write the Q4_0 twin of a file. Raises InputError if it has tensors of one of our types that has no twin, or none
-    of one that has."""
+    of one that has, and where the runtime does not load such a file."""
     started = time.monotonic()
     with system_errors(out), Reader(source) as reader:
         check_target(out, source, force)
@@ -61,12 +64,16 @@ def export_q4_0(source: Path, out: Path, *, force: bool = False, progress: Progr
         rows = [_row(t) for t in reader.tensors]
         kvs = _metadata(reader)
         tensors = [r.out for r in rows]
+        alignment = reader.header.alignment
+        ask = functools.partial(why_header_not_loadable, kvs, tensors, alignment)
+        if why := ask_runtime(reader.header.kvs, ask).why:
+            raise InputError(f"{source}: the runtime cannot load this file, nor its twin: {why}")
         blocks = _blocks(reader, rows, progress)
         size = write_verified(
             out,
             kvs,
             tensors,
-            reader.header.alignment,
+            alignment,
             blocks,
             lambda path: _verify(reader, path, out, tensors, progress),
             force,

@@ -38,6 +38,7 @@ def card_facts(summary: Summary, source: Path, options: Options) -> CardFacts:
         recipe_text=recipe.canonical(),
         recipe_description=recipe.description,
         errors=[(r.tensor.name, r.rel_mse) for r in summary.rows if r.rel_mse is not None],
+        notes=summary.notes,
         fallbacks=[(r.tensor.name, type_name(r.choice.type), r.choice.reason) for r in summary.fallbacks],
         provenance=[(Key.SOURCE_HASH, summary.source_hash), (Key.FORMAT_VERSION, str(meta[Key.FORMAT_VERSION]))],
         q4_0_twin=all(t.q4_0_twin for r in summary.rows if (t := TYPES.get(r.choice.type))),

@@ -17,9 +17,9 @@ import numpy as np
 
 from ..calibrate import PlaneStore
 from ..codec import TYPES, U8
-from ..errors import QuantizeError
+from ..errors import OutOfReach, QuantizeError
 from ..files import F32_ID, ReadAhead, TensorInfo, WriteBehind, write_all
-from ..plan import Below, PlanRow, fall_back, not_finite, rows_per_piece
+from ..plan import Below, PlanRow, not_finite, rows_per_piece, settle
 from ..progress import Progress
 from ..quantize import MASK, Done, Encoded, Encoder, Pending, checksum, methods
 from ..source import Imatrix, Importance, Source, uses_importance
@@ -28,7 +28,11 @@ from .records import ConversionJournal, TensorRecord
 
 
 class FallBack(Exception):
-    """The tensor's values do not fit its type."""
+    """The tensor's values do not fit its type. largest: |weight| among those seen; 0 where that is not the reason."""
+
+    def __init__(self, why: str, largest: float = 0.0) -> None:
+        super().__init__(why)
+        self.largest = largest
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Job:
     piece   weights that travel together
     planes  made before by calibration or tuning, or None
     importance  what calibration has found inputs to count, for stock types
+    pinned  names of tensors whose type is the user's own word: they do not fall back
     """
 
     source: Source
@@ -55,6 +60,7 @@ class Job:
     imatrix: Imatrix | None = None
     planes: PlaneStore | None = None
     importance: Callable[[TensorInfo, int], Importance | None] | None = None
+    pinned: frozenset[str] = frozenset()
 
     def weighed_by(self, row: PlanRow) -> Importance | None:
         """What the inputs of a tensor count, where its type asks for it."""
@@ -100,7 +106,7 @@ def _run(job: Job, part: Part, file: BinaryIO, start: int, end: int) -> int:
             try:
                 record = _tensor(job, row, stream, TensorWriter(job, index, sink, file), done)
             except FallBack as e:
-                row.choice = fall_back(row.tensor, str(e))
+                settle(row, str(e), e.largest, job.pinned)
                 part.tensors[index - part.first] = row.out
                 sink.put(functools.partial(_rewind, file, part.offset(index)))
                 return index
@@ -153,6 +159,8 @@ def _submit(job: Job, row: PlanRow, raw: U8, first: int, importance: Importance 
         if planes and planes.has(row.tensor.name) and row.choice.type in (planes.kind_of(row.tensor.name).id, F32_ID):
             return Done(planes.encode(row.tensor, raw, first, job.threads))
         return job.encoder.submit(raw, row.tensor.type, row.choice.type, job.method.name, first, importance)
+    except OutOfReach as e:
+        raise FallBack(str(e)) from None
     except QuantizeError as e:
         raise QuantizeError(f"tensor {row.tensor.name}: {e}") from None
 
@@ -160,6 +168,8 @@ def _submit(job: Job, row: PlanRow, raw: U8, first: int, importance: Importance 
 def _result(row: PlanRow, pending: Pending) -> Encoded:
     try:
         return pending.result()
+    except OutOfReach as e:
+        raise FallBack(str(e)) from None
     except QuantizeError as e:
         raise QuantizeError(f"tensor {row.tensor.name}: {e}") from None
 
@@ -182,7 +192,7 @@ class TensorWriter:
         if piece.bad >= 0:
             raise not_finite(self._job.source, self._row.tensor, raw, first, piece.bad)
         if why := self._below.why(piece.largest, piece.groups, piece.below):
-            raise FallBack(why)
+            raise FallBack(why, piece.largest)
         data = np.ascontiguousarray(piece.data)
         ours = self._row.choice.type in TYPES
         self._error += piece.error

@@ -60,6 +60,7 @@ class CardFacts:
     calibration in words, or "none"
     errors      (tensor, relative squared error) of the quantized tensors
     fallbacks   (tensor, type, reason)
+    notes       what the file does not carry of its source, what a method had to leave
     provenance  (key, value) in order: versions, hashes, options; whatever the conversion recorded
     q4_0_twin   whether export-q4_0 can write the lossless twin
     """
@@ -79,6 +80,7 @@ class CardFacts:
     calibration: str = "none"
     errors: Sequence[tuple[str, float]] = ()
     fallbacks: Sequence[tuple[str, str, str]] = ()
+    notes: Sequence[str] = ()
     provenance: Sequence[tuple[str, str]] = ()
     q4_0_twin: bool = True
 
@@ -192,6 +194,8 @@ def _contents(f: CardFacts) -> str:
         text += _table(("tensor", "type", "reason"), shown)
         if len(f.fallbacks) > MOST_FALLBACKS:
             text += f"\n\n... and {len(f.fallbacks) - MOST_FALLBACKS} more."
+    if f.notes:
+        text += "\n\nTo be noted:\n\n" + "\n".join(f"- {_md(note)}" for note in f.notes)
     return text
 
 

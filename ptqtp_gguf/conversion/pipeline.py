@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from ..calibrate import Effects, Seen, goes_in_order, remove_moments, remove_planes, require_checkpoint
-from ..errors import OutputError
+from ..calibrate import STOPPED, Effects, Seen, goes_in_order, remove_moments, remove_planes, require_checkpoint
+from ..errors import OutputError, ResumeError
 from ..files import KV, check_space, check_target, system_errors
 from ..plan import (
     Options,
@@ -31,8 +31,8 @@ from ..quantize import make_encoder
 from ..source import Imatrix, Source, fingerprint, local, open_source
 from . import metadata, shares
 from .bf16 import ready_source
-from .checking import verify_written
-from .leftovers import kept_on_failure
+from .checking import require_loadable, verify_written
+from .leftovers import kept_on_failure, replaceable
 from .loop import Job, transcode
 from .output_files import Part, discard, finish, lay_out, publish, share_files
 from .prepare import Uncalibrated, optional, prepared
@@ -114,13 +114,19 @@ def dry_run(source: Path, out: Path, options: Options | None = None, progress: P
         check_target(out, source, True)
         imatrix = imatrix_of(options, out, stack)
         opened = stack.enter_context(
-            open_source(local(source, progress, options.revision), progress, trust_code=options.trust_code)
+            open_source(
+                local(source, progress, options.revision), progress, None, options.trust_code, options.pre_tokenizer
+            )
         )
+        if options.load_check:
+            rows = _by_recipe(opened, request)
+            kvs = metadata_of(opened, rows, request, imatrix)
+            require_loadable(opened, kvs, [r.out for r in rows], opened.alignment)
         rows = plan_of(opened, request, imatrix, progress)
         kvs = metadata_of(opened, rows, request, imatrix)
         parts = lay_out(out, [r.out for r in rows], kvs, opened.alignment, options.split_max_size)
         piece = piece_for(rows, request.direct, options.max_memory, opened)
-        return Plan(rows, parts, memory_need(rows, request.direct, piece, opened), request.recipe)
+        return Plan(rows, parts, memory_need(rows, request.direct, piece, opened), request.recipe, opened.notes)
 
 
 def imatrix_of(options: Options, out: Path, stack: ExitStack) -> Imatrix | None:
@@ -192,6 +198,7 @@ class Conversion:
         self.device = "none"
         self.source_hash = ""
         self._stack = ExitStack()
+        self._loadable: list[int] = []  # types with which the runtime loads the output
         self.seen: Seen | None = None
         if self.phase < Phase.VERIFIED and self.request.method.learns and not goes_in_order(self.source, self.request):
             require_checkpoint(self.source, self.request)
@@ -200,11 +207,18 @@ class Conversion:
     def run(self) -> Summary:
         """All phases that are left. Raises a subclass of PtqtpError, OSError or KeyboardInterrupt."""
         self.plan()
-        with self._stack:
-            if self.phase < Phase.VERIFIED:
-                job = self.prepare()
-                self.transcode(job)
-            self.verify()
+        try:
+            with self._stack:
+                if self.phase < Phase.VERIFIED:
+                    job = self.prepare()
+                    self.transcode(job)
+                self.verify()
+        except STOPPED:
+            raise
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell
+                self.journal.fail()
+            raise
         self.publish()
         return self.summary()
 
@@ -212,13 +226,19 @@ class Conversion:
         """What each tensor becomes and where it goes: made now, or taken from the journal. -> PLANNED at least."""
         options, journal = self.request.options, self.journal
         job = JobRecord.of(fingerprint(self.source, self.request.decisive(self.imatrix)))
+        if self.phase is not Phase.BEGUN:
+            self._require_same(job)
+        if self.seen:
+            self.seen.begin()
         if self.phase is Phase.BEGUN:
+            if self.seen or options.has_target:  # before what may take long
+                self._require_loadable(_by_recipe(self.source, self.request))
             self.rows = plan_of(self.source, self.request, self.imatrix, self.progress, self._effects())
             if options.split_max_size:  # the files' sizes must be known before the first is written
-                check_values(self.source, self.rows, options.threads, self.progress)
+                pinned = self.request.recipe.pinned(self.source.tensors)
+                check_values(self.source, self.rows, options.threads, self.progress, pinned)
                 require_planes(self.source, self.rows, self.request.kind.name)
         else:
-            require_same(self.out, self.source, journal, job)
             choices = choices_of(self.source, journal)
             self.rows = [PlanRow(t, c, role_of(t.name)) for t, c in zip(self.source.tensors, choices, strict=True)]
         job = job.planned(self.rows)
@@ -229,6 +249,17 @@ class Conversion:
             journal.begin(job.json())
             self.phase = Phase.PLANNED
         self._stamp = job.stamp
+
+    def _require_same(self, job: JobRecord) -> None:
+        """An unfinished run was this one, or gives way to it. Raises ResumeError where it is worth something."""
+        try:
+            require_same(self.out, self.source, self.journal, job)
+        except ResumeError:
+            if not replaceable(self.out, self.journal):
+                raise
+            discard(self.out)
+            self.journal.clear()
+            self.phase = Phase.BEGUN
 
     def _effects(self) -> Effects | None:
         """What the runtime has seen, where types are chosen by it."""
@@ -243,6 +274,8 @@ class Conversion:
         kvs = metadata_of(self.source, self.rows, self.request, self.imatrix)
         outs = [r.out for r in self.rows]
         self.parts = lay_out(self.out, outs, kvs, self.source.alignment, options.split_max_size)
+        if self.phase < Phase.VERIFIED:
+            self._require_loadable(self.rows)
         if self.phase < Phase.VERIFIED and len(self.parts) > 1:
             for part in self.parts:
                 check_target(part.path, self.source.path, options.force)
@@ -251,6 +284,17 @@ class Conversion:
             self.phase = Phase.PLANNED  # the disk has lost what was verified
         begun = {*(p.work for p in self.parts if p.work.exists()), *share_files(self.out)}
         check_space(self.out.parent, sum(p.size for p in self.parts) - sum(p.stat().st_size for p in begun))
+
+    def _require_loadable(self, rows: list[PlanRow]) -> None:
+        """The runtime takes a file of this plan. Raises InputError where it does not."""
+        kinds = [r.choice.type for r in rows]
+        if not self.request.options.load_check or kinds == self._loadable:
+            return
+        kvs = metadata_of(self.source, rows, self.request, self.imatrix)
+        note = require_loadable(self.source, kvs, [r.out for r in rows], self.source.alignment)
+        self._loadable = kinds
+        if note and note not in self.notes:
+            self.notes.append(note)
 
     def prepare(self) -> Job:
         """The planes of the method's stages, and all that the loop works with. -> PREPARED."""
@@ -276,6 +320,7 @@ class Conversion:
             self.imatrix,
             store,
             Effects(self.seen.moments, {}).importance if self.seen else None,
+            self.request.recipe.pinned(self.source.tensors),
         )
 
     def transcode(self, job: Job) -> None:
@@ -295,6 +340,7 @@ class Conversion:
         self.source_hash = metadata.source_hash(journal.job["header"], [r.source for r in journal.rows])
         self.parts[0].kvs = metadata.complete(self.parts[0].kvs, self.source_hash, hashes)
         if self.phase < Phase.VERIFIED:
+            self._require_loadable(self.rows)  # of which some may have fallen back
             finish(self.parts)
             journal.verify(verify_written(self.parts, hashes, self.progress, self.request.options.threads))
             journal.sync()
@@ -330,8 +376,16 @@ class Conversion:
             source_hash=self.source_hash,
             kvs=self.parts[0].kvs,
             unweighted=lacks,
-            notes=self.notes,
+            notes=[*self.source.notes, *self.notes],
         )
+
+
+def _by_recipe(source: Source, request: Request) -> list[PlanRow]:
+    """The plan without a look at weights or text: what it has in common with the final one is all but types."""
+    choices = request.recipe.plan(source.tensors)
+    rows = [PlanRow(t, choices[t.name], role_of(t.name)) for t in source.tensors]
+    require_planes(source, rows, request.kind.name)
+    return rows
 
 
 def _join(work: Job, out: Path, stamp: object) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Summary:
     source_hash  of the source's metadata and tensors, as in ptqtp.source_hash
     kvs          metadata of the (first) file
     unweighted   (tensor, what of it) that a method with importance had to treat without
-    notes        what calibration and tuning had to leave as it was
+    notes        what the file does not carry of its source; what calibration and tuning had to leave as it was
     """
 
     path: Path
@@ -62,12 +63,13 @@ class Summary:
 
 @dataclass
 class Plan:
-    """What a conversion will do: the table, the files, and what it needs. memory in bytes."""
+    """What a conversion will do: the table, the files, and what it needs. memory in bytes; notes: of the source."""
 
     rows: list[PlanRow]
     parts: list[Part]
     memory: int
     recipe: Recipe
+    notes: Sequence[str] = ()
 
     @property
     def size(self) -> int:

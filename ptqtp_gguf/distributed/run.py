@@ -35,6 +35,7 @@ from ..conversion import (
     metadata_of,
     plan_of,
     ready_source,
+    require_loadable,
     require_same,
     rows_of,
     share_files,
@@ -198,7 +199,7 @@ class _Conversion:
         self.ranks.exchange(None)
         if not one:
             source = local(source, quiet, options.revision)
-        return stack.enter_context(open_source(source, quiet, trust_code=options.trust_code))
+        return stack.enter_context(open_source(source, quiet, None, options.trust_code, options.pre_tokenizer))
 
     def _layout(self, source: Source, progress: Progress) -> _Layout | None:
         """What all ranks agree upon; None where only names are missing. Rank 0 notes it in the journal."""
@@ -226,7 +227,10 @@ class _Conversion:
         if fresh:  # rank 0's: another's source may have other times
             whole = JobRecord.read(self.ranks.from_first(whole.json))
         kvs = metadata_of(source, rows, self.request, self.imatrix)
-        parts = lay_out(self.out, [r.out for r in rows], kvs, source.alignment, options.split_max_size)
+        outs = [r.out for r in rows]
+        parts = lay_out(self.out, outs, kvs, source.alignment, options.split_max_size)
+        if options.load_check and journal is not None:
+            require_loadable(source, kvs, outs, source.alignment)
         planned = shares.shares_of(self.out, source, whole.plan, parts)
         of = whole.token()
         if journal is not None:
@@ -265,7 +269,8 @@ class _Conversion:
         """plan.check_values, each rank its share of the tensors."""
         mine = shares.assign([r.tensor.n_weights for r in rows], self.ranks.size)[self.ranks.rank]
         progress = self.ranks.begin("checking", sum(r.tensor.n_weights for r in rows))
-        check_values(source, [rows[i] for i in mine], self.options.threads, progress)
+        pinned = self.request.recipe.pinned(source.tensors)
+        check_values(source, [rows[i] for i in mine], self.options.threads, progress, pinned)
         found = self.ranks.exchange([[i, *choices_json([rows[i]])[0]] for i in mine])
         self.ranks.end()
         for i, *choice in [c for said in found for c in said]:
@@ -301,6 +306,7 @@ class _Conversion:
                         options.threads,
                         shares.shifted(progress, base, total),
                         self.imatrix,
+                        pinned=self.request.recipe.pinned(source.tensors),
                     )
                     records, digest = shares.work(job, self.out, found.suspect, split and i > 0)
                     made[str(i)] = [[r.json() for r in records], digest]

@@ -6,6 +6,7 @@ from .check import Verdict, check_file, intact, verify
 from .contents import FEW, TEMPLATE, Report, inspect, plain
 from .diff import SHOWN, Difference, TensorDifference, TensorError, difference, tensor_errors
 from .histograms import DIGIT_VALUES, TRIT_VALUES, PlaneStatistics, Statistics, plane_statistics
+from .loading import Loading, ask_runtime
 
 __all__ = [
     "DIGIT_VALUES",
@@ -14,12 +15,14 @@ __all__ = [
     "TEMPLATE",
     "TRIT_VALUES",
     "Difference",
+    "Loading",
     "PlaneStatistics",
     "Report",
     "Statistics",
     "TensorDifference",
     "TensorError",
     "Verdict",
+    "ask_runtime",
     "check_file",
     "difference",
     "inspect",

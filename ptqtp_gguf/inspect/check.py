@@ -2,7 +2,8 @@
 
 Trit-plane tensors are decoded by native/codec/check.c, which shares no code with the packer or the codec, and their
 weights compared, through a 64-bit checksum of every float's bits and place, with those that the quantizer had in mind
-before it packed them. Other tensors have a checksum over their bytes. A file keeps the checksums in its metadata.
+before it packed them. Other tensors have a checksum over their bytes, and their scales are looked at: no value may be
+Inf or NaN. A file keeps the checksums in its metadata. The runtime says meanwhile whether it loads the file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,9 +33,11 @@ from ..files import (
     system_errors,
     type_name,
 )
+from ..llamacpp import why_not_loadable
 from ..progress import Progress, no_progress
-from ..quantize import MASK, checksum, methods
+from ..quantize import MASK, checksum, first_not_finite, methods
 from ..source import GgufSource, Source, rows_together
+from .loading import ask_runtime
 from .tensor_error import Meter
 
 UNRELATED = 0.5  # relative squared error: unrelated weights have 1 or more, the coarsest types about 0.3
@@ -63,6 +67,9 @@ class Checker:
         """data: bytes from byte `start` of the tensor on."""
         if self.kind is None:
             self.hash += checksum(data, start, self.threads)
+            if self.fault is None and (at := first_not_finite(self.t.type, data)) >= 0:
+                row, column = divmod(at + start // self.width * self.t.shape[0], self.t.shape[0])
+                self.fault = f"holds values that are not finite, the first at row {row}, column {column}"
             return
         rows = data.reshape(-1, self.width)
         bad, found = native.check(self.kind, rows, start // self.width * self.t.shape[0], self.threads)
@@ -171,7 +178,7 @@ class TensorError:
 
 @dataclass
 class Verdict:
-    """What `verify` found. sha256 by file name."""
+    """What `verify` found. sha256 by file name; notes: what could not be tried."""
 
     path: Path
     sha256: dict[str, str]
@@ -180,6 +187,7 @@ class Verdict:
     checksums: bool
     faults: list[str]
     errors: list[TensorError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
@@ -187,13 +195,15 @@ class Verdict:
 
 
 def verify(path: Path, against: Source | None = None, progress: Progress = no_progress, threads: int = 0) -> Verdict:
-    """Check a GGUF file, or all the parts of a split one: structure, offsets, padding, words, scales, checksums.
+    """Check a GGUF file, or all the parts of a split one: structure, offsets, padding, words, scales, checksums, and
+    whether the runtime loads it.
 
     against: the source that it was made from, or any other version of the same model, to measure every tensor's error.
     What was kept must be equal; of a tuned file, norms and biases may differ.
     Raises InputError where a header is damaged or a part is missing; other findings are faults of the verdict.
     """
-    with system_errors(path, InputError), GgufSource(path) as mine:
+    with system_errors(path, InputError), GgufSource(path) as mine, ThreadPoolExecutor(1) as runtime:
+        asked = runtime.submit(ask_runtime, mine.kvs, functools.partial(why_not_loadable, mine.readers[0].path))
         found = mine.get(Key.TENSOR_HASHES)
         names = [t.name for t in mine.tensors]
         planes = sum(t.type in TYPES for t in mine.tensors)
@@ -208,6 +218,10 @@ def verify(path: Path, against: Source | None = None, progress: Progress = no_pr
             checked = check_file(reader, hashes, progress, threads)
             verdict.sha256[name] = checked.sha256
             verdict.faults += [f if len(mine.readers) == 1 else f"{name}: {f}" for f in checked.faults]
+        if why := asked.result().why:
+            verdict.faults.append(f"the runtime cannot load this file: {why}")
+        elif note := asked.result().note:
+            verdict.notes.append(note)
         if against is not None:
             with Meter(threads) as meter:
                 _compare(mine, against, verdict, meter, progress)

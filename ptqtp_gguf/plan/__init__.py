@@ -16,7 +16,17 @@ from .options import (
 from .recipe import SHIPPED, Choice, Recipe, fall_back
 from .request import Request
 from .roles import Role, layer_of, role_of
-from .rows import Below, PlanRow, check_values, chooses_types, make_plan, not_finite, require_planes, rows_per_piece
+from .rows import (
+    Below,
+    PlanRow,
+    check_values,
+    chooses_types,
+    make_plan,
+    not_finite,
+    require_planes,
+    rows_per_piece,
+    settle,
+)
 from .tuning import TuneSettings
 
 __all__ = [
@@ -49,4 +59,5 @@ __all__ = [
     "require_planes",
     "role_of",
     "rows_per_piece",
+    "settle",
 ]

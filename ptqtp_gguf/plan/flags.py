@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -75,6 +76,9 @@ def decisive(options: Any, panels: tuple[str, ...]) -> dict[str, object]:
 
 def _identity(text: str) -> str:
     path = Path(text)
+    if path.is_dir():  # of a folder, which files it holds and how long they are
+        files = [(str(p.relative_to(path)), p.stat().st_size) for p in sorted(path.rglob("*")) if p.is_file()]
+        return f"{path.name} (SHA-256 {hashlib.sha256(repr(files).encode()).hexdigest()})"
     if not path.is_file():
         return text
     with open_regular(path) as f:

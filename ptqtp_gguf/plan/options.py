@@ -134,7 +134,7 @@ class Calibration:
 
 
 def _shown(texts: tuple[str, ...]) -> str:
-    return ", ".join(Path(t).name if Path(t).is_file() else t for t in texts)
+    return ", ".join(Path(t).name if Path(t).exists() else t for t in texts)
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,20 @@ class Options:
     )
     force: bool = flag(False, "--force", OUTPUT, "Replace an existing output.", short="-f")
     restart: bool = flag(False, "--restart", OUTPUT, "Throw away what an earlier run left unfinished.")
+    pre_tokenizer: str = flag(
+        "", "--pre-tokenizer", INPUT, "Pre-tokenizer of a byte-level BPE, by llama.cpp's name; left out, it is found."
+    )
     trust_code: bool = flag(
         False,
         "--trust-remote-code",
         INPUT,
         "Run Python code that the checkpoint brings; without, one that needs it is refused.",
+    )
+    load_check: bool = flag(
+        True,
+        "--load-check/--no-load-check",
+        OUTPUT,
+        "First let the runtime read the header of the output, and refuse what it does not load.",
     )
     use_reference: bool = False
 

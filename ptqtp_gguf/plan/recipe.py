@@ -31,8 +31,21 @@ from typing import Any
 
 from ..codec import BY_NAME, TYPES, TensorType
 from ..errors import RecipeError
-from ..files import F16_ID, FLOAT_IDS, Q8_0_ID, TYPE_IDS, TensorInfo, open_regular, parse_json, type_block, type_name
+from ..files import (
+    BF16_ID,
+    F16_ID,
+    F32_ID,
+    FLOAT_IDS,
+    Q8_0_ID,
+    TYPE_IDS,
+    TensorInfo,
+    open_regular,
+    parse_json,
+    type_block,
+    type_name,
+)
 from ..llamacpp import ggml
+from ..quantize import beyond
 from .patterns import compile_bounded, regex
 from .roles import _GUARD, WHY_GUARDED, Model, always_kept
 
@@ -142,6 +155,12 @@ class Recipe:
             if target != t.type and target not in TYPES:
                 ggml.require(target)
         return choices
+
+    def pinned(self, tensors: Sequence[TensorInfo]) -> frozenset[str]:
+        """Names of the tensors whose type is the user's own word: --tensor-type."""
+        model = Model(tensors)
+        found = ((t, rule_for(t, self.rules, model)) for t in tensors)
+        return frozenset(t.name for t, rule in found if rule and rule.override)
 
     def check_overrides(self, tensors: Sequence[TensorInfo]) -> None:
         """Raise RecipeError for an override that reaches none of the tensors: a slip of the pen, most often."""
@@ -307,9 +326,14 @@ def fit(t: TensorInfo, target: int, reason: str) -> Choice:
     raise AssertionError("F16 has blocks of one")
 
 
-def fall_back(t: TensorInfo, why: str) -> Choice:
-    """The type for a tensor whose values the trit-plane type cannot hold."""
-    return Choice(fit(t, Q8_0_ID, why).type, why, fallback=True)
+def fall_back(t: TensorInfo, why: str, kind: int | None = None, largest: float = 0.0) -> Choice:
+    """The type for a tensor whose values the type `kind`, or one of ours, cannot hold, up to `largest`: the next of
+    Q8_0 (F16, where rows do not divide), BF16 and F32 that can. F32 holds everything."""
+    chain = [fit(t, Q8_0_ID, why).type, BF16_ID, F32_ID]
+    if kind in FLOAT_IDS and kind not in chain:
+        chain = chain[1:]
+    rest = chain[chain.index(kind) + 1 :] if kind in chain else chain
+    return Choice(next(k for k in rest if not beyond(k, largest)), why, fallback=True)
 
 
 def block_type(name: str) -> TensorType:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..codec import F32, TYPES, U8, scan
-from ..errors import InputError, RecipeError
-from ..files import FLOAT_IDS, OutTensor, TensorInfo, align
+from ..errors import InputError, QuantizeError, RecipeError
+from ..files import FLOAT_IDS, OutTensor, TensorInfo, align, type_name
 from ..progress import Progress
-from ..quantize import FLOOR, Method, to_float
+from ..quantize import FLOOR, Method, beyond, to_float
 from ..source import Imatrix, Importance, Source, looked_up, rows_together
 from .budget import Effects, fit_budget, paced, spread
 from .recipe import Choice, fall_back, require_importance
@@ -97,6 +97,7 @@ def _fitted(
     """The types that fit_budget chooses; where nobody gave a target, and it leaves nothing to our types or finds none,
     those of the recipe."""
     options, threads = request.options, request.options.threads
+    seen = functools.cache(functools.partial(survey, source, threads=threads))
     try:
         choices = fit_budget(
             source.tensors,
@@ -108,7 +109,7 @@ def _fitted(
             threads=threads,
             alignment=source.alignment,
             progress=progress,
-            takes=lambda t, kind: kind not in TYPES or _look(source, t, kind, threads) is None,
+            takes=lambda t, kind: kind == t.type or not seen(t, group_of(kind)).misfit(kind),
             importance=effects.importance if effects else of,
             effects=effects,
             in_time=not options.has_target,
@@ -171,18 +172,14 @@ class Below:
     """Counts, over a tensor's pieces, groups below the range of the scales."""
 
     def __init__(self, target: int) -> None:
-        self.kind = TYPES.get(target)
+        self.target, self.kind = target, TYPES.get(target)
         self.groups = self.below = 0
 
     def why(self, largest: float, groups: int, below: int) -> str | None:
         """Take one piece; the reason why the type cannot hold the tensor, if that is so already."""
-        if self.kind is None:
-            return None
         self.groups += groups
         self.below += below
-        if largest > self.kind.reach:
-            return f"largest weight {largest:.4g}; {self.kind.name} reaches {self.kind.reach:.4g}"
-        return None
+        return beyond(self.target, largest)
 
     def why_at_end(self) -> str | None:
         if self.kind and self.groups and self.below > MOSTLY_BELOW * self.groups:
@@ -199,29 +196,71 @@ def not_finite(source: Source, t: TensorInfo, raw: U8, first: int, bad: int) -> 
     )
 
 
-def check_values(source: Source, rows: list[PlanRow], threads: int, progress: Progress) -> None:
-    """Look at every weight before anything is written, and let tensors fall back now. Raises InputError."""
+def check_values(
+    source: Source,
+    rows: list[PlanRow],
+    threads: int,
+    progress: Progress,
+    pinned: frozenset[str] = frozenset(),
+) -> None:
+    """Look at every weight before anything is written, and let tensors fall back now.
+
+    pinned: see `settle`. Raises InputError for a value that is not finite, QuantizeError for one that does not fit.
+    """
     total, done = sum(r.tensor.n_weights for r in rows), 0
     for row in rows:
         t = row.tensor
         progress("checking", done, total, t.name)
         if t.type in FLOAT_IDS or row.choice.type != t.type:
-            if why := _look(source, t, row.choice.type, threads):
-                row.choice = fall_back(t, why)
+            found = survey(source, t, group_of(row.choice.type), threads)
+            while why := found.misfit(row.choice.type):
+                settle(row, why, found.largest, pinned)
         done += t.n_weights
     progress("checking", total, total, "")
 
 
-def _look(source: Source, t: TensorInfo, target: int, threads: int) -> str | None:
-    """Why the values of a tensor do not fit the target, or None. Raises InputError for one that is not finite."""
-    below, first = Below(target), 0
-    group = below.kind.group if below.kind else 32
+def settle(row: PlanRow, why: str, largest: float, pinned: frozenset[str]) -> None:
+    """Give the tensor the next type that holds it, with the reason.
+
+    why, largest  why its values do not fit, and the largest |weight| seen
+    pinned        names of tensors whose stock type is the user's own word: they raise QuantizeError
+    """
+    kind = row.choice.type
+    choice = fall_back(row.tensor, why, kind, largest)
+    if row.tensor.name in pinned and kind not in TYPES and not row.choice.fallback:
+        raise QuantizeError(
+            f"tensor {row.tensor.name}: {why}; give {type_name(choice.type)} in --tensor-type, which holds it"
+        )
+    row.choice = choice
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was seen of all weights of a tensor: the largest |weight|, groups, and groups below the scales' range."""
+
+    largest: float
+    groups: int
+    below: int
+
+    def misfit(self, target: int) -> str | None:
+        """Why they do not fit a type whose groups were looked at, or None."""
+        below = Below(target)
+        return below.why(self.largest, self.groups, self.below) or below.why_at_end()
+
+
+def group_of(target: int) -> int:
+    """Weights that share a scale in one of our types; of the others nothing depends on it."""
+    return TYPES[target].group if target in TYPES else 32
+
+
+def survey(source: Source, t: TensorInfo, group: int, threads: int = 0) -> Survey:
+    """Look at every weight of a tensor. Raises InputError for one that is not finite."""
+    largest, groups, below, first = 0.0, 0, 0, 0
     for raw in source.pieces(t):
         w = to_float(raw, t.type, threads)
         seen = scan(w.reshape(-1), group, FLOOR, threads)
         if seen.bad >= 0:
             raise not_finite(source, t, raw, first, seen.bad)
-        if why := below.why(seen.largest, seen.groups, seen.below):
-            return why
+        largest, groups, below = max(largest, seen.largest), groups + seen.groups, below + seen.below
         first += w.size
-    return below.why_at_end()
+    return Survey(largest, groups, below)

@@ -9,6 +9,7 @@ from .methods import Method
 from .pieces import FLOOR, MASK, Done, Encoded, Encoder, Pending, checksum, to_float
 from .second_order import SecondOrder
 from .torch_codec import GROUP, Tensor, change_unit, code_scales, latent_start, nearest_levels, scale_codes
+from .values import beyond, first_not_finite, reach
 
 __all__ = [
     "FLOOR",
@@ -22,15 +23,18 @@ __all__ = [
     "SecondOrder",
     "Settings",
     "Tensor",
+    "beyond",
     "change_unit",
     "checksum",
     "code_scales",
+    "first_not_finite",
     "gptq",
     "latent_start",
     "make_encoder",
     "methods",
     "nearest_in_chain",
     "nearest_levels",
+    "reach",
     "scale_codes",
     "second_order",
     "to_float",

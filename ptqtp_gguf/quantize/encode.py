@@ -18,6 +18,7 @@ from ..source import Importance
 from . import methods
 from .cuda import encoder as cuda
 from .pieces import FLOOR, MASK, Done, Encoded, Encoder, Pending, to_float
+from .values import first_not_finite, reach
 
 
 def _runs(w: F32, first: int, importance: Importance | None, planes: bool) -> Iterator[tuple[slice, F32 | None]]:
@@ -49,11 +50,13 @@ class CpuEncoder:
     ) -> Done:
         kind = TYPES.get(target)
         if target == source_type and target not in FLOAT_IDS:
-            return Done(Encoded(raw, hash=native.check(kind, raw, first, self.threads)[1] if kind else 0))
+            if kind:
+                return Done(Encoded(raw, hash=native.check(kind, raw, first, self.threads)[1]))
+            return Done(Encoded(raw, bad=first_not_finite(target, raw)))
         w = to_float(raw, source_type, self.threads)
         scan = native.scan(w.reshape(-1), kind.group if kind else 32, FLOOR, self.threads)
         data, stats = raw, native.Stats(0.0, 0.0, 0)
-        if scan.bad >= 0 or (kind and scan.largest > kind.reach):
+        if scan.bad >= 0 or scan.largest > reach(target):
             return Done(Encoded(raw[:0], 0.0, 0.0, *scan))
         if kind or target != source_type:
             runs = list(_runs(w, first, importance, kind is not None))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec import F32, F64, TP2_0, U8, TensorType, pack
-from ..errors import QuantizeError
+from ..errors import OutOfReach
 from .sums import lane_sum
 
 MAX_ITERS = 50
@@ -77,11 +77,11 @@ def to_digits(t1: F64, t2: F64) -> U8:
 
 
 def half_scales(a1: NDArray[np.floating], a2: NDArray[np.floating]) -> NDArray[np.float16]:
-    """Scales (N,) and (N,) to fp16 (N, 2), through float32. Raises QuantizeError where one overflows."""
+    """Scales (N,) and (N,) to fp16 (N, 2), through float32. Raises OutOfReach where one overflows."""
     with np.errstate(over="ignore"):
         alphas = np.stack([a1, a2], axis=-1).astype(np.float32).astype(np.float16)
     if not np.isfinite(alphas).all():
-        raise QuantizeError("weight beyond the reach of the type's scales")
+        raise OutOfReach("weight beyond the reach of the type's scales")
     return alphas
 
 

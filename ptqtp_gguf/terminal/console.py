@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from ..conversion import Plan, Summary
 from ..errors import OutputError, printable
 from ..files import type_name
 from ..inspect import Verdict
+from ..measure import Likeness
 from ..system import resident
 
 # a file or a pipe has no width of its own: wide enough that names stay whole
@@ -190,6 +192,7 @@ def plan_dict(p: Plan) -> dict[str, object]:
         "weights": n,
         "bpw": round(8 * p.size / n, 4),
         "memory": p.memory,
+        "notes": list(p.notes),
         "files": [{"path": str(x.path), "bytes": x.size, "tensors": len(x.tensors)} for x in p.parts],
         "tensors": [
             {
@@ -229,6 +232,8 @@ def print_plan(p: Plan, free: int) -> None:
     )
     line(f"needs {p.size / 1e6:.0f} MB of disk ({free / 1e6:.0f} MB free) and about {p.memory / 1e6:.0f} MB of memory")
     line("values are looked at when converting: a tensor beyond the reach of its scales may still fall back")
+    for note in p.notes:
+        line(f"note: {note}")
 
 
 # ---- files: see also listing.py ----
@@ -244,6 +249,7 @@ def verdict_dict(v: Verdict) -> dict[str, object]:
         "trit_plane_tensors": v.planes,
         "checksums": v.checksums,
         "faults": v.faults,
+        "notes": v.notes,
         "errors": [
             {"name": e.name, "type": e.type, "rel_mse": e.rel_mse if math.isfinite(e.rel_mse) else None}
             for e in v.errors
@@ -259,6 +265,8 @@ def print_verdict(v: Verdict, all_errors: bool) -> None:
         line(f"  fault: {fault}")
     if len(v.faults) > 20:
         line(f"  ... and {len(v.faults) - 20} more faults")
+    for note in v.notes:
+        line(f"  note: {note}")
     if v.errors:
         worst = sorted(v.errors, key=lambda e: -e.rel_mse)
         table = Table(whole("tensor"), "type", right("relative squared error"))
@@ -267,3 +275,20 @@ def print_verdict(v: Verdict, all_errors: bool) -> None:
         out_console.print(table)
     for name, digest in v.sha256.items():
         line(f"  sha256 {digest}  {Path(name).name}")
+
+
+def print_likeness(found: Likeness, notes: Sequence[str]) -> None:
+    """How far a file's logits are from transformers'. notes: what may be the cause."""
+    quantized = ", ".join(found.quantized)
+    line(
+        f"  logits against transformers, {found.tokens} tokens: {found.distance:.4f} apart (relative; median of tokens "
+        f"{found.median:.4f}, of the last ones {found.late:.4f}), divergence {found.kld:.5f} nats, "
+        f"same likeliest token {100 * found.same_top:.0f} %"
+    )
+    if found.bound is None:
+        line(
+            f"  note: what is normal for {quantized} nobody knows; whether the same function is computed, tells this "
+            "check of the unquantized GGUF (convert --keep-bf16)"
+        )
+    for note in notes:
+        line(f"  note: {note}")

@@ -7,7 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from helpers import write_gguf
+from bench_models import write_llama
+from helpers import rewritten, write_gguf
 
 from ptqtp_gguf.codec import native
 from ptqtp_gguf.codec.reference import dequantize, pack
@@ -16,7 +17,7 @@ from ptqtp_gguf.codec.types import TYPES
 from ptqtp_gguf.conversion.export import export_q4_0, to_q4_0
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError, OutputError
-from ptqtp_gguf.files.gguf import Reader
+from ptqtp_gguf.files.gguf import Reader, kv_u32
 from ptqtp_gguf.plan.options import Options
 
 TWINS = [t for t in TYPES.values() if t.q4_0_twin]
@@ -84,3 +85,15 @@ def test_files_without_a_twin(tmp_path: Path, rng: np.random.Generator) -> None:
     convert(source, tmp_path / "free.gguf", Options(type="TP2_0"))
     with pytest.raises(InputError, match=r"tensor blk\.0\.a\.weight is TP2_0; its free scales have no exact Q4_0 twin"):
         export_q4_0(tmp_path / "free.gguf", tmp_path / "b.gguf")
+
+
+@pytest.mark.runtime
+def test_a_file_that_the_runtime_does_not_load(tmp_path: Path) -> None:
+    convert(write_llama(tmp_path / "a.gguf"), tmp_path / "ours.gguf")
+    export_q4_0(tmp_path / "ours.gguf", tmp_path / "twin.gguf")
+    bad = rewritten(tmp_path / "ours.gguf", tmp_path / "bad.gguf", [kv_u32("llama.block_count", 2)])
+    with pytest.raises(
+        InputError, match=r"cannot load this file, nor its twin: tensor 'blk\.1\.attn_norm\.weight' not"
+    ):
+        export_q4_0(bad, tmp_path / "b.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "bad.gguf", "ours.gguf", "twin.gguf"]

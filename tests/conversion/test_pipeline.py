@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,11 @@ from ptqtp_gguf.conversion.output_files import finish
 from ptqtp_gguf.errors import InputError, Interrupted, OutputError, QuantizeError, RecipeError
 from ptqtp_gguf.files.gguf import Reader, quantize_plain
 from ptqtp_gguf.files.journal import Journal
+from ptqtp_gguf.inspect.check import verify
 from ptqtp_gguf.plan.options import Options
 from ptqtp_gguf.quantize.methods import find, quantize
+from ptqtp_gguf.quantize.pieces import to_float
+from ptqtp_gguf.source.gguf import GgufSource
 
 EXPECTED = {
     "token_embd.weight": "Q4_0",
@@ -150,6 +154,62 @@ def test_values_beyond_the_scales_fall_back(tmp_path: Path, rng: np.random.Gener
     assert reasons["blk.1.a.weight"] == (8, "largest weight 12; TP2_2 reaches 11.62")
     assert "16 of 16 groups lie below the range" in reasons["blk.2.a.weight"][1]
     assert len(reasons) == 2
+
+
+@pytest.mark.parametrize("split", [0, 4000])
+@pytest.mark.parametrize(
+    ("cols", "largest", "kind"),
+    [(64, 2e7, "BF16"), (64, 7e4, "Q8_0"), (64, 3.4e38, "F32"), (40, 7e4, "BF16"), (40, 3.4e38, "F32")],
+)
+def test_every_value_finds_a_type_that_holds_it(
+    tmp_path: Path, rng: np.random.Generator, cols: int, largest: float, kind: str, split: int
+) -> None:
+    """In block matrices, and in the head, whose Q8_0 is no fallback."""
+    shapes = {"blk.0.ok.weight": (64, 64), "blk.0.a.weight": (64, cols), "output.weight": (64, cols)}
+    w = {name: (rng.normal(size=shape) * 0.05).astype(np.float32) for name, shape in shapes.items()}
+    for name in ("blk.0.a.weight", "output.weight"):
+        w[name][3, 5] = -largest
+    source = write_gguf(tmp_path / "a.gguf", w)
+    summary = conversion.convert(source, tmp_path / "b.gguf", Options(split_max_size=split))
+    with GgufSource(summary.files[0]) as got:
+        for t in got.tensors[1:]:
+            assert t.type_name == ("Q8_0" if cols == 64 and largest == 7e4 else kind), t.name
+            back = to_float(np.concatenate(list(got.pieces(t))), t.type)
+            assert np.isfinite(back).all() and back[3, 5] == pytest.approx(-largest, rel=0.01)
+    reasons = {r.tensor.name: r.choice.reason for r in summary.fallbacks}
+    assert f"largest weight {largest:.4g}; " in reasons["blk.0.a.weight"]
+    assert verify(summary.files[0]).good
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("name", ["Q8_0", "F16", "Q4_0", "Q6_K", "IQ4_NL", "BF16"])
+def test_a_type_that_the_user_names_must_hold_the_values(tmp_path: Path, rng: np.random.Generator, name: str) -> None:
+    w = {f"blk.0.{n}.weight": (rng.normal(size=(8, 256)) * 0.05).astype(np.float32) for n in ("a", "b")}
+    w["blk.0.b.weight"][3, 5] = 3.4e38
+    source = write_gguf(tmp_path / "a.gguf", w)
+    for split in (0, 4000):
+        with pytest.raises(QuantizeError) as e:
+            conversion.convert(
+                source, tmp_path / "b.gguf", Options(tensor_types=(f"b.weight={name}",), split_max_size=split)
+            )
+        assert re.fullmatch(
+            rf"tensor blk.0.b.weight: largest weight 3.4e\+38; {name} reaches [\d.e+]+; "
+            "give F32 in --tensor-type, which holds it",
+            str(e.value),
+        )
+        assert not leftovers(tmp_path)
+
+
+def test_a_stock_tensor_that_is_kept_must_be_finite(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    source = write_gguf(tmp_path / "a.gguf", weights | {"blk.0.odd.weight": np.ones((8, 64), np.float32)}, "Q8_0")
+    with Reader(source) as r:
+        at = r.by_name["token_embd.weight"].offset + 5 * 2 * 34 + 34  # row 5, the second block
+    raw = bytearray(source.read_bytes())
+    raw[at : at + 2] = b"\x00\x7c"
+    source.write_bytes(raw)
+    with pytest.raises(InputError, match=r"tensor token_embd.weight holds (nan|-?inf) at row 5, column 32"):
+        conversion.convert(source, tmp_path / "b.gguf")
+    assert not leftovers(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_down.weight", "blk.0.attn_norm.weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import struct
 from collections.abc import Callable
@@ -9,18 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_gguf
+from bench_models import write_llama
+from helpers import rewritten, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ptqtp_gguf.codec.native import pack, unpack
+from ptqtp_gguf.codec.tp2_0 import TP2_0
 from ptqtp_gguf.codec.types import Key
 from ptqtp_gguf.codec.unit import UNIT_BYTES
 from ptqtp_gguf.conversion.pipeline import convert
 from ptqtp_gguf.errors import InputError
-from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_string
+from ptqtp_gguf.files.gguf import GGML_TYPES, OutTensor, Reader, kv_string, kv_u32
 from ptqtp_gguf.files.writing import write_verified
 from ptqtp_gguf.inspect.check import Verdict, verify
 from ptqtp_gguf.plan.options import Options
+from ptqtp_gguf.quantize.pieces import checksum
 from ptqtp_gguf.source.opening import open_source
 from ptqtp_gguf.terminal.console import verdict_dict
 
@@ -129,8 +134,80 @@ def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
     """A fault, and null in JSON, which has no NaN."""
     bad = write_gguf(tmp_path / "nan.gguf", {"blk.0.a.weight": np.full((2, 32), np.nan, np.float32)})
     verdict = against(bad, bad)
-    assert not verdict.good and "relative squared error nan" in verdict.faults[0]
+    assert verdict.faults == [
+        "tensor blk.0.a.weight: holds values that are not finite, the first at row 0, column 0",
+        "tensor blk.0.a.weight: relative squared error nan; these are other weights",
+    ]
     assert json.loads(json.dumps(verdict_dict(verdict), allow_nan=False))["errors"][0]["rel_mse"] is None
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "IQ4_NL"])
+def test_values_that_are_not_finite_in_any_type(tmp_path: Path, rng: np.random.Generator, kind: str) -> None:
+    """Whether or not the file has checksums, and though they are right."""
+    w = {f"blk.0.{n}.weight": (rng.normal(size=(8, 256)) * 0.05).astype(np.float32) for n in ("a", "b")}
+    source, ours = write_gguf(tmp_path / "a.gguf", w), tmp_path / "b.gguf"
+    convert(source, ours, Options(tensor_types=(f"b.weight={kind}",)))
+    assert verify(ours).good
+    with Reader(ours) as r:
+        t = r.by_name["blk.0.b.weight"]
+        assert t.type_name == kind
+        _, block, size = GGML_TYPES[t.type]
+        hashes, at = r.get(Key.TENSOR_HASHES), t.offset + t.nbytes // 8 * 3 + size
+        assert isinstance(hashes, list)
+    raw = bytearray(ours.read_bytes())
+    raw[at : at + size] = b"\xff" * size
+    fault = f"tensor blk.0.b.weight: holds values that are not finite, the first at row 3, column {block % 256}"
+    row = fault.replace("row 3, column 0", "row 4, column 0")
+    (tmp_path / "bad.gguf").write_bytes(raw)
+    assert verify(tmp_path / "bad.gguf").faults == [row]
+    new = checksum(np.frombuffer(raw, np.uint8)[t.offset : t.offset + t.nbytes])
+    old, new_ = (struct.pack("<Q", n) for n in (hashes[-1], new))
+    assert raw.count(old) == 1
+    (tmp_path / "bad.gguf").write_bytes(raw.replace(old, new_))
+    assert verify(tmp_path / "bad.gguf").faults == [row]
+
+
+@pytest.mark.parametrize("upper", [0x7C, 0xFC, 0x7E])  # of an fp16: Inf, -Inf, or NaN, as the lower byte has it
+def test_a_free_scale_that_is_not_finite(tmp_path: Path, rng: np.random.Generator, upper: int) -> None:
+    w = {"blk.0.a.weight": (rng.normal(size=(8, 256)) * 0.05).astype(np.float32)}
+    convert(write_gguf(tmp_path / "a.gguf", w), tmp_path / "b.gguf", Options(type="TP2_0"))
+    raw = bytearray((tmp_path / "b.gguf").read_bytes())
+    with Reader(tmp_path / "b.gguf") as r:
+        t = r.tensors[0]
+    digits, scales = unpack(TP2_0, np.frombuffer(raw, np.uint8)[t.offset : t.offset + TP2_0.size].reshape(1, -1))
+    packed = [pack(TP2_0, digits, np.full_like(scales, s)).reshape(-1) for s in (1, -2)]
+    raw[t.offset + int(np.argmax(packed[0] != packed[1]))] = upper
+    (tmp_path / "bad.gguf").write_bytes(raw)
+    assert "a word or scale that no packer writes" in verify(tmp_path / "bad.gguf").faults[0]
+
+
+@pytest.mark.runtime
+def test_a_file_that_the_runtime_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_llama(tmp_path / "a.gguf")
+    ours = convert(source, tmp_path / "b.gguf").files
+    parts = convert(source, tmp_path / "c.gguf", Options(split_max_size=20000)).files
+    assert len(parts) > 1
+    for path in (source, ours[0], parts[0], parts[-1]):
+        verdict = verify(path)
+        assert verdict.good and not verdict.notes, path
+    bad = rewritten(ours[0], tmp_path / "bad.gguf", [kv_u32("llama.block_count", 2)])
+    why = "the runtime cannot load this file: tensor 'blk.1.attn_norm.weight' not found"
+    assert verify(bad).faults == [why]
+    rewritten(parts[0], tmp_path / "d.gguf", [kv_u32("llama.block_count", 2)]).replace(parts[0])
+    assert why in verify(parts[-1]).faults
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.36")
+    verdict = verify(bad)
+    assert verdict.good and verdict.notes[0].startswith(
+        "not tried whether the runtime loads it: llama-cpp-python 0.3.36"
+    )
+
+
+def test_a_file_that_is_no_whole_model_is_not_tried(files: tuple[Path, Path], tmp_path: Path) -> None:
+    note = "no tokenizer in it (tokenizer.ggml.model): no model that the runtime loads as it is; not tried"
+    verdict = verify(files[1])
+    assert verdict.good and verdict.notes == [note]
+    assert verdict_dict(verdict)["notes"] == [note]
 
 
 def tuned_copy(source: Path, folder: Path) -> Path:

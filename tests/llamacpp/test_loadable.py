@@ -14,13 +14,13 @@ from talking_model import write_talking_model
 
 from ptqtp_gguf.errors import InputError, RuntimeMissing
 from ptqtp_gguf.files.gguf import OutTensor, Reader, kv_u32
-from ptqtp_gguf.llamacpp import loadable, model
+from ptqtp_gguf.llamacpp import install, loadable, model
 
 pytestmark = pytest.mark.runtime
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "shape": (
-        lambda p: write_llama(p, **{"attention.head_count_kv": 1}),
+        lambda p: write_llama(p, None, **{"attention.head_count_kv": 1}),
         "tensor 'blk.0.attn_k.weight' has wrong shape; expected 64, 32, got 64, 64",
     ),
     "missing": (lambda p: write_llama(p, block_count=2), "tensor 'blk.1.attn_norm.weight' not found"),
@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         "done_getting_tensors: wrong number of tensors; expected 12, got 11",
     ),
     "metadata": (
-        lambda p: write_llama(p, **{"attention.key_length": 8}),
+        lambda p: write_llama(p, None, **{"attention.key_length": 8}),
         "error loading model hyperparameters: invalid n_rot: 32, expected 8",
     ),
     "abort": (lambda p: write_llama(p, expert_count=4), "it dies of SIGABRT: llama-model.cpp:"),
@@ -114,7 +114,7 @@ def test_a_process_that_does_not_end_or_cannot_begin(tmp_path: Path, monkeypatch
         m.setattr(loadable, "SECONDS", 0.001)
         assert loadable.why_not_loadable(good) == "it was not through with the header after 0 s"
     with monkeypatch.context() as m:
-        m.setattr(loadable.install, "package_dir", lambda: tmp_path)
+        m.setattr(install, "package_dir", lambda: tmp_path)
         with pytest.raises(RuntimeMissing, match=r"its bindings cannot be loaded: .*llama_cpp"):
             loadable.why_not_loadable(good)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.36")

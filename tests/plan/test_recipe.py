@@ -95,6 +95,37 @@ def test_rows_that_do_not_fit_fall_back_and_say_so() -> None:
     assert (type_name(choice.type), choice.fallback, choice.reason) == ("Q8_0", True, "too large")
 
 
+@pytest.mark.parametrize(
+    ("kind", "cols", "largest", "got"),
+    [
+        ("TP2_2", 64, 0.0, "Q8_0"),
+        ("TP2_2", 64, 8.3e6, "Q8_0"),
+        ("TP2_2", 64, 8.4e6, "BF16"),
+        ("TP2_2", 64, 3.4e38, "F32"),
+        ("TP2_2", 40, 6e4, "F16"),
+        ("TP2_2", 40, 7e4, "BF16"),
+        ("Q6_K", 256, 7e4, "Q8_0"),
+        ("Q8_0", 64, 0.0, "BF16"),
+        ("Q8_0", 64, 3.4e38, "F32"),
+        ("F16", 64, 7e4, "BF16"),
+        ("F16", 40, 7e4, "BF16"),
+        ("BF16", 64, 3.4e38, "F32"),
+        ("BF16", 64, 0.0, "F32"),
+    ],
+)
+def test_values_that_do_not_fit_go_to_the_next_type_that_holds_them(
+    kind: str, cols: int, largest: float, got: str
+) -> None:
+    choice = fall_back(info("blk.0.a.weight", cols, 8), "too large", TYPE_IDS[kind], largest)
+    assert (type_name(choice.type), choice.fallback, choice.reason) == (got, True, "too large")
+
+
+def test_what_the_user_names_is_pinned() -> None:
+    recipe = load("default").bind("TP2_2").with_overrides(("ffn_down=Q8_0",))
+    tensors = [info(n, 64, 8) for n in ("blk.0.ffn_down.weight", "blk.0.ffn_up.weight")]
+    assert recipe.pinned([*tensors, info("blk.0.ffn_down.bias", 64)]) == {"blk.0.ffn_down.weight"}
+
+
 def test_a_quantized_embedding_stays_but_a_quantized_block_matrix_is_taken() -> None:
     rules = default_rules(TP2_1)
     choice = alone(info("token_embd.weight", 576, 9, kind="Q6_K"), rules)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ...codec import TP2_0, TP2_1, TP2_2, TYPES, U8, native
-from ...errors import QuantizeError
+from ...errors import OutOfReach, QuantizeError
 from ..pieces import Encoded
 from .driver import OUT_OF_MEMORY, Buffer, CudaError, Device, Unavailable, api, call
 
@@ -95,8 +95,8 @@ class Pending:
 
         With copy=False it may be a view of pinned memory, to be used up before the second piece after this one is
         submitted, or its `buffer` asked for: for a caller who writes it to a file at once.
-        Raises QuantizeError where a scale overflows although all weights are finite and within the type's reach, and
-        where the device failed.
+        Raises OutOfReach where a scale overflows although all weights are finite and within the type's reach,
+        QuantizeError where the device failed.
         """
         outcome = self.collect(copy)
         if isinstance(outcome, QuantizeError):
@@ -124,7 +124,7 @@ class Pending:
         stats = slot.stats.host(self._folded * STATS.itemsize).view(STATS)
         encoded = merge(stats, data)
         if stats["overflow"].any() and encoded.bad < 0 and encoded.largest <= self._reach:
-            return QuantizeError(f"{self._kernel}: weight beyond the reach of the type's scales")
+            return OutOfReach(f"{self._kernel}: weight beyond the reach of the type's scales")
         return encoded
 
 
