@@ -292,7 +292,7 @@ class Blocks:
     def _decode(self, *hooks: Any, **inputs: Any) -> Any:
         """The decoder's forward up to where a hook stops it; the hooks are removed."""
         try:
-            with explained(self.folder, "its forward cannot be followed"):
+            with quiet(), explained(self.folder, "its forward cannot be followed"):
                 return self.decoder(**inputs, use_cache=False)
         except Stop:
             return None

@@ -59,13 +59,16 @@ def _run(stage: str, work: Work) -> None:
 
 @contextmanager
 def optional(by_default: bool) -> Iterator[None]:
-    """Errors of a calibration that nobody asked for, as Uncalibrated."""
+    """Errors of a calibration that nobody asked for, ours or not, as Uncalibrated; but for those of writing."""
     try:
         yield
-    except PtqtpError as e:
-        if not by_default or isinstance(e, OutputError):
+    except (OutputError, OSError):
+        raise
+    except Exception as e:
+        if not by_default:
             raise
-        raise Uncalibrated(str(e)) from None
+        text = str(e) if isinstance(e, PtqtpError) else f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise Uncalibrated(text) from e
 
 
 def stage_of(name: str) -> Callable[[Work], None]:

@@ -16,7 +16,7 @@ from ..errors import InputError
 # of the top folder only: weights, what the tokenizer is made of, and the card, which names the model in the metadata
 COMMON = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
 WEIGHTS, OLD_WEIGHTS = ["*.safetensors"], ["pytorch_model*.bin"]
-LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
+LEFT_OUT = ["*/*", "consolidated*", "adapter_model*"]
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 

@@ -17,7 +17,6 @@ MAX_JSON = 256 << 20
 POINTER = b"version https://git-lfs"  # its specification: at most 1024 bytes
 MOST_TEXT = 4096  # bytes of a file of weights that may be a text in its place
 SHOWN = 60  # letters of such a text
-TEXTS = (".json", ".jsonl", ".jinja", ".txt", ".md", ".py")
 # quant_method of those that dequant_model of llama.cpp's converter undoes, or stores as they are
 READ = ("bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4")
 # ends of names of tensors that a quantized checkpoint has and a plain one has not
@@ -97,10 +96,9 @@ def instead(path: Path) -> str | None:
             f"{path}: begins with a byte order mark, which transformers and llama.cpp's converter do not read; "
             "save it as UTF-8 without one"
         )
-    if path.suffix in TEXTS or not head or len(head) > MOST_TEXT:
-        return None
     text = head.decode(errors="replace")
-    if path.suffix in (".safetensors", ".bin") and all(c.isprintable() or c.isspace() for c in text):
+    short = path.suffix == ".safetensors" and 0 < len(head) <= MOST_TEXT
+    if short and all(c.isprintable() or c.isspace() for c in text):
         return f"{path}: no weights, but the text {show(' '.join(text.split())[:SHOWN])!r}; download it again"
     return None
 

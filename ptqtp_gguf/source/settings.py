@@ -79,6 +79,7 @@ ONLY: dict[str, tuple[tuple[str, object], ...]] = {
     "deepseek2": (("rope_interleave", True),),
     "gpt-oss": (("swiglu_limit", 7.0),),
     "afmoe": (("mup_enabled", True),),
+    "falcon-h1": (("attention_bias", False),),
 }
 
 
@@ -200,7 +201,7 @@ def _runtime_windows(file: File, layers: int) -> list[bool] | None:
 # architectures whose graphs have no window, though classes of transformers have one
 _WITHOUT = frozenset(
     "exaone4 llama mistral3 phi3 phimoe qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe smollm3 starcoder2 "
-    "seed_oss hunyuan-dense hunyuan-moe minicpm minimax-m2".split()
+    "seed_oss hunyuan-dense hunyuan-moe minicpm minimax-m2 dots1".split()
 )
 
 
@@ -285,7 +286,13 @@ def scale(config: Config, file: File) -> Iterator[str]:
 
 
 def rotated(config: Config, file: File) -> Iterator[str]:
-    """Layers without rotary embedding."""
+    """Layers without rotary embedding, and heads of which a part has it."""
+    part = hooks.flat_rope(config).get("partial_rotary_factor", 1.0)
+    if config.get("model_type") == "bamba" and part != 1.0:
+        yield _differs("partial_rotary_factor", part, "llama.cpp's converter orders rows as for whole heads")
+    windowed = hooks.windowed(config)
+    if file.arch == "afmoe" and windowed and windowed != [i % 4 < 3 for i in range(len(windowed))]:
+        yield "config.json has layer_types of its own: the runtime does not rotate every fourth layer of an afmoe"
     layers = config.get("no_rope_layers")
     if file.arch == "smollm3" and isinstance(layers, list) and layers:
         if [bool(x) for x in layers] != [(i + 1) % 4 != 0 for i in range(len(layers))]:

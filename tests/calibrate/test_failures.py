@@ -145,6 +145,21 @@ def test_a_failure_is_not_that_of_another_run(tiny: Path, wanted: dict[str, byte
     assert out.read_bytes() == wanted["one"] and "calibrating" not in told
 
 
+@pytest.mark.parametrize("error", [TypeError("of a\nlibrary"), MemoryError()], ids=repr)
+def test_nobody_asked_for_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Then an error that is not ours ends no conversion either; it is told."""
+    monkeypatch.delenv("PTQTP_EFFORT")
+    options, out = Options(calibration=Calibration(tokens=512, window=64), device="cpu"), tmp_path / "out.gguf"
+    owner, name, after = WHERE["planes"]
+    with monkeypatch.context() as m:
+        m.setattr(owner, name, raises(error, after, getattr(owner, name)))
+        summary = convert(tiny, out, options)
+    (note,) = (n for n in summary.notes if n.startswith("not calibrated: "))
+    assert type(error).__name__ in note and "\n" not in note and not leftovers(tmp_path)
+    convert(tiny, tmp_path / "none.gguf", Options(calibration=Calibration(effort="none"), device="cpu"))
+    assert out.read_bytes() == (tmp_path / "none.gguf").read_bytes()
+
+
 # ---- in order, by transformers ----
 
 

@@ -54,7 +54,7 @@ def test_convert_inspect_export(cli: Cli, tiny_gguf: Path, tmp_path: Path) -> No
         (["convert", "tiny.gguf", "b.gguf", "--threads", "-3"], 2, "threads"),
         (["convert", "tiny.gguf"], 2, "Missing argument 'out'"),
         (["convert", "."], 2, "Missing argument"),
-        (["convert", ".", "b.gguf"], 1, "config.json: No such file or directory"),
+        (["convert", ".", "b.gguf"], 1, "a folder of GGUF files"),
         (["inspect", "absent.gguf"], 1, "absent.gguf: No such file or directory"),
         (["inspect", "noise.gguf"], 1, "noise.gguf: not a GGUF file"),
         (["inspect", "cut.gguf"], 1, "truncated"),

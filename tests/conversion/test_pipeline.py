@@ -294,7 +294,7 @@ def test_unknown_method_and_type(tiny_gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         conversion.convert(tmp_path / "absent", tmp_path / "b.gguf")
     (tmp_path / "text.gguf").write_text("hello")
-    with pytest.raises(InputError, match="neither a GGUF file nor a checkpoint folder"):
+    with pytest.raises(InputError, match="does not begin as a GGUF file does"):
         conversion.convert(tmp_path / "text.gguf", tmp_path / "b.gguf")
 
 

@@ -25,6 +25,11 @@ WAYS = {
         "t = threading.Thread(target=abort); t.start(); t.join()",
         "ggml.c:12: GGML_ASSERT(a == b) failed",
     ),
+    "assert while servers are used": (  # by then rpc.py has a handler of its own
+        "import ctypes; from ptqtp_gguf.llamacpp import rpc\n"
+        "library.ggml_set_abort_callback(ctypes.cast(rpc._ABORTED, ctypes.c_void_p)); abort()",
+        "ggml.c:12: GGML_ASSERT(a == b) failed",
+    ),
     "exception": (
         "library._ZSt20__throw_out_of_rangePKc(b'unordered_map::at')",
         "a C++ exception that nobody catches, std::out_of_range",

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import safetensors_bytes
 
+from ptqtp_gguf.errors import CheckpointError
 from ptqtp_gguf.source.checkpoint import check
 from ptqtp_gguf.source.hub import looks_like_id
 
@@ -45,6 +46,7 @@ REPOS: dict[str, dict[str, bytes]] = {
     "org/good": GOOD,
     "org/cut": GOOD | {"model.safetensors": LARGE},
     "org/old": {"config.json": CONFIG, "pytorch_model.bin": b"PK", "optimizer.bin": b"left out"},
+    "org/adapter": {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"left out"},
     "org/gated": GOOD,
     "org/forbidden": GOOD,
     "org/broken": GOOD,
@@ -158,6 +160,7 @@ def test_fetch(server: str, tmp_path: Path) -> None:
         "org/good@main",
         "org/cut",
         "org/old",
+        "org/adapter",
         "org/gated",
         "org/forbidden",
         "org/absent",
@@ -174,6 +177,10 @@ def test_fetch(server: str, tmp_path: Path) -> None:
     ]
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS and check(folder).nbytes == 700_000
     assert out["org/good@main"] == out["org/good"]
+    adapter = Path(out["org/adapter"].removeprefix("GOT "))
+    assert [p.name for p in adapter.iterdir()] == ["adapter_config.json"]
+    with pytest.raises(CheckpointError, match=r"a LoRA adapter, no model; merge it first"):
+        check(adapter)
     assert sum(1 for m, p, _ in Hub.seen if m == "GET" and p.startswith("/org/good/") and "model" in p) == 1
     # a download that broke off goes on where it stopped
     cut = Path(out["org/cut"].removeprefix("GOT "))

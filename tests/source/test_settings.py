@@ -166,6 +166,13 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, object], str | None]] = {
     ),
     "layers without rope": ({"no_rope_layers": [1, 0, 1, 0]}, "smollm3", {}, "leaves out every fourth layer"),
     "every fourth": ({"no_rope_layers": [1, 1, 1, 0]}, "smollm3", {}, None),
+    "heads rotated in part": (
+        {"model_type": "bamba", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "granitehybrid",
+        {},
+        "partial_rotary_factor 0.5: llama.cpp's converter orders",
+    ),
+    "layers of afmoe": ({"layer_types": ["full_attention"] * 4}, "afmoe", {}, "every fourth layer of an afmoe"),
     "only": (
         {"scale_attn_weights": False},
         "gpt2",
