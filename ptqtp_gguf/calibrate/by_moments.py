@@ -107,7 +107,7 @@ class _Planes:
         if h.shape[0] != w.shape[1]:
             raise CalibrationError(f"{of.tensors[0]}: moments of {h.shape[0]} inputs for rows of {w.shape[1]}")
         order = second_order.chain_order(kind, len(h))
-        h = second_order.prepared(h, self.moments.tokens(of, expert), self.how)[order][:, order]
+        h = second_order.prepared(h.take(order, 0).take(order, 1), self.moments.tokens(of, expert), self.how)
         v = second_order.factor(h)
         made = second_order.calibrate(kind, w[:, order], h, v, self.how, self.work.options.threads)
         levels = np.empty_like(made.levels)
