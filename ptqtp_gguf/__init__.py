@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import PtqtpError as PtqtpError
     from .llamacpp import generate as generate
     from .llamacpp import load as load
+    from .llamacpp import point_llama_cpp as point_llama_cpp
     from .measure import evaluate as evaluate
     from .plan import Calibration as Calibration
     from .plan import Options as Options
@@ -41,6 +42,7 @@ _HOMES = {
     "export_q4_0": "conversion",
     "generate": "llamacpp",
     "load": "llamacpp",
+    "point_llama_cpp": "llamacpp",
 }
 __all__ = [
     "Calibration",
@@ -55,6 +57,7 @@ __all__ = [
     "export_q4_0",
     "generate",
     "load",
+    "point_llama_cpp",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import ggml, install
 from .aborts import end_in_one_line
 from .grammar import check_grammar, read_grammar
+from .install import point_llama_cpp
 from .loadable import why_header_not_loadable, why_not_loadable
 from .lora import Adapter, adapter
 from .model import (
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "lost",
     "pieces",
+    "point_llama_cpp",
     "read_grammar",
     "read_template",
     "render_template",

@@ -1,13 +1,14 @@
 """A process of its own in which the runtime opens a GGUF file without its weights, since it may abort there.
 
-    _load_child.py FOLDER FILE      (loadable.py runs it; FOLDER is that of the package llama_cpp)
+    _load_child.py NAME FOLDER FILE      (loadable.py runs it; NAME and FOLDER are those of the bindings' package)
 
 What the runtime logs as an error goes to standard error. Exit code 0: it loads the file and makes a context; 70: it
-does not. Imports nothing of ours and of llama_cpp only the bindings: that is a quarter of a second less.
+does not. Imports nothing of ours and of llama-cpp-python only the bindings: that is a quarter of a second less.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import types
@@ -19,20 +20,20 @@ CONTEXT = 64  # tokens: enough for the runtime to lay out its graphs, in which f
 DRAFT = "requires ctx_other"  # a model that only drafts for another makes no context of its own
 
 
-def bindings(folder: str) -> Any:
-    """llama_cpp.llama_cpp without what its package imports."""
-    package = types.ModuleType("llama_cpp")
-    package.__path__ = [folder]
-    sys.modules["llama_cpp"] = package
-    from llama_cpp import llama_cpp
-
-    return llama_cpp
+def bindings(name: str, folder: str) -> Any:
+    """The module llama_cpp of a package, without what the package imports."""
+    parts = name.split(".")
+    for n in range(1, len(parts) + 1):
+        package = types.ModuleType(".".join(parts[:n]))
+        package.__path__ = [folder] if n == len(parts) else []
+        sys.modules[package.__name__] = package
+    return importlib.import_module(f"{name}.llama_cpp")
 
 
 def main() -> None:
     """Open the file of the command line, and end with what became of it."""
-    folder, path = sys.argv[1:]
-    lib = bindings(folder)
+    name, folder, path = sys.argv[1:]
+    lib = bindings(name, folder)
     said: list[str] = []
 
     @lib.llama_log_callback  # type: ignore[untyped-decorator]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import read_whole
-from . import _load_child
+from . import _load_child, bindings
 from .install import package_dir, version
 
 MAX_BYTES = 1 << 24  # of a file
@@ -23,8 +23,8 @@ SHOWN = 160  # characters of a complaint, which may quote the rest of the gramma
 TRY = f"""
 import os, runpy, sys
 del sys.path[0]  # the current folder
-_, bindings, folder, path = sys.argv
-lib = runpy.run_path(bindings)["bindings"](folder)
+_, bindings, name, folder, path = sys.argv
+lib = runpy.run_path(bindings)["bindings"](name, folder)
 params = lib.llama_model_default_params()
 params.vocab_only = True
 model = lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -51,10 +51,8 @@ def read_grammar(path: Path, schema: bool = False) -> str:
     if not schema:
         return text
     version()
-    from llama_cpp import llama_grammar
-
     try:
-        return str(llama_grammar.json_schema_to_gbnf(text))
+        return str(bindings.load("llama_grammar").json_schema_to_gbnf(text))
     except Exception as e:  # an assertion, a missing key: a translator, not a validator
         raise InputError(f"{path}: cannot be read as a JSON schema: {e or type(e).__name__}") from None
 
@@ -70,7 +68,7 @@ def check_grammar(text: str, model: Path, where: str = "") -> None:
 def _refusal(text: str, model: Path) -> str:
     """Why the runtime does not take the grammar; "" = it does."""
     done = subprocess.run(
-        [sys.executable, "-c", TRY, _load_child.__file__, str(package_dir()), str(model)],
+        [sys.executable, "-c", TRY, _load_child.__file__, bindings.name(), str(package_dir()), str(model)],
         input=text.encode(errors="replace"),
         capture_output=True,
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},
@@ -85,7 +83,5 @@ def _refusal(text: str, model: Path) -> str:
 
 def bound(text: str, model: Any) -> Any:
     """A grammar as llama-cpp-python takes it, for a model that `load` opened. Raises InputError."""
-    from llama_cpp import LlamaGrammar
-
     check_grammar(text, Path(model.model_path))
-    return LlamaGrammar.from_string(text, verbose=False)
+    return bindings.load().LlamaGrammar.from_string(text, verbose=False)

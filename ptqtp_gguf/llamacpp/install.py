@@ -1,8 +1,9 @@
 """The patched llama-cpp-python: found, checked by its version, its tools run, its libraries opened.
 
-`tools/build/build_runtime.py` builds the wheel llama-cpp-python 0.3.36+ptqtp.N. Beside the Python bindings it holds the
-command-line tools (llama_cpp/bin) and llama.cpp's converter with its own gguf-py (llama_cpp/convert). Its libggml-base
-is opened here, without the Python package around it: it quantizes and dequantizes stock types (`ggml.py`).
+It lies in this package, where that came as a wheel for a platform (tools/build/wheels.py). Else it is the package
+llama_cpp of the wheel llama-cpp-python 0.3.36+ptqtp.N that tools/build/build_runtime.py builds. Beside the Python
+bindings it holds the command-line tools (bin) and llama.cpp's converter with its own gguf-py (convert). Its
+libggml-base is opened here, without the Python package around it: it quantizes and dequantizes stock types (`ggml.py`).
 """
 
 from __future__ import annotations
@@ -21,20 +22,26 @@ from pathlib import Path
 
 from ..codec import BY_NAME
 from ..errors import RuntimeMissing
-from . import aborts
+from . import aborts, bindings
 
 HOW_TO_BUILD = (
     "build it with 'python tools/build/build_runtime.py' in the project's folder (or 'make'), "
     "then pip install the wheel"
 )
+LIB_PATH = "LLAMA_CPP_LIB_PATH"  # llama-cpp-python's: where its libraries lie
+_VERSION = re.compile(r'^__version__ = "([^"]+)"$', re.MULTILINE)
 
 
 def version() -> str:
-    """Version of the installed llama-cpp-python. Raises RuntimeMissing if there is none, or a stock one."""
-    try:
-        found = importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
-        raise RuntimeMissing(f"the patched llama-cpp-python is not installed; {HOW_TO_BUILD}") from None
+    """Version of the patched llama-cpp-python. Raises RuntimeMissing if there is none, or a stock one."""
+    if bindings.bundled():
+        stated = _VERSION.search((bindings.BUNDLED / "__init__.py").read_text(encoding="utf-8"))
+        if not stated:
+            raise RuntimeMissing(f"{bindings.BUNDLED}: damaged; install ptqtp-gguf again")
+        return stated[1]
+    found = _installed()
+    if not found:
+        raise RuntimeMissing(f"the patched llama-cpp-python is not installed; {HOW_TO_BUILD}")
     if "+ptqtp." not in found:
         raise RuntimeMissing(
             f"llama-cpp-python {found} is a stock build that does not know {' and '.join(BY_NAME)}; {HOW_TO_BUILD}"
@@ -47,9 +54,46 @@ def broken(what: str) -> RuntimeMissing:
     return RuntimeMissing(f"the runtime is installed but {what}; {HOW_TO_BUILD}")
 
 
+def _installed() -> str:
+    """Version of the llama-cpp-python that is installed; "" = none."""
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def point_llama_cpp() -> Path:
+    """Let the installed llama_cpp, of the version that was patched, use the patched libraries; returns their folder.
+
+    For this process and those that it starts, by the variable LLAMA_CPP_LIB_PATH that llama-cpp-python reads; so before
+    llama_cpp is imported for the first time. Raises RuntimeMissing where another version is installed, or none, or
+    llama_cpp is there already.
+    """
+    ours, found = version(), _installed()
+    folder = package_dir() / "lib"
+    if not found:
+        raise RuntimeMissing(f"no llama-cpp-python is installed; pip install llama-cpp-python=={_stock(ours)}")
+    if _stock(found) != _stock(ours):
+        raise RuntimeMissing(
+            f"llama-cpp-python {found} is installed, and the libraries here fit {_stock(ours)} alone; "
+            f"pip install llama-cpp-python=={_stock(ours)}"
+        )
+    if found != ours:  # else they are its own
+        if "llama_cpp" in sys.modules and os.environ.get(LIB_PATH) != str(folder):
+            raise RuntimeMissing("llama_cpp is imported already, with its own libraries; call this before that")
+        os.environ[LIB_PATH] = str(folder)
+    return folder
+
+
+def _stock(version: str) -> str:
+    return version.partition("+")[0]
+
+
 def package_dir() -> Path:
-    """Folder of the installed llama_cpp package, without importing it (the import loads the libraries)."""
+    """Folder of the patched llama_cpp package, without importing it (the import loads the libraries)."""
     version()
+    if bindings.bundled():
+        return bindings.BUNDLED
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeMissing(f"llama-cpp-python is installed but its package is not; {HOW_TO_BUILD}")

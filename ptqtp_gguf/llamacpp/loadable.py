@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..files import KV, OutTensor, build_header, total_size
-from . import _load_child, aborts, install
+from . import _load_child, aborts, bindings, install
 
 # neither the script's folder nor the current one may stand before the modules that it imports
 RUN = "import runpy, sys; sys.path = [p for p in sys.path if p]; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
@@ -33,7 +33,8 @@ def why_not_loadable(path: Path) -> str | None:
 
     Raises RuntimeMissing without the patched runtime, OSError where no process can be started.
     """
-    command = [sys.executable, "-c", RUN, _load_child.__file__, str(install.package_dir()), str(path)]
+    folder = str(install.package_dir())
+    command = [sys.executable, "-c", RUN, _load_child.__file__, bindings.name(), folder, str(path)]
     try:
         done = subprocess.run(
             command,

@@ -13,8 +13,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import llama_cpp
+from . import bindings
 
+llama_cpp = bindings.load()
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 

@@ -1,6 +1,6 @@
 """A GGUF file opened by the runtime: text out (`load`, `generate`), or tokens in and logits out (`Model`, `Context`).
 
-The only importer of llama_cpp.
+llama-cpp-python is imported by bindings.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..codec import F32, I32
 from ..errors import InputError, RuntimeMissing
 from ..files import Reader
-from . import rpc
+from . import bindings, rpc
 from .grammar import bound
 from .install import HOW_TO_BUILD, _library, ggml_library, version
 from .loadable import reason, why_not_loadable
@@ -165,7 +165,7 @@ def _llama() -> Any:
     """The module llama_cpp, its backend started. Raises RuntimeMissing, InputError."""
     version()
     try:
-        import llama_cpp
+        llama_cpp = bindings.load()
     except (OSError, RuntimeError, ImportError) as e:
         raise RuntimeMissing(f"the runtime cannot be loaded: {e}; {HOW_TO_BUILD}") from None
     ggml_library()  # what ends in one line, ends so here too

@@ -11,18 +11,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llama_cpp
-from llama_cpp import llama_chat_format
-
 from ..errors import InputError
+from . import bindings
 from .loadable import reason
 from .log import hushed, is_hushed
 from .templates import TEMPLATE, begin, render_template, token_text
 
+llama_cpp, llama_chat_format = bindings.load(), bindings.load("llama_chat_format")
+UpstreamLlama: Any = llama_cpp.Llama
+UpstreamSuppressing: Any = llama_cpp._utils.suppress_stdout_stderr
 QUIET = ("eval", "embed", "sample", "save_state", "load_state", "close")  # methods that may log
 
 
-class _Descriptors(llama_cpp._utils.suppress_stdout_stderr):  # type: ignore[misc]
+class _Descriptors(UpstreamSuppressing):  # type: ignore[misc]
     """Upstream points file descriptors 1 and 2, which all threads share, elsewhere while it loads a model without
     verbose. Not so where a thread's log is hushed: it prints nothing."""
 
@@ -33,7 +34,7 @@ class _Descriptors(llama_cpp._utils.suppress_stdout_stderr):  # type: ignore[mis
 llama_cpp.llama.suppress_stdout_stderr = llama_cpp._internals.suppress_stdout_stderr = _Descriptors
 
 
-class Opened(llama_cpp.Llama):  # type: ignore[misc]
+class Opened(UpstreamLlama):  # type: ignore[misc]
     """A Llama that without verbose prints nothing, reads a chat template when one is used, fills it in as llama-server
     does, and takes any number of LoRA adapters.
 

@@ -46,7 +46,7 @@ DOORS = {  # _converter_child runs in the converter's process, with the converte
         "source._converter_child",
         "source._converter_hooks",
     },
-    "llama_cpp": {"llamacpp._load_child", "llamacpp.grammar", "llamacpp.log", "llamacpp.model", "llamacpp.opened"},
+    "llama_cpp": {"llamacpp.bindings"},
     "torch": {
         "calibrate",
         "tune",

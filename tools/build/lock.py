@@ -5,6 +5,7 @@
     cpu.lock    torch, the CPU builds ("+cpu") that pip found when a lock was written: an index of its own has them
     torch.lock  torch, the index' builds
     cuda.lock   what its build for Linux needs besides: NVIDIA's libraries
+    wheels.lock wheels.in, for `make wheels`: packs and audits wheels, without what setup.lock has
 
 Versions that a lock holds stay unless setup.in asks for others; --upgrade looks for newer ones. Needs uv and pip in
 this Python. No address of an index gets into a lock: pip's own settings say where to look.
@@ -101,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write("cpu.lock", cpu_lock(FOLDER / "cpu.lock"))
         write("torch.lock", resolve([TORCH], FOLDER / "torch.lock", "--no-deps"))
         not_again = [arg for name in ["torch", *dict.fromkeys(names(setup))] for arg in ("--no-emit-package", name)]
+        wanted = (FOLDER / "wheels.in").read_text().splitlines()
+        have = [arg for name in dict.fromkeys(names(setup)) for arg in ("--no-emit-package", name)]
+        write("wheels.lock", resolve(wanted, FOLDER / "wheels.lock", *options, *have))
         write("cuda.lock", resolve([TORCH], FOLDER / "cuda.lock", *options, *not_again))
     except (LockError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

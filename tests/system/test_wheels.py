@@ -1,0 +1,158 @@
+"""A wheel holds the runtime under a name of ours (tools/build/wheels.py). Compiling one takes too long for the suite:
+what is around it is tried here, with the runtime that is installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from helpers import REPO
+from talking_model import write_talking_model
+
+import ptqtp_gguf
+from ptqtp_gguf.llamacpp import install
+
+sys.path.insert(0, str(REPO / "tools" / "build"))
+import build_runtime
+import wheels
+
+# -I -S: no other folder is looked into, and no editable installation takes its place
+RUN = "import sys; sys.path.insert(0, sys.argv[1]); sys.path.append(sys.argv[2]); exec(sys.argv[3])"
+SITE = Path(str(metadata.distribution("numpy").locate_file("")))
+STOCK = build_runtime.read_upstream().version
+SAY = """
+from ptqtp_gguf.llamacpp import bindings, install, load, read_grammar, system_info, why_not_loadable
+from pathlib import Path
+path = Path(sys.argv[4])
+assert bindings.bundled() and install.package_dir().parent == Path(sys.argv[1]) / "ptqtp_gguf"
+assert why_not_loadable(path) is None
+model = load(path, n_ctx=64)
+print(install.version(), model("ab", max_tokens=4, temperature=0)["choices"][0]["text"].encode())
+print(sorted(n for n in sys.modules if n.partition(".")[0] == "llama_cpp"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("import llama_cpp\n", "from ptqtp_gguf import _llama_cpp as llama_cpp\n"),
+        ("import llama_cpp.llama as llama\n", "import ptqtp_gguf._llama_cpp.llama as llama\n"),
+        (
+            "import llama_cpp.llama\n",
+            "import ptqtp_gguf._llama_cpp.llama; from ptqtp_gguf import _llama_cpp as llama_cpp\n",
+        ),
+        ("from llama_cpp.a import (\n    b,\n)\n", "from ptqtp_gguf._llama_cpp.a import (\n    b,\n)\n"),
+        ("from .llama_cpp import *\n", "from .llama_cpp import *\n"),
+        ("import llama_cpp_other\n", "import llama_cpp_other\n"),
+        ('"""\n>>> import llama_cpp\n"""\n', '"""\n>>> import llama_cpp\n"""\n'),
+    ],
+)
+def test_imports_are_renamed(before: str, after: str) -> None:
+    assert wheels.renamed(before) == after
+    assert not any(n.partition(".")[0] == "llama_cpp" for _, n in wheels.imported(after))
+
+
+def test_what_cannot_be_renamed_is_refused() -> None:
+    with pytest.raises(build_runtime.BuildError, match="line 1: imports several packages"):
+        wheels.renamed("import os, llama_cpp\n")
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package as a wheel has it; what is not changed are links."""
+    folder = tmp_path_factory.mktemp("bundled")
+    package = folder / "ptqtp_gguf"
+    package.mkdir()
+    for path in Path(ptqtp_gguf.__file__).parent.iterdir():
+        if path.name not in ("__pycache__", wheels.BUNDLED):
+            (package / path.name).symlink_to(path)
+    # the package's own files are looked for from llamacpp
+    (package / "llamacpp").unlink()
+    (package / "llamacpp").mkdir()
+    for path in (Path(ptqtp_gguf.__file__).parent / "llamacpp").glob("*.py"):
+        (package / "llamacpp" / path.name).write_bytes(path.read_bytes())
+    wheels.bundle(install.package_dir(), package / wheels.BUNDLED, os.symlink)
+    return folder
+
+
+def run(folder: Path, code: str, *more: str, site: Path = SITE) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != install.LIB_PATH}
+    command = [sys.executable, "-I", "-S", "-c", RUN, str(folder), str(site), code, *more]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.runtime
+def test_the_bundled_runtime_is_used(bundled: Path, tmp_path: Path) -> None:
+    model = write_talking_model(tmp_path / "m.gguf")
+    done = run(bundled, SAY, str(model))
+    assert done.returncode == 0, done.stderr
+    said, others = done.stdout.splitlines()
+    assert re.fullmatch(rf"{re.escape(STOCK)}\+ptqtp\.\d+ b'.+'", said)
+    assert others == "[]"
+
+
+def distribution(folder: Path, version: str) -> None:
+    """What pip leaves of an installed llama-cpp-python."""
+    info = folder / f"llama_cpp_python-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n")
+
+
+POINT = """
+sys.path.insert(0, sys.argv[4])
+from ptqtp_gguf import point_llama_cpp
+from ptqtp_gguf.errors import PtqtpError
+try:
+    print(point_llama_cpp())
+except PtqtpError as e:
+    sys.exit(str(e))
+"""
+
+
+@pytest.mark.runtime
+def test_a_stock_llama_cpp_of_that_version_runs_our_files(bundled: Path, tmp_path: Path) -> None:
+    """Its Python files, out of the sdist; its own libraries, which are not there, are not wanted."""
+    upstream = build_runtime.read_upstream()
+    with tarfile.open(build_runtime.find_sdist(None, REPO / "build", upstream)) as sdist:
+        for member in sdist.getmembers():
+            _, _, inside = member.name.partition("/")
+            if inside.startswith("llama_cpp/") and inside.endswith(".py"):
+                (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)
+                file = sdist.extractfile(member)
+                assert file
+                (tmp_path / inside).write_bytes(file.read())
+    distribution(tmp_path, STOCK)
+    model = write_talking_model(tmp_path / "m.gguf")
+    use = "import llama_cpp\nm = llama_cpp.Llama(sys.argv[5], n_ctx=64, verbose=False)\n"
+    use += "print(llama_cpp.__version__, m('ab', max_tokens=4, temperature=0)['choices'][0]['text'].encode())"
+    done = run(bundled, POINT + use, str(tmp_path), str(model))
+    assert done.returncode == 0, done.stderr
+    folder, said = done.stdout.splitlines()
+    assert folder == str(bundled / "ptqtp_gguf" / wheels.BUNDLED / "lib")
+    assert re.fullmatch(rf"{re.escape(STOCK)} b'.+'", said)
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize(
+    ("version", "first", "why"),
+    [
+        (
+            "0.3.20",
+            "",
+            rf"llama-cpp-python 0\.3\.20 is installed, and the libraries here fit {re.escape(STOCK)} alone; "
+            rf"pip install llama-cpp-python=={re.escape(STOCK)}",
+        ),
+        (STOCK, "sys.modules['llama_cpp'] = sys\n", "llama_cpp is imported already, with its own libraries; .*"),
+    ],
+    ids=["another version", "too late"],
+)
+def test_pointing_is_refused(bundled: Path, tmp_path: Path, version: str, first: str, why: str) -> None:
+    distribution(tmp_path, version)
+    done = run(bundled, first + POINT, str(tmp_path))
+    assert done.returncode == 1 and re.fullmatch(why, done.stderr.strip())
