@@ -23,6 +23,7 @@ static struct {
 } inputs[MAX_INPUTS];
 
 static int ninputs;
+static long done; /* runs */
 static size_t max_len = 4096;
 static const char *folder, *prefix = "";
 static uint64_t state = 1;
@@ -51,7 +52,19 @@ __attribute__((no_sanitize("address", "undefined"))) void __sanitizer_cov_trace_
 
 /* ---- what ended it ---- */
 
+static long computed(void) { /* seconds of all threads */
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (long) t.tv_sec;
+}
+
+static void told(void) {
+    printf("runs: %ld, inputs: %d, edges: %u, seconds: %ld\n", done, ninputs, nedges, computed());
+    fflush(stdout);
+}
+
 static void keep(const char * what) { /* from a signal handler */
+    told();
     char path[4096];
     snprintf(path, sizeof path, "%s%s", prefix, what);
     FILE * f = fopen(path, "wb");
@@ -177,12 +190,6 @@ static void add(const uint8_t * data, size_t size) {
     }
 }
 
-static long computed(void) { /* seconds of all threads */
-    struct timespec t;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    return (long) t.tv_sec;
-}
-
 static void load(const char * path) {
     struct stat st;
     if (stat(path, &st)) {
@@ -228,7 +235,7 @@ static void save(void) {
 }
 
 int main(int argc, char ** argv) {
-    long seconds = 0, runs = -1, done = 0;
+    long seconds = 0, runs = -1;
     for (int i = 1; i < argc; i++) {
         const char * value = strchr(argv[i], '=');
         const long number = value ? atol(value + 1) : 0;
@@ -280,7 +287,7 @@ int main(int argc, char ** argv) {
             save();
         }
     }
-    printf("runs: %ld, inputs: %d, edges: %u, seconds: %ld\n", done, ninputs, nedges, computed());
+    told();
     for (int i = 0; i < ninputs; i++) {
         free(inputs[i].data);
     }

@@ -207,7 +207,8 @@ class Moments:
             h: F32 = self._read(sums_path(self.folder, self._index.generation), at, c * c, np.float32).reshape(c, c)
             return h
         x = self.rows(of, expert)
-        return np.asarray(x.T @ x, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(x.T @ x, np.float32)
 
     def diagonal(self, of: Input, expert: int = 0) -> F32:
         """The diagonal of `second`, (C,)."""

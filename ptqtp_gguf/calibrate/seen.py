@@ -170,7 +170,7 @@ def _worth(path: Path) -> dict[str, float]:
         if not all(isinstance(v, (int, float)) and math.isfinite(v) and v >= 0 for v in found.values()):
             raise ValueError("no numbers")
         return {str(k): float(v) for k, v in found.items()}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise OutputError(f"{path}: damaged; start over with --restart") from None
 
 

@@ -18,10 +18,12 @@ import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ MAX_LEN = {"rows": 16384, "dot": 16384, "quantize": 32768, "gguf": 8192}
 SANITIZERS = {
     "ASAN_OPTIONS": "abort_on_error=0:detect_leaks=1:allocator_may_return_null=1:max_allocation_size_mb=4096",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    "GGML_NO_BACKTRACE": "1",  # by gdb, where there is one: it takes long
 }
 
 
@@ -114,20 +117,22 @@ def seeds(target: str, seed: int) -> list[bytes]:
     def floats(n: int, scale: float) -> bytes:
         return struct.pack(f"<{n}f", *(rng.gauss(0, scale) for _ in range(n)))
 
-    valid = {1: [b"".join(unit(rng.randrange(256)) for _ in range(k)) for k in (1, 16, 80)]}
+    valid = {t: [b"".join(unit(rng.randrange(256)) for _ in range(k)) for k in (1, 16, 80)] for t in (1, 2)}
     valid[0] = [b"".join(tp2_0() for _ in range(k)) for k in (1, 5, 20)]
     if target == "rows":
-        return [bytes([t, r]) + raw for t in (0, 1) for raw in valid[t] for r in (0, 15, 19)]
+        return [bytes([t, r]) + raw for t in sorted(valid) for raw in valid[t] for r in (0, 15, 19)]
     if target == "dot":
         return [
             bytes([t, r]) + raw + b"".join(b"\0\x3c" + rng.randbytes(32) for _ in range(len(raw) // 14))
-            for t in (0, 1)
+            for t in sorted(valid)
             for raw in valid[t]
             for r in (0, 15, 19, 128 + 17)
         ]
     if target == "quantize":
-        heads = [bytes([flags, rows, 2, 31]) for flags in (0, 1, 2, 4, 5, 8, 9, 13, 29) for rows in (0, 3)]
-        return [h + floats(n, 0.02) for h in heads for n in (300, 1300)] + [heads[3] + floats(6500, 1)]
+        heads = [bytes([flags, rows, 2, 31]) for flags in (0, 1, 2, 4, 5, 8, 9, 13, 29, 32, 38) for rows in (0, 3)]
+        return [h + floats(n, 0.02) for h in heads for n in (300, 1300)] + [
+            h + floats(6500, 1) for h in (heads[3], heads[-3])
+        ]
     readers, attacks = tool("fuzz/fuzz_readers"), tool("fixtures/make_attacks")
     return [*readers.sound()["gguf"], *(raw for _, kind, raw in attacks.FILES.values() if kind in ("gguf", "data"))]
 
@@ -142,44 +147,68 @@ def write_seeds(target: str, seed: int, corpus: Path) -> None:
 
 
 def run_native(target: str, home: Path, seconds: int, seed: int, folder: Path) -> dict[str, Any]:
-    """One native target. libFuzzer counts seconds of the clock, our driver those of computing."""
+    """One native target. libFuzzer counts seconds of the clock, our driver those of computing.
+
+    An assertion of upstream's own ends the process, and is counted by itself; then the next process goes on.
+    """
     corpus, findings = folder / "corpus" / target, folder / "findings"
     write_seeds(target, seed, corpus)
     findings.mkdir(parents=True, exist_ok=True)
-    command = [str(home / f"fuzz-{target}"), f"-max_total_time={seconds}", f"-seed={seed + 1}"]
-    command += [f"-max_len={MAX_LEN[target]}", f"-artifact_prefix={findings}/{target}-", "-timeout=60"]
-    command += ["-rss_limit_mb=4096", "-print_final_stats=1", str(corpus)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", env={**os.environ, **SANITIZERS}
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    out = done.stdout
-    runs = re.findall(r"(?:stat::number_of_executed_units:|runs:)\s+(\d+)", out)
-    edges = re.findall(r"(?:cov:|edges:) (\d+)", out)
-    lines = [x for x in out.splitlines() if re.search(r"ERROR|runtime error|crash:|timeout:|SUMMARY|: .*: ", x)]
+    before, spent = computed(), 0.0
+    runs = edges = 0
+    upstream: Counter[str] = Counter()
+    lines: list[str] = []
+    while not lines and spent < seconds:
+        command = [str(home / f"fuzz-{target}"), f"-max_total_time={max(1, round(seconds - spent))}"]
+        command += [f"-seed={seed + 1 + upstream.total() * 100_003}", f"-max_len={MAX_LEN[target]}"]
+        command += [f"-artifact_prefix={findings}/{target}-", "-timeout=60", "-rss_limit_mb=4096"]
+        done = subprocess.run(
+            [*command, "-print_final_stats=1", str(corpus)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            errors="replace",
+            env={**os.environ, **SANITIZERS},
+        )
+        spent = computed() - before
+        out = done.stdout
+        runs += max(map(int, re.findall(r"(?:stat::number_of_executed_units:|runs:)\s+(\d+)", out)), default=0)
+        edges = max(map(int, re.findall(r"(?:cov:|edges:) (\d+)", out)), default=edges)
+        asserted = re.findall(r"([^\s/]+\.(?:cpp|c|h):\d+: GGML_(?:ASSERT|ABORT)[^\n]{1,120})", out)
+        if done.returncode == -signal.SIGABRT and asserted and "ptqtp" not in asserted[-1]:
+            upstream[asserted[-1]] += 1
+            (findings / f"{target}-crash").unlink(missing_ok=True)
+        elif done.returncode:
+            lines = [x for x in out.splitlines() if re.search(r"ERROR|runtime error|timeout:|SUMMARY|: .*: ", x)][-5:]
+            lines = lines or [out[-500:]]
+        else:
+            break
     return {
         "target": target,
-        "runs": int(runs[-1]) if runs else 0,
-        "edges": int(edges[-1]) if edges else 0,
+        "runs": runs,
+        "edges": edges,
         "inputs": len(list(corpus.iterdir())),
-        "findings": lines[:5] or [out[-500:]] if done.returncode else [],
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "findings": lines,
+        "upstream_aborts": upstream,
+        "cpu_seconds": round(spent, 1),
     }
+
+
+def computed() -> float:
+    """Seconds that children of this process have computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run_script(name: str, seconds: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     """fuzz_readers.py or fuzz_loader.py: a line of JSON a result."""
     command = [sys.executable, str(REPO / "tools" / "fuzz" / f"fuzz_{name}.py"), "--seed", str(seed)]
     command += ["--seconds", str(seconds), "--corpus", str(folder / "corpus")]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = computed()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not results or (done.returncode and not any(r["findings"] for r in results)):
         results.append({"target": name, "runs": 0, "findings": [f"{command[1]} ended with {done.returncode}"]})
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    results[-1]["cpu_seconds_of_all"] = round(cpu, 1)
+    results[-1]["cpu_seconds_of_all"] = round(computed() - before, 1)
     return results
 
 
@@ -189,6 +218,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1, help="of computing, a target (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compiler", choices=("clang", "gcc"), default=None, help="clang where it has libFuzzer")
+    parser.add_argument("--built", type=Path, help="folder of native targets that were built elsewhere")
     parser.add_argument("--folder", type=Path, default=REPO / "build" / "fuzz")
     args = parser.parse_args()
     targets = args.targets or list(TARGETS)
@@ -198,7 +228,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     compiler = args.compiler or default_compiler()
     native = [t for t in targets if t in (*NATIVE, "gguf")]
-    home = build(folder, compiler, native) if native else folder
+    home = args.built or (build(folder, compiler, native) if native else folder)
     results: list[dict[str, Any]] = []
     for target in targets:
         started = time.monotonic()

@@ -90,7 +90,7 @@ def load(path: Path) -> int:
 
     llama.llama_backend_init()
     params = llama.llama_model_default_params()
-    params.check_tensors, params.use_mmap, params.n_gpu_layers = True, False, 0
+    params.check_tensors, params.load_mode, params.n_gpu_layers = True, llama.LLAMA_LOAD_MODE_NONE, 0
     loaded = llama.llama_model_load_from_file(str(path).encode(), params)
     if not loaded:
         return REFUSED

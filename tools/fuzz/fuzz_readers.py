@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import importlib.util
 import io
 import json
 import random
+import re
 import resource
 import struct
 import sys
@@ -26,19 +28,23 @@ from pathlib import Path
 
 import numpy as np
 
+from ptqtp_gguf import errors
+from ptqtp_gguf.calibrate import documents, moments, seen, texts
 from ptqtp_gguf.calibrate import store as planes
+from ptqtp_gguf.codec import TYPES
 from ptqtp_gguf.conversion.records import ConversionJournal
 from ptqtp_gguf.errors import PtqtpError
-from ptqtp_gguf.files.gguf import OutTensor, build_header, kv_list, kv_string, kv_u32
+from ptqtp_gguf.files.gguf import OutTensor, TensorInfo, build_header, kv_list, kv_string, kv_u32
 from ptqtp_gguf.files.journal import journal_path
 from ptqtp_gguf.inspect.check import verify
+from ptqtp_gguf.measure import cache, perplexity_tool, scoring
 from ptqtp_gguf.plan import recipe
 from ptqtp_gguf.source import checkpoint, imatrix, pickles
 from ptqtp_gguf.source.gguf import GgufSource
 
 SECONDS = 5  # that one input may take
 MEMORY = 3 << 30
-PACKAGE = str(Path(checkpoint.__file__).parent)
+PACKAGE = str(Path(errors.__file__).parent)
 SPECIAL = [0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1]
 WORDS = [
     *(bytes([c]) for c in b'[]{},":*+|()?\xff\x00\n'),
@@ -53,6 +59,10 @@ WORDS = [
     b"../x",
     b"{9}",
 ]
+COLS, JOB = 4, {"text": "t"}  # of the moments; of the windows
+SPOOLS = ("index.json", "sums.1", "1.rows", "1.experts", "1.held", "1.held-experts")
+NUMBER = re.compile(rb"\d+")
+BREAK = b"\n-----\n"  # between the files of a folder
 
 
 def attacks() -> dict[str, tuple[str, str, bytes]]:
@@ -64,6 +74,29 @@ def attacks() -> dict[str, tuple[str, str, bytes]]:
     spec.loader.exec_module(module)
     files: dict[str, tuple[str, str, bytes]] = module.FILES
     return files
+
+
+def sound_moments() -> bytes:
+    """A folder of moments that is gathered: an input with sums, and one of two experts whose rows are kept."""
+    inputs = [
+        moments.Input(0, ["a", "b"], COLS, [3], True),
+        moments.Input(1, ["c"], COLS, [2, 1], False, rows=3, held=2, used=1, passed=3, held_passed=2),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        moments.write_index(Path(folder), moments.Index({}, 2, 2, 1, inputs))
+        index = Path(folder, SPOOLS[0]).read_bytes()
+    sums, rows = np.eye(COLS, dtype="<f4").tobytes(), moments.to_bf16(np.ones((5, COLS), np.float32)).tobytes()
+    experts = np.array([0, 1, 0, 1, 0], "<i4").tobytes()
+    return BREAK.join([index, sums, rows[:24], experts[:12], rows[24:], experts[12:]])
+
+
+def sound_windows() -> bytes:
+    """What an evaluation has measured, two windows of two tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        records = cache.Records(Path(folder), dict(JOB), 2)
+        for i in range(2):
+            records.add(i, np.zeros(2, scoring.RECORD))
+        return next(Path(folder).iterdir()).read_bytes()
 
 
 def sound() -> dict[str, list[bytes]]:
@@ -101,15 +134,30 @@ def sound() -> dict[str, list[bytes]]:
     plan = [[251, "r", False]]
     kept = [{"job": {"options": {"a": 1}, "stamp": [["f", 1, 2]], "plan": plan}}, row, {"verified": ["0" * 64]}]
     made = [{"job": {}}, {"tensor": 0, "name": "a", "file": "0.bin", "hash": 0}, {"tensor": 1, "said": "x"}]
+    talk = {"messages": [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}]}
+    asked = {"prompt": ["a"], "response": "b", "rows": [{"row": {"text": "c"}}]}
     return {
         "gguf": [model],
         "imatrix": [matrix + values + bytes(64), dat],
         "safetensors": [struct.pack("<Q", len(raw)) + raw + bytes(10)],
         "pickle": [out.getvalue()],
         "index": [json.dumps({"weight_map": {"a": "m.safetensors"}, "metadata": {}}).encode()],
-        "recipe": [p.read_bytes() for p in sorted(Path(PACKAGE, "recipes").glob("*.json"))],
+        "recipe": [p.read_bytes() for p in sorted(Path(PACKAGE, "plan", "recipes").glob("*.json"))],
         "journal": [b"".join(json.dumps(r).encode() + b"\n" for r in kept)],
         "planes": [b"".join(json.dumps(r).encode() + b"\n" for r in made)],
+        "rows": [bytes([i]) + bytes(2 * t.size) for i, t in enumerate(TYPES.values())],
+        "moments": [sound_moments()],
+        "tokens": [np.arange(8, dtype="<i8").tobytes()],
+        "worth": [b'{"a": 1.5, "b": 0}'],
+        "windows": [sound_windows()],
+        "logits": [struct.pack("<8s3I4i8H", b"_logits_", 4, 3, 1, *range(4), *range(8))],
+        "text": [
+            *(json.dumps(r).encode() for r in (talk, [talk, asked], {"data": [asked]})),
+            b"".join(json.dumps(r).encode() + b"\n" for r in (talk, asked, "d")),
+            b'text,label\n"a\nb",1\nc,2\n',
+            "Wörter\n\nand lines\n".encode("utf-16"),
+            gzip.compress(b'{"text": "a"}\n', mtime=0),
+        ],
     }
 
 
@@ -147,6 +195,59 @@ def read_planes(path: Path) -> None:
     planes.PlaneStore(path.with_name("out.gguf"), {}).__exit__(None, None, None)
 
 
+def read_rows(path: Path) -> None:
+    """Planes of a tensor; the first byte names the type."""
+    raw = path.read_bytes()
+    path.unlink()
+    kind = list(TYPES.values())[raw[0] % len(TYPES) if raw else 0]
+    t = TensorInfo("a", (kind.block, 2), 0, 0, 8 * kind.block)
+    with planes.PlaneStore(path.with_name("out.gguf"), {}, kind) as store:
+        store.put(t, np.zeros((2, kind.block), np.int8), np.zeros((2, kind.block // kind.group), np.uint8))
+        (store.folder / "0.bin").write_bytes(raw[1:])
+        levels, codes = store.planes(t)
+        assert levels.shape == (2, kind.block) and len(codes) == 2
+        store.encode(t, np.zeros((2, 4 * kind.block), np.uint8), 0, 1)
+
+
+def read_moments(path: Path) -> None:
+    """A folder of moments as calibration takes it, and as a run that was killed takes it up again."""
+    folder = path.with_name("moments")
+    folder.mkdir()
+    for name, raw in zip(SPOOLS, path.read_bytes().split(BREAK), strict=False):
+        (folder / name).write_bytes(raw)
+    with contextlib.suppress(PtqtpError):
+        found = moments.Moments(folder)
+        for of in found:
+            for e in range(len(of.counts)) if of.cols <= COLS else ():  # other widths fit no tensor
+                found.second(of, e)
+                found.energy(of, np.ones((1, of.cols), np.float32), e)
+                found.tokens(of, e)
+                found.rows(of, e, held=True)
+    gathering = moments.Gathering(folder, {}, 2, 8)
+    try:
+        gathering.add("a", np.ones((2, COLS), np.float32), None, 0, False)
+        gathering.add("c", np.ones((2, 1, COLS), np.float32), np.zeros((2, 1), np.int32), 2, False)
+        gathering.add("c", np.ones((2, 1, COLS), np.float32), np.ones((2, 1), np.int32), 2, True)
+        gathering.checkpoint(2)
+    finally:
+        for file in gathering._files.values():
+            file.close()
+
+
+def read_tokens(path: Path) -> None:
+    texts.kept(path, 4, True, lambda: np.zeros((1, 4), np.int64))
+
+
+def read_windows(path: Path) -> None:
+    cache.Records(path.parent, dict(JOB), 2)
+    path.rename(next(path.parent.glob("*.windows"), cache._place(path.parent, dict(JOB), "windows")))
+    assert all(cache.finite(rows) for rows in cache.Records(path.parent, dict(JOB), 2).windows.values())
+
+
+def read_text(path: Path) -> None:
+    documents.read(path, "t")
+
+
 READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "gguf": (read_gguf, ".gguf"),
     "imatrix": (read_imatrix, ".imatrix"),
@@ -156,6 +257,13 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index": (read_index, ".json"),
     "journal": (read_journal, ".journal"),
     "planes": (read_planes, ".journal"),
+    "rows": (read_rows, ".bin"),
+    "moments": (read_moments, ".moments"),
+    "tokens": (read_tokens, ""),
+    "worth": (seen._worth, ".json"),
+    "windows": (read_windows, ""),
+    "logits": (perplexity_tool.windows_of, ".logits"),
+    "text": (read_text, ".txt"),
 }
 
 
@@ -166,7 +274,7 @@ def mutate(rng: random.Random, raw: bytes, others: list[bytes]) -> bytes:
     data = bytearray(raw)
     for _ in range(rng.randint(1, 4)):
         at = rng.randint(0, len(data))
-        choice = rng.randrange(8)
+        choice = rng.randrange(9)
         if choice == 0 and data:
             data[at % len(data)] ^= 1 << rng.randrange(8)
         elif choice == 1 and data:
@@ -184,6 +292,9 @@ def mutate(rng: random.Random, raw: bytes, others: list[bytes]) -> bytes:
             data[at:] = other[start:]
         elif choice == 6:
             data[at:at] = rng.choice(WORDS) * rng.choice([1, 1, 1, 40])
+        elif choice == 7 and (numbers := [m.span() for m in NUMBER.finditer(data)]):
+            first, last = rng.choice(numbers)
+            data[first:last] = rng.choice([b"%d" % rng.choice([*SPECIAL, -1, 2, 3]), *WORDS])
         else:
             del data[at:]
     return bytes(data[: 1 << 17])
