@@ -91,7 +91,7 @@ def _converted(
     """The conversion; without text where nobody asked for a calibration and it cannot be done."""
     why = ""
     if request.calibration.by_default and journal.job is not None and not JobRecord.learns(journal.job):
-        request, why = request.without_text(), "an earlier run began without text"
+        request, why = request.without_text(), JobRecord.why_without_text(journal.job)
     else:
         try:
             return Conversion(source, out, request, imatrix, journal, progress).run()
@@ -103,7 +103,7 @@ def _converted(
             request, why = request.without_text(), str(e)
     note = f"not calibrated: {why}"
     progress("calibrating", 0, 0, note)
-    return Conversion(source, out, request, imatrix, journal, progress, [note]).run()
+    return Conversion(source, out, request, imatrix, journal, progress, [note], why).run()
 
 
 def dry_run(source: Path, out: Path, options: Options | None = None, progress: Progress = no_progress) -> Plan:
@@ -177,7 +177,8 @@ class Phase(IntEnum):
 class Conversion:
     """One conversion of an opened source, on one process: `run` takes it from the phase that it finds to the last.
 
-    journal  open, and locked as long as this works
+    journal       open, and locked as long as this works
+    without_text  why the default calibration is left out, if it is
     """
 
     source: Source
@@ -187,11 +188,13 @@ class Conversion:
     journal: ConversionJournal
     progress: Progress
     notes: list[str] = field(default_factory=list)
+    without_text: str = ""
 
     def __post_init__(self) -> None:
         self.phase = Phase.BEGUN if self.journal.job is None else Phase.PLANNED
         if self.journal.verified is not None:
             self.phase = Phase.VERIFIED
+            self.notes = [*self.journal.notes]  # of the run that verified it: the model card is the same
         self.rows: list[PlanRow] = []
         self.parts: list[Part] = []
         self.resumed = 0  # tensors that were finished before
@@ -246,7 +249,7 @@ class Conversion:
         self._lay_out()
         if self.phase is Phase.BEGUN:
             discard(self.out)  # of a run whose journal is lost
-            journal.begin(job.json())
+            journal.begin({**job.json(), **({"without_text": self.without_text} if self.without_text else {})})
             self.phase = Phase.PLANNED
         self._stamp = job.stamp
 
@@ -342,7 +345,8 @@ class Conversion:
         if self.phase < Phase.VERIFIED:
             self._require_loadable(self.rows)  # of which some may have fallen back
             finish(self.parts)
-            journal.verify(verify_written(self.parts, hashes, self.progress, self.request.options.threads))
+            sums = verify_written(self.parts, hashes, self.progress, self.request.options.threads)
+            journal.verify(sums, self.notes)
             journal.sync()
             self.phase = Phase.VERIFIED
 
@@ -376,7 +380,7 @@ class Conversion:
             source_hash=self.source_hash,
             kvs=self.parts[0].kvs,
             unweighted=lacks,
-            notes=[*self.source.notes, *self.notes],
+            notes=list(dict.fromkeys([*self.source.notes, *self.notes])),
         )
 
 

@@ -109,6 +109,12 @@ class JobRecord:
         """Whether what a journal holds is a conversion that looks at text."""
         return "method" in job.get("options", {})
 
+    @staticmethod
+    def why_without_text(job: dict[str, Any]) -> str:
+        """Why one that looks at none does so: a run that resumes it writes the same model card."""
+        why: Any = job.get("without_text")
+        return str(why) if is_text(why) and why.isprintable() else "an earlier run began without text"
+
     def json(self) -> dict[str, Any]:
         """The journal's line."""
         of = {"header": self.header, "stamp": self.stamp, "options": self.options, "plan": self.plan}

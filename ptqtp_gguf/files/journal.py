@@ -4,7 +4,7 @@ The journal stands next to the target as `.NAME.journal`. Its lines are
 
     {"job": {...}}             what decides the result; another job cannot resume this one
     {"tensor": 0, ...}         row 0 is finished; the rest of the line is the row's own
-    {"verified": [...]}        all is finished and read back
+    {"verified": [...]}        all is finished and read back; with what was said until then, "notes", if anything was
     {"failed": true}           what came before, ended with an error: the next run may go on, or begin another job
 
 What a row holds, its owner says with the function that reads it (`Journal(..., read)`): conversion/records.py,
@@ -19,7 +19,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -87,6 +87,7 @@ class Journal(Generic[Row]):
         self.rows: list[Row] = []
         self._lines: list[dict[str, Any]] = []  # the rows as JSON
         self.verified: list[str] | None = None  # SHA-256 of each file
+        self.notes: list[str] = []  # that came with them
         self.failed = False
         self._removed = False
         busy = f"{out}: another conversion to this file is running; wait for it, or write to another name"
@@ -145,6 +146,9 @@ class Journal(Generic[Row]):
             sums = record["verified"]
             if not isinstance(sums, list) or not all(is_text(s, 64) and _SHA256.fullmatch(s) for s in sums):
                 raise ValueError("a damaged verdict")
+            notes = record.get("notes", [])
+            if not isinstance(notes, list) or not all(is_text(n) and n.isprintable() for n in notes):
+                raise ValueError("damaged notes")
         elif record.keys() != {"failed"}:
             if not is_count(record.get("tensor")) or record["tensor"] != len(self.rows) or self.job is None:
                 raise ValueError("a tensor out of turn")
@@ -158,7 +162,7 @@ class Journal(Generic[Row]):
         if "job" in record:
             self.job = record["job"]
         elif "verified" in record:
-            self.verified = record["verified"]
+            self.verified, self.notes = record["verified"], record.get("notes", [])
         else:
             self.rows.append(self._read(record))
             self._lines.append(record)
@@ -167,9 +171,10 @@ class Journal(Generic[Row]):
         """Note what is to be done."""
         self.append({"job": job})
 
-    def verify(self, sums: list[str]) -> None:
-        """Note that the result was read back. sums: SHA-256 of each file."""
-        self.append({"verified": sums})
+    def verify(self, sums: list[str], notes: Sequence[str] = ()) -> None:
+        """Note that the result was read back. sums: SHA-256 of each file; notes: for whoever finishes the rest."""
+        said = [n for n in notes if is_text(n) and n.isprintable()]
+        self.append({"verified": sums, **({"notes": said} if said else {})})
 
     def fail(self) -> None:
         """Note that this run ends with an error. Nothing, where no job was begun."""
@@ -187,7 +192,7 @@ class Journal(Generic[Row]):
     def cut(self, n_rows: int) -> None:
         """Forget all rows but the first n_rows, and the verdict."""
         del self.rows[n_rows:], self._lines[n_rows:]
-        self.verified, self.failed = None, False
+        self.verified, self.notes, self.failed = None, [], False
         keep = [{"job": self.job}, *self._lines] if self.job is not None else []
         data = b"".join(json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in keep)
         self._file.seek(0)

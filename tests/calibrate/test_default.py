@@ -249,6 +249,13 @@ def test_without_a_tokenizer(tiny_gguf: Path, tmp_path: Path, cli: Callable[...,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "shown.gguf", "tiny.gguf"]
 
 
+def test_killed_without_a_tokenizer(tiny_gguf: Path, tmp_path: Path) -> None:
+    """Taken up again it gives the same reason: a model card that is there already is the same."""
+    out = tmp_path / "out.gguf"
+    killed(tiny_gguf, out, "quantizing", 3)
+    assert convert(tiny_gguf, out).notes == fallen_back(tiny_gguf, tmp_path / "plain.gguf").notes
+
+
 def test_a_model_that_the_runtime_cannot_run(tiny: Path, tmp_path: Path) -> None:
     """A tensor is lost, so that it cannot be loaded; or the process that runs it dies."""
     lost = rewritten(tiny, tmp_path / "lost.gguf", [], {"blk.1.attn_q.weight": "blk.1.something.weight"})

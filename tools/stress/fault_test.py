@@ -160,12 +160,16 @@ class Bench:
         self.failures.append(text)
         print(f"FAILED {text}", flush=True)
 
+    def has_points(self, case: Case, only: set[int]) -> bool:
+        """Whether any of these actions can happen to it: a full disk cannot to what writes nothing."""
+        return not only or CLOCK in only or any(only & set(ACTIONS[op]) for op, _ in case.calls)
+
     def choose(self, case: Case, rng: random.Random, only: set[int]) -> Fault:
         """A point among the calls of the undisturbed run. only: actions, empty = all."""
         numbered, seen = [], Counter[str]()
         for op, path in case.calls:
             seen[op] += 1
-            if not only or only & {CLOCK, *ACTIONS[op]}:
+            if not only or CLOCK in only or only & set(ACTIONS[op]):
                 numbered.append((op, seen[op], re.sub(r"\d+", "#", path)))
         often = [a for a in (SHORT, errno.EINTR) if not only or a in only]
         if often and rng.random() < 0.06:
@@ -175,7 +179,7 @@ class Bench:
             numbered = [n for n in numbered if (n[0], n[2]) == kind]
         op, k, _ = rng.choice(numbered)
         actions = [a for a in ACTIONS[op] if not only or a in only]
-        if CLOCK in only or (not only and rng.random() < 0.04):
+        if not actions or ((not only or CLOCK in only) and rng.random() < 0.04):
             return Fault(op, k, CLOCK, jump=rng.choice(JUMPS))
         action = rng.choice(actions)
         if action == BUS and case.name.startswith(("calib", "hessians")):
@@ -280,11 +284,12 @@ def run(args: argparse.Namespace, bench: Bench) -> int:
         args.points = args.limits = args.pairs = 0
     rng, started = random.Random(args.seed), time.monotonic()
     work = [("point", args.points), ("limit", args.limits), ("pair", args.pairs)]
+    cases = [case for case in bench.cases if bench.has_points(case, only)]
     for kind, n in work:
         for i in range(n):
             if args.seconds and time.monotonic() - started > args.seconds:
                 break
-            case = bench.cases[i % len(bench.cases)]
+            case = cases[i % len(cases)] if kind == "point" else bench.cases[i % len(bench.cases)]
             if case.name == SERVE:
                 if kind == "point":
                     assert bench.serving is not None
