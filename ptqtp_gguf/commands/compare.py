@@ -138,7 +138,7 @@ def _check_output(output: Path, force: bool) -> None:
         finished = parse_json(read_whole(output / "report.json", MAX_REPORT)).get("finished", True)
     except (PtqtpError, ValueError, AttributeError):
         finished = False
-    if finished and not force:
+    if finished and (output / "index.html").exists() and not force:  # the page is written last
         raise OutputError(f"{output}: holds a report already; use --force to replace it, or another --output")
 
 

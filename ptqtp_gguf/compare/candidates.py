@@ -34,7 +34,7 @@ from ..files import (
 from ..llamacpp import install
 from ..plan import Options, Request, Role, role_of
 from ..progress import Progress
-from ..source import checkpoint
+from ..source import Imatrix, checkpoint
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
 # mixtures whose name is not a type; that of Q4_K_M and the like begins with one
@@ -293,7 +293,7 @@ def imatrix_of(
 
     specs   as --calib names them, but 'self'
     chunks  windows of 512 tokens, 0 = IMATRIX_CHUNKS
-    Raises CalibrationError, RuntimeMissing.
+    Raises CalibrationError, OutputError, RuntimeMissing.
     """
     loaded = [texts.load(s) for s in specs]
     text = texts.BETWEEN.join(t.text for t in loaded if t.text is not None)
@@ -305,10 +305,17 @@ def imatrix_of(
     def make(path: Path) -> None:
         progress("imatrix", 0, 0, "llama-imatrix on the calibration text")
         source = path.with_suffix(".txt")
+        path.unlink(missing_ok=True)
         write_text(source, text)
         words = ["-m", str(reference), "-f", str(source), "-o", str(path), "--chunks", str(chunks), "-c", "512"]
-        install.run_tool("llama-imatrix", *words, *(["-t", str(threads)] if threads else []))
-        source.unlink()
+        try:
+            install.run_tool("llama-imatrix", *words, *(["-t", str(threads)] if threads else []))
+            Imatrix(path).close()
+        except (InputError, OSError):  # it does not look whether it could write
+            path.unlink(missing_ok=True)
+            raise OutputError(f"{path}: llama-imatrix has not written all of it; is the disk full?") from None
+        finally:
+            source.unlink()
 
     return store.keep(key, "imatrix.gguf", make)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, OutputError
-from ..files import partial_file
+from ..files import partial_file, system_errors
 from . import findings
 from .document import Document, Row, as_json, read_document
 from .plots import Plot, draw
@@ -42,6 +42,8 @@ def write_report(document: Document | Mapping[str, object], folder: Path) -> lis
         raise OutputError(f"{e}; {files[0]} is written") from None
     plots = draw(doc)
     page = render(doc, plots)
+    with system_errors(folder):
+        (folder / "index.html").unlink(missing_ok=True)  # written last: where it is, the report is whole
     for plot in plots:
         files += [_write(folder / f"{plot.name}.svg", plot.svg), _write(folder / f"{plot.name}.png", plot.png)]
     return [_write(folder / "index.html", page.encode()), *files]

@@ -6,6 +6,7 @@ than exp(-16): its figures differ from those of quality.py by that, and a file's
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import struct
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..errors import BenchError, InputError, Interrupted, RuntimeMissing
-from ..files import check_space, write_text
+from ..errors import BenchError, InputError, Interrupted, OutputError, RuntimeMissing
+from ..files import check_space, file_size, open_regular, write_text
 from ..llamacpp import install, why_not_loadable
 from ..progress import Progress, no_progress
 from ..source import GgufSource
@@ -39,6 +40,10 @@ PRINTED = {  # what llama-perplexity --kl-divergence prints; "x +/- its standard
 LAST = re.compile(r"^Same top p:", re.MULTILINE)
 RETRIES = 5  # it prints from a thread that it does not wait for: on a busy machine the last lines get lost
 _HEAD = struct.Struct("<8sIII")  # of a file of logits: magic, tokens a window, vocabulary, windows
+_MAGIC, _SHORT = (
+    b"_logits_",
+    12,
+)  # bytes of one of a text that is shorter than a window: it ends behind the first number
 
 
 def evaluate_by_tool(
@@ -84,7 +89,10 @@ def evaluate_by_tool(
 def _logits(file: File, text: Text, ctx: int, windows: int, words: list[str], folder: Path) -> tuple[Path, int]:
     """The reference's logits, made unless they are there, and their number of windows."""
     path = folder / f"{file.sha256[:16]}-{text.sha256[:16]}-{windows}x{ctx}.logits"
-    if not path.exists():
+    n = None
+    with contextlib.suppress(OutputError):  # what is damaged is made again
+        n = windows_of(path) if path.exists() else None
+    if n is None:
         folder.mkdir(parents=True, exist_ok=True)
         with GgufSource(file.parts[0]) as source:
             vocabulary = max((t.shape[1] for t in source.tensors if t.name == "token_embd.weight"), default=0)
@@ -95,13 +103,33 @@ def _logits(file: File, text: Text, ctx: int, windows: int, words: list[str], fo
         line = ["-m", str(file.parts[0]), "-f", str(scored), "--kl-divergence-base", str(part), *words]
         _tool(file.parts[0], *line)
         scored.unlink()
+        try:
+            n = windows_of(part)
+        except OutputError as e:  # llama-perplexity does not look whether it could write
+            part.unlink()
+            raise OutputError(f"{e}; is the disk full? Give another --state") from None
         part.replace(path)
-    with open(path, "rb") as f:
-        head = f.read(_HEAD.size)
-    n = _HEAD.unpack(head)[3] if len(head) == _HEAD.size else 0
     if not n:
         raise InputError(f"text {text.name}: less than a window of {ctx} tokens; give more text, or a smaller --ctx")
     return path, n
+
+
+def windows_of(path: Path) -> int:
+    """Windows in a file of logits of llama-perplexity; 0: the text was too short. Raises OutputError for others.
+
+    Upstream's format (tools/perplexity/perplexity.cpp): the head, int32 tokens (windows, ctx), and for the second half
+    of each window but its last token 2 * ceil(vocabulary / 2) + 4 numbers of 16 bits.
+    """
+    with open_regular(path, OutputError) as f:
+        size, head = file_size(f, str(path)), f.read(_HEAD.size)
+    if head[:8] == _MAGIC and size == _SHORT:
+        return 0
+    if len(head) == _HEAD.size:
+        magic, ctx, vocabulary, n = _HEAD.unpack(head)
+        rows = ctx - 1 - ctx // 2
+        if magic == _MAGIC and n and size == _HEAD.size + n * (4 * ctx + 2 * rows * ((vocabulary + 1) // 2 * 2 + 4)):
+            return int(n)
+    raise OutputError(f"{path}: not all logits are in it, {size} bytes")
 
 
 def _tool(path: Path, *words: str) -> str:

@@ -13,7 +13,7 @@ from ptqtp_gguf.compare import candidates
 from ptqtp_gguf.compare import candidates as peers
 from ptqtp_gguf.compare.candidates import Item, Store, Workshop, check_apart, parse_items, reference_of
 from ptqtp_gguf.conversion import pipeline as conversion
-from ptqtp_gguf.errors import CalibrationError, InputError, RecipeError, RuntimeMissing
+from ptqtp_gguf.errors import CalibrationError, InputError, OutputError, RecipeError, RuntimeMissing
 from ptqtp_gguf.files.gguf import Reader
 from ptqtp_gguf.files.reading import file_sha256
 from ptqtp_gguf.llamacpp import install
@@ -164,6 +164,19 @@ def test_importance_of_a_text(reference: Path, tmp_path: Path, monkeypatch: pyte
         assert a.sha256 != b.sha256 and "--imatrix imatrix.gguf" in b.made and "imatrix" not in a.made
     refuse(monkeypatch, install, "run_tool")
     assert peers.imatrix_of([str(text)], reference, file_sha256(reference), store, 1, no_progress) == (path, sha)
+    tool = install.run_tool
+
+    def full(name: str, *words: str) -> str:
+        said = tool(name, *words)
+        made = Path(words[words.index("-o") + 1])
+        made.write_bytes(made.read_bytes()[:1000])
+        return said
+
+    with monkeypatch.context() as m:  # llama-imatrix does not look whether it could write
+        m.setattr(install, "run_tool", full)
+        with pytest.raises(OutputError, match=r"has not written all of it; is the disk full\?"):
+            peers.imatrix_of([str(text)], reference, file_sha256(reference), Store(tmp_path / "b"), 1, no_progress)
+    assert [p for p in (tmp_path / "b").rglob("*") if p.is_file()] == []
     with pytest.raises(CalibrationError, match="--calib self: llama-imatrix needs text"):
         peers.imatrix_of(["self"], reference, "", store, 1, no_progress)
 

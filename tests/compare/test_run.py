@@ -209,3 +209,5 @@ def test_the_command(run: Callable[..., str], reference: Path, settings: Setting
     with pytest.raises(OutputError, match="holds a report already; use --force"):
         run(*words)
     assert run(*words, "--force", "--quiet") == ""
+    (out / "index.html").unlink()  # the disk was full before it could be written
+    assert run(*words, "--quiet") == "" and "<svg" in (out / "index.html").read_text()

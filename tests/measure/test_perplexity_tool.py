@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from talking_model import write_talking_model
 
-from ptqtp_gguf.errors import BenchError
+from ptqtp_gguf.errors import BenchError, InputError, OutputError
 from ptqtp_gguf.llamacpp import install
 from ptqtp_gguf.measure import perplexity_tool
 
@@ -46,3 +47,36 @@ def test_output_that_was_lost_is_asked_for_again(monkeypatch: pytest.MonkeyPatch
     answers = ["", "Mean PPL(Q)", PRINTED]
     monkeypatch.setattr(install, "run_tool", lambda *words: answers.pop(0))
     assert perplexity_tool._figures(tmp_path, [], 2, 512).tokens == 510 and not answers
+
+
+@pytest.mark.runtime
+def test_logits_that_are_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-perplexity writes on a full disk as if nothing were: nothing is measured by a part, and no part is kept."""
+    model, text, state = write_talking_model(tmp_path / "a.gguf"), tmp_path / "text.txt", tmp_path / "state"
+    text.write_text("a letter and more of them " * 20)
+
+    def figures(ctx: int = 128) -> object:
+        found = perplexity_tool.evaluate_by_tool(model, [model], text=text, ctx=ctx, windows=2, threads=1, state=state)
+        return found.quality
+
+    tool = install.run_tool
+
+    def full(name: str, *words: str) -> str:
+        said = tool(name, *words)
+        base = Path(words[words.index("--kl-divergence-base") + 1])
+        base.write_bytes(base.read_bytes()[:5000])
+        return said
+
+    with monkeypatch.context() as m:
+        m.setattr(install, "run_tool", full)
+        with pytest.raises(OutputError, match=r"not all logits are in it, 5000 bytes; is the disk full\?"):
+            figures()
+    assert not list(state.glob("*.logits")) and not list(state.glob("*.partial"))
+    whole = figures()
+    kept = next(state.glob("*.logits"))
+    data = kept.read_bytes()
+    assert perplexity_tool.windows_of(kept) == 2
+    kept.write_bytes(data[:-2])
+    assert figures() == whole and kept.read_bytes() == data
+    with pytest.raises(InputError, match="less than a window of 1024 tokens"):
+        figures(1024)
