@@ -215,7 +215,7 @@ __device__ void weigh(Factor & f) {
         const u32 exponent = __float_as_uint(heaviest) >> 23;
         const float unit = __uint_as_float((exponent < 253 ? 254 - exponent : 1) << 23);
         const float h = f.importance[threadIdx.x] * unit;
-        f.importance[threadIdx.x] = heaviest > 0 ? h > 0x1p-10f ? h : 0x1p-10f : 1; /* TRELLIS_LIGHT */
+        f.importance[threadIdx.x] = heaviest > 0 ? h > TRELLIS_LIGHT ? h : TRELLIS_LIGHT : 1;
     }
     __syncthreads();
 }

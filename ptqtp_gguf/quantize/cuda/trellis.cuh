@@ -4,6 +4,7 @@
 enum { UNIT = 32, STATES = 9, OFFSETS = 7, TRELLIS_THREADS = 128 };
 
 #define TRELLIS_LARGE 1e38f
+#define TRELLIS_LIGHT 0x1p-10f
 
 __device__ constexpr int third_trit(int sum) { /* of two trits, each + 1 */
     return sum == 0 || sum == 3 ? 1 : sum == 2 ? 0 : -1;
@@ -24,12 +25,15 @@ __device__ int chain_weight(int c) {
 }
 
 /* A group's weights along the chain and what their squared errors count, as the functions below read them. */
-struct OwnWeights { /* of a data-free search: h = (twice + |x|) * unit, or 1; x: TRELLIS_THREADS apart */
+struct OwnWeights { /* of a data-free search: h = (twice + |x|) * unit, at least TRELLIS_LIGHT, or 1; x: TRELLIS_THREADS apart */
     const float * x;
     float twice, unit;
 
     __device__ float at(int c) const { return x[c * TRELLIS_THREADS]; }
-    __device__ float weight(int, float v) const { return unit > 0 ? (twice + fabsf(v)) * unit : 1; }
+    __device__ float weight(int, float v) const {
+        const float h = (twice + fabsf(v)) * unit; /* 0 where twice is too small for a float */
+        return unit > 0 ? h > TRELLIS_LIGHT ? h : TRELLIS_LIGHT : 1;
+    }
 };
 
 struct GivenWeights {
