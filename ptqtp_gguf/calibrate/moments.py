@@ -26,7 +26,17 @@ from numpy.typing import NDArray
 
 from ..codec import F32, I32, native
 from ..errors import CalibrationError, OutputError
-from ..files import BF16_ID, check_space, file_size, open_regular, parse_json, read_whole, sync_folder, write_text
+from ..files import (
+    BF16_ID,
+    check_space,
+    file_size,
+    is_count,
+    open_regular,
+    parse_json,
+    read_whole,
+    sync_folder,
+    write_text,
+)
 
 VERSION = 2
 SUM_COLS = 4096
@@ -36,7 +46,7 @@ EXPERT_ROWS = 1 << 16  # of one of experts
 HELD_ROWS, HELD_EVERY = 1024, 8  # rows of held-out windows, of plain inputs; one window of so many is held out
 HELD_EXPERTS = 8  # times as many rows of inputs of experts
 MAX_INDEX = 64 << 20
-MAX_RECORDS, MAX_COLS, MAX_EXPERTS = 1 << 16, 1 << 20, 1 << 12
+MAX_RECORDS, MAX_COLS, MAX_EXPERTS, MAX_NUMBER = 1 << 16, 1 << 20, 1 << 12, 1 << 48
 _MEANING = {  # of the key's entries, for messages
     "model": "another model",
     "tokens": "another text",
@@ -134,9 +144,15 @@ def read_index(folder: Path) -> Index | None:
                 f"{path}: version {found['version']!r}; this program reads {VERSION}; name a new folder"
             )
         inputs = [_input(r) for r in found["inputs"]]
-        numbers = [int(found[k]) for k in ("windows", "done", "generation")]
-        if len(inputs) > MAX_RECORDS or min(numbers) < 0:
+        numbers = [found[k] for k in ("windows", "done", "generation")]
+        leaders = {i.tensors[0] for i in inputs}
+        if len(inputs) > MAX_RECORDS or len(leaders) < len(inputs) or not all(is_count(n, MAX_NUMBER) for n in numbers):
             raise ValueError("out of range")
+        offset = 0
+        for number, i in enumerate(inputs):
+            if (i.number, i.offset) != (number, offset):
+                raise ValueError("out of turn")
+            offset += i.sum_bytes
         return Index(dict(found["key"]), numbers[0], numbers[1], numbers[2], inputs)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise _damaged(path) from None
@@ -147,7 +163,7 @@ def _input(r: dict[str, Any]) -> Input:
     made = Input(**r)
     numbers = (made.number, made.offset, made.rows, made.held, made.used, made.passed, made.held_passed, *made.counts)
     good = (
-        all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+        all(is_count(n, MAX_NUMBER) for n in numbers)
         and type(made.cols) is int
         and 0 < made.cols < MAX_COLS
         and 0 < len(made.counts) <= MAX_EXPERTS
@@ -293,6 +309,15 @@ def _damaged(path: Path) -> CalibrationError:
     return CalibrationError(f"{path}: damaged; remove the folder to gather the moments again")
 
 
+def _shape(x: F32, experts: I32 | None, n_experts: int) -> tuple[int, int, int, bool]:
+    """Of an input as `Gathering.add` is given it: values, experts or heads, experts of a row, whether heads."""
+    if experts is None:
+        heads = x.ndim == 3
+        return x.shape[-1], x.shape[1] if heads else max(1, n_experts), 0, heads
+    own = x.ndim == 3 and x.shape[1] > 1
+    return x.shape[-1], max(1, n_experts), 1 if own else experts.shape[1], False
+
+
 class Gathering:
     """A folder of moments that is being filled, window by window. Resumes at its last checkpoint.
 
@@ -312,7 +337,7 @@ class Gathering:
         self._sums: dict[int, F32] = {}
         self._files: dict[Path, Any] = {}
         self._scratch: dict[int, F32] = {}
-        if self.index.done:
+        if self.index.inputs:
             self._restore()
 
     def _restore(self) -> None:
@@ -334,6 +359,8 @@ class Gathering:
         of = self._by_name.get(name)
         if of is None:
             of = self._new(name, x, experts, n_experts)
+        elif (of.cols, len(of.counts), of.used, of.heads) != _shape(x, experts, n_experts):
+            raise _damaged(_index_path(self.folder))
         if x.ndim == 3 and experts is not None and x.shape[1] > 1:  # each of a token's experts has its own
             x, experts = x.reshape(-1, x.shape[2]), experts.reshape(-1, 1)
         elif x.ndim == 3 and experts is not None:
@@ -356,10 +383,7 @@ class Gathering:
                 of.counts[e] += len(part)
 
     def _new(self, name: str, x: F32, experts: I32 | None, n_experts: int) -> Input:
-        heads = x.ndim == 3 and experts is None
-        n, c = x.shape[1] if heads else max(1, n_experts), x.shape[-1]
-        own = x.ndim == 3 and experts is not None and x.shape[1] > 1
-        used = 0 if experts is None else 1 if own else experts.shape[1]
+        c, n, used, heads = _shape(x, experts, n_experts)
         taken = sum(i.sum_bytes for i in self.index.inputs)
         summed = heads or (c <= SUM_COLS and taken + 4 * c * c * n <= SUM_BYTES)
         of = Input(len(self.index.inputs), [name], c, [0] * n, summed, taken, used=used, heads=heads)

@@ -260,8 +260,9 @@ def _index_gguf(f: Imatrix) -> tuple[dict[str, _Entry], int, list[str]]:
                 name = t.name.removesuffix(mine)
                 if name + other not in by_name:
                     raise InputError(f"{f.path}: {t.name} stands without {name + other}; the imatrix is damaged")
-                if t.type != F32_ID:
-                    raise InputError(f"{f.path}: {t.name} is of type {t.type_name}; an imatrix holds F32")
+                for of in (t, by_name[name + other]):
+                    if of.type != F32_ID:
+                        raise InputError(f"{f.path}: {of.name} is of type {of.type_name}; an imatrix holds F32")
         if t.name.endswith(SUMS):
             name = t.name.removesuffix(SUMS)
             raw = by_name[name + COUNTS]

@@ -271,7 +271,7 @@ def test_sums_beyond_the_file(complete: Path, key: str) -> None:
         found["inputs"][0][key] = value
         put_index(complete, found)
         for reads in (read_all, start):
-            with pytest.raises(CalibrationError, match=r"sums\.1") as e:
+            with pytest.raises(CalibrationError, match=r"sums\.1|index\.json: damaged") as e:
                 reads(complete)
             assert one_line(e)
 
@@ -285,3 +285,39 @@ def test_rows_beyond_the_file(complete: Path, key: str) -> None:
         with pytest.raises(CalibrationError, match=r"3\.") as e:
             read_all(complete)
         assert one_line(e)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("generation", 10**300), ("generation", 1.5), ("done", True), ("windows", "4"), ("done", -1)]
+)
+def test_numbers_of_the_index(complete: Path, key: str, value: object) -> None:
+    put_index(complete, {**index_of(complete), key: value})
+    for reads in (read_index, Moments, start):
+        with pytest.raises(CalibrationError, match=rf"index\.json: {DAMAGED}$"):
+            reads(complete)
+
+
+@pytest.mark.parametrize("what", ["number", "offset", "tensors"])
+def test_inputs_that_are_told_twice(complete: Path, what: str) -> None:
+    found = index_of(complete)
+    found["inputs"][2][what] = found["inputs"][0][what]
+    found["inputs"][0]["number"] += what == "offset"
+    put_index(complete, found)
+    with pytest.raises(CalibrationError, match=DAMAGED):
+        read_index(complete)
+
+
+@pytest.mark.parametrize("key", ["cols", "counts", "used", "heads"])
+def test_rows_that_do_not_fit_the_index(complete: Path, key: str) -> None:
+    """A run that takes it up finds out before anything is added."""
+    found = index_of(complete)
+    of = next(i for i in found["inputs"] if not i["summed"])
+    of[key] = {"cols": 1, "counts": [*of["counts"], 0], "used": of["used"] + 1, "heads": True}[key]
+    put_index(complete, found)
+    g = start(complete, 240)
+    try:
+        with pytest.raises(CalibrationError, match=rf"index\.json: {DAMAGED}$"):
+            feed(g, 1)
+    finally:
+        for file in g._files.values():
+            file.close()

@@ -150,6 +150,11 @@ def test_halves_of_a_pair_and_other_types(tmp_path: Path) -> None:
     path.write_bytes(raw[:at] + struct.pack("<I", 26) + raw[at + 4 :])  # I32
     with pytest.raises(InputError, match=r"abc\.in_sum2 is of type I32; an imatrix holds F32"):
         read(path)
+    at = raw.index(b"abc.counts") + 10 + 4 + 16
+    assert raw[at : at + 4] == bytes(4)
+    path.write_bytes(raw[:at] + struct.pack("<I", 1) + raw[at + 4 :])  # F16, of which one takes two bytes
+    with pytest.raises(InputError, match=r"abc\.counts is of type F16; an imatrix holds F32"):
+        read(path)
 
 
 def test_a_name_with_line_breaks_is_told_in_one_line(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def sound_moments() -> bytes:
     """A folder of moments that is gathered: an input with sums, and one of two experts whose rows are kept."""
     inputs = [
         moments.Input(0, ["a", "b"], COLS, [3], True),
-        moments.Input(1, ["c"], COLS, [2, 1], False, rows=3, held=2, used=1, passed=3, held_passed=2),
+        moments.Input(1, ["c"], COLS, [2, 1], False, 4 * COLS * COLS, rows=3, held=2, used=1, passed=3, held_passed=2),
     ]
     with tempfile.TemporaryDirectory() as folder:
         moments.write_index(Path(folder), moments.Index({}, 2, 2, 1, inputs))
