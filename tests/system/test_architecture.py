@@ -171,10 +171,10 @@ def test_foreign_packages_come_through_their_doors(name: str) -> None:
     assert not heavy or name in TOP_LEVEL_TORCH, f"{name} imports {heavy} when it is loaded"
 
 
-def test_the_command_line_starts_without_the_heavy_packages() -> None:
+def test_the_command_line_starts_without_the_heavy_packages(tmp_path: Path) -> None:
     """It imports every face: without --calib nothing needs torch, and a plain command starts in half a second."""
     code = "import sys, ptqtp_gguf.commands.app; print(*{'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert not done.stdout.split()
 
 

@@ -29,6 +29,7 @@ def test_a_big_endian_machine_is_refused_by_python(tiny_gguf: Path, tmp_path: Pa
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "300"},
+        cwd=tmp_path,  # not in the repository, whose package may lack its library
         check=False,
     )
     assert "runs on little-endian machines only; this one is big-endian" in one_line(done)

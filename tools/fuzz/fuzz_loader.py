@@ -204,7 +204,7 @@ def main() -> int:
             what = ""
             if code < 0:
                 what = reason(code, log)
-                if code == -signal.SIGABRT and re.search("GGML_(ASSERT|ABORT)", what) and "ptqtp" not in what:
+                if code == -signal.SIGABRT and not what.endswith("no word") and "ptqtp" not in what:
                     upstream[what.removeprefix("SIGABRT: ")] += 1
                     what = ""
             elif code == LOADED and only_data and not sound_rows(path):
