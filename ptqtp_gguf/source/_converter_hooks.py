@@ -55,6 +55,8 @@ FIXED_ROPE: dict[str, dict[str, object]] = {"solar_open": {"partial_rotary_facto
 MOVED: dict[str, dict[str, str]] = {
     "gpt_neox": {"rotary_pct": "partial_rotary_factor"},
 }
+# Kinds of layers of Granite hybrids as transformers 5 writes them -> before
+LAYERS = {"full_attention": "attention", "linear_attention": "mamba"}
 # Architectures of GGUF whose runtime has every so-manieth layer see all, where the metadata has no list of layers.
 PERIODS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "gpt-oss": 2, "olmo2": 4, "afmoe": 4, "exaone-moe": 4}
 # Prose, code, numbers, other scripts: what a pre-tokenizer cuts in its own way. No emoji, which upstream's tests leave
@@ -177,6 +179,8 @@ def adapt(config: dict[str, Any]) -> None:
         found["attn_rotary_emb"] = int(width * rope["partial_rotary_factor"])
     if kind == "minimax_m2":  # its attention turns so much of each head
         found["rotary_dim"] = int(config.get("head_dim", 128) * rope.get("partial_rotary_factor", 1.0))
+    if kind == "granitemoehybrid" and isinstance(kinds := config.get("layer_types"), list):
+        config["layer_types"] = [LAYERS.get(str(k), k) for k in kinds]
     if kind == "hunyuan_v1_moe":
         layers = config.get("num_hidden_layers", 0)
         for name in ("moe_intermediate_size", "moe_topk", "num_shared_expert"):

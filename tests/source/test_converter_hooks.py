@@ -73,6 +73,13 @@ def test_the_same_as_transformers(more: dict[str, float]) -> None:
     assert hooks.yarn_attention(rope) * (0.1 * math.log(4) + 1) == pytest.approx(wanted)
 
 
+def test_layers_of_granite_hybrids() -> None:
+    for told in (["linear_attention", "full_attention"], ["mamba", "attention"]):
+        config = {"model_type": "granitemoehybrid", "layer_types": told}
+        hooks.adapt(config)
+        assert config["layer_types"] == ["mamba", "attention"]
+
+
 def test_windows() -> None:
     assert hooks.windowed({"layer_types": ["full_attention", "sliding_attention"]}) == [False, True]
     assert hooks.windowed({"layer_types": ["conv", "full_attention"]}) == hooks.windowed({}) == []
