@@ -162,8 +162,6 @@ def test_importance_of_a_text(reference: Path, tmp_path: Path, monkeypatch: pyte
         item = parse_items([name])[0]
         a, b = plain.make(item), weighed.make(item)
         assert a.sha256 != b.sha256 and "--imatrix imatrix.gguf" in b.made and "imatrix" not in a.made
-    refuse(monkeypatch, install, "run_tool")
-    assert peers.imatrix_of([str(text)], reference, file_sha256(reference), store, 1, no_progress) == (path, sha)
     tool = install.run_tool
 
     def full(name: str, *words: str) -> str:
@@ -177,6 +175,8 @@ def test_importance_of_a_text(reference: Path, tmp_path: Path, monkeypatch: pyte
         with pytest.raises(OutputError, match=r"has not written all of it; is the disk full\?"):
             peers.imatrix_of([str(text)], reference, file_sha256(reference), Store(tmp_path / "b"), 1, no_progress)
     assert [p for p in (tmp_path / "b").rglob("*") if p.is_file()] == []
+    refuse(monkeypatch, install, "run_tool")
+    assert peers.imatrix_of([str(text)], reference, file_sha256(reference), store, 1, no_progress) == (path, sha)
     with pytest.raises(CalibrationError, match="--calib self: llama-imatrix needs text"):
         peers.imatrix_of(["self"], reference, "", store, 1, no_progress)
 
