@@ -10,6 +10,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
 #define PTQTP_KEY_FORMAT_VERSION "ptqtp.format_version"
 #define PTQTP_KEY_TYPE_IDS "ptqtp.type_ids"
 
@@ -68,6 +73,39 @@ template <typename Tensors> void ptqtp_set_format(gguf_context * file, const Ten
         gguf_set_val_u32(file, PTQTP_KEY_FORMAT_VERSION, (uint32_t) version);
         gguf_set_arr_data(file, PTQTP_KEY_TYPE_IDS, GGUF_TYPE_UINT32, ids.data(), ids.size());
     }
+}
+
+// Whether the loader makes panels of a file. A tensor that becomes panels lies in memory twice while its rows are
+// mapped too, so they should not be before they are read. weights: the loader's weights_map.
+template <typename Weights> bool ptqtp_has_panels(const Weights & weights) {
+    return std::any_of(weights.begin(), weights.end(), [](const auto & weight) {
+        const ptqtp_type_traits * type = ptqtp_traits(weight.second.tensor->type);
+        return type && type->panels;
+    });
+}
+
+// Advice about the whole pages in data .. data + size, of a mapped file; no is an answer.
+inline void ptqtp_advise(const void * data, size_t size, bool done) {
+#if defined(__linux__)
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE), begin = ((size_t) data + page - 1) / page * page;
+    const size_t end = ((size_t) data + size) / page * page;
+    if (end > begin) {
+        (void) madvise((void *) begin, end - begin, done ? MADV_DONTNEED : MADV_WILLNEED);
+    }
+#else
+    (void) data, (void) size, (void) done;
+#endif
+}
+
+// They will be read.
+inline void ptqtp_read_ahead(const void * data, size_t size) {
+    ptqtp_advise(data, size, false);
+}
+
+// They were copied, and leave this process. The system's cache keeps them, and they are mapped again when somebody
+// reads them. Locked pages stay.
+inline void ptqtp_give_back(const void * data, size_t size) {
+    ptqtp_advise(data, size, true);
 }
 
 #endif
