@@ -58,10 +58,12 @@ def child(path: str, server: str, mode: str) -> dict[str, float]:
         tokens = (ctypes.c_int32 * count)(*range(100, 100 + count))
         if lib.llama_decode(context, lib.llama_batch_get_one(tokens, count)):
             sys.exit(f"cannot evaluate {path}")
-    end = time.perf_counter()
+    end, used = time.perf_counter(), peak()
     row = lib.llama_model_n_embd(model) // lib.llama_model_n_head(model) * lib.llama_model_n_head_kv(model)
     kv = 2 * 2 * CONTEXT * row * lib.llama_model_n_layer(model)  # K and V, fp16
-    return {"load_s": loaded - start, "first_s": end - begin, "loaded": after, "used": peak(), "kv": kv}
+    lib.llama_free(context)
+    lib.llama_model_free(model)  # an rpc-server must hear that its client ends
+    return {"load_s": loaded - start, "first_s": end - begin, "loaded": after, "used": used, "kv": kv}
 
 
 def parts(first: Path) -> list[Path]:
