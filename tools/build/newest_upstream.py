@@ -111,15 +111,19 @@ def environment(wheel: Path) -> Path:
         raise builder.BuildError(f"{wheel.name}: {builder.last_error(done.stdout)}")
     own = next((folder / "lib").glob("python*/site-packages"))
     (own / "over.pth").write_text("\n".join(site.getsitepackages()) + "\n")  # behind its own packages
-    script = folder / "bin" / "ptqtp-gguf"
-    script.write_text(f"#!{python}\nfrom ptqtp_gguf.__main__ import main\nmain()\n")
-    script.chmod(0o755)
+    for name, module in {"ptqtp-gguf": "ptqtp_gguf.__main__ import main", "pytest": "pytest import main"}.items():
+        script = folder / "bin" / name
+        script.write_text(f"#!{python}\nimport sys\nfrom {module}\nsys.exit(main())\n")
+        script.chmod(0o755)
     return python
 
 
 def failed(python: Path, tests: list[str]) -> list[str]:
     """Run the tests that need the runtime; a line for each that fails."""
-    command = [str(python), "-m", "pytest", "-q", "-m", "runtime", "-p", "no:cacheprovider", "-rfE", *tests]
+    pytest = python.with_name(
+        "pytest"
+    )  # not -m pytest, which would find this folder's package before the installed one
+    command = [str(pytest), "-q", "-m", "runtime", "-p", "no:cacheprovider", "-rfE", *tests]
     done = subprocess.run(command, cwd=builder.REPO, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines()
     broken = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
