@@ -8,7 +8,7 @@
 #include <tmmintrin.h>
 
 /* The hardware does not look past a page and starts anew on the next: ask for what comes a page later. */
-static inline void prefetch_tile(const uint8_t * tile, bool wide) {
+static inline __attribute__((always_inline)) void prefetch_tile(const uint8_t * tile, bool wide) {
     for (int i = 0; i < (wide ? PTQTP_WIDE_TILE_SIZE : PTQTP_TILE_SIZE); i += 64) {
         _mm_prefetch((const char *) tile + 4096 + i, _MM_HINT_T0);
     }
