@@ -5,6 +5,7 @@ set(PTQTP_DOT_SOURCES kernels/cpu.c kernels/dot.c kernels/panel.c)
 
 # A file that holds one instruction set, and its flags; kernels/cpu.c asks the CPU before anything calls in. On another
 # architecture the file compiles to nothing and takes no flags.
+set(ptqtp_zmm "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma")
 set(PTQTP_X86_FILES
     "kernels/x86/dot-avx2.c:-mavx2 -mfma -mf16c"
     "kernels/x86/dot-ssse3.c:-mssse3"
@@ -14,9 +15,10 @@ set(PTQTP_X86_FILES
     "kernels/x86/panel-avx.c:-mavx"
     "kernels/x86/panel-avx2.c:-mavx2 -mfma"
     "kernels/x86/panel-avxvnni.c:-mavx2 -mfma -mavxvnni"
-    "kernels/x86/panel-avx512bw.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"
-    "kernels/x86/panel-avx512vnni.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma"
-    "kernels/x86/panel-amx.c:-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mamx-tile -mamx-int8")
+    "kernels/x86/panel-avx512bw.c:${ptqtp_zmm}"
+    "kernels/x86/panel-avx512vnni.c:${ptqtp_zmm} -mavx512vnni"
+    "kernels/x86/panel-avx512vbmi.c:${ptqtp_zmm} -mavx512vnni -mavx512vbmi"
+    "kernels/x86/panel-amx.c:${ptqtp_zmm} -mavx512vnni -mavx512vbmi -mamx-tile -mamx-int8")
 set(PTQTP_ARM64_FILES
     "kernels/arm/dot-neon.c:-march=armv8-a"
     "kernels/arm/dot-neon-dotprod.c:-march=armv8.2-a+dotprod"

@@ -26,6 +26,7 @@ const struct ptqtp_bulk * const * ptqtp_bulk_all(int * count) {
 
 /* The best build that an instruction set of kernels/kernels.inc contains; the list below asks for one of each. */
 #define BULK_amx ptqtp_bulk_avx512
+#define BULK_avx512vbmi ptqtp_bulk_avx512
 #define BULK_avx512vnni ptqtp_bulk_avx512
 #define BULK_avx512bw ptqtp_bulk_avx512
 #define BULK_avxvnni ptqtp_bulk_avx2

@@ -50,10 +50,14 @@ bool ptqtp_cpu_avx512vnni(void) {
     return ptqtp_cpu_avx512bw() && __builtin_cpu_supports("avx512vnni");
 }
 
+bool ptqtp_cpu_avx512vbmi(void) {
+    return ptqtp_cpu_avx512vnni() && __builtin_cpu_supports("avx512vbmi");
+}
+
 /* The tile registers are large: Linux gives them to a process that asks. */
 bool ptqtp_cpu_amx(void) {
     unsigned a, b, c, d;
-    if (!ptqtp_cpu_avx512vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) {
+    if (!ptqtp_cpu_avx512vbmi() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) {
         return false;
     }
 #    if defined(__linux__) && defined(__x86_64__)
