@@ -284,15 +284,23 @@ void ptqtp_gemv(const struct ptqtp_panel_kernel * k, int type, int form, int64_t
 }
 
 enum {
-    BLOCK_PANELS = 8, /* unpacked at a time, */
-    BLOCK_TILES = 16, /* so many tiles each: 72 KB, in L2, while the columns' activations pass through L1 */
-    MAX_COLS = 16,
+    BLOCK_PANELS = PTQTP_BLOCK_PANELS,
+    BLOCK_TILES = PTQTP_BLOCK_TILES,
+    MAX_COLS = 32,
 };
 PTQTP_STATIC_ASSERT(PTQTP_GEMM_SCRATCH == BLOCK_PANELS * BLOCK_TILES * (PTQTP_CODES_SIZE + 64), "scratch size");
 
 void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int type, int form, int64_t n, int64_t nrows, const void * panels,
                 int64_t panel0, int64_t panel1, int64_t ncols, const ptqtp_act * const * acts, float * const * y,
                 void * scratch) {
+    const int64_t rest = ncols % 16;
+    if (k->few && rest && rest <= PTQTP_FEW_COLS) {
+        ncols -= rest;
+        ptqtp_gemm(k->few, type, form, n, nrows, panels, panel0, panel1, rest, acts + ncols, y + ncols, scratch);
+        if (!ncols) {
+            return;
+        }
+    }
     const int layout = ptqtp_layout(type, form);
     const int64_t all_tiles = n / PTQTP_UNIT;
     uint8_t * codes = scratch;
@@ -311,6 +319,15 @@ void ptqtp_gemm(const struct ptqtp_panel_kernel * k, int type, int form, int64_t
                 const ptqtp_act * a[MAX_COLS];
                 for (int c = 0; c < nc; c++) {
                     a[c] = acts[c0 + c] + t0;
+                }
+                if (k->gemm_block) {
+                    const int64_t row = p0 * PTQTP_PANEL_ROWS, rows = np * PTQTP_PANEL_ROWS;
+                    float * out[MAX_COLS];
+                    for (int c = 0; c < nc; c++) {
+                        out[c] = y[c0 + c] + row;
+                    }
+                    k->gemm_block(nt, nrows - row < rows ? nrows - row : rows, codes, scales, nc, a, out, t0 > 0);
+                    continue;
                 }
                 for (int64_t p = 0; p < np; p++) {
                     const int64_t row = (p0 + p) * PTQTP_PANEL_ROWS;

@@ -21,6 +21,10 @@
 #define PTQTP_LEVEL_BIAS 6   /* what decoded levels, -6 .. 6, have added */
 #define PTQTP_CODES_SIZE 512 /* bytes of a tile's unpacked codes: 8 quads x 16 rows x 4 weights */
 
+/* What ptqtp_gemm unpacks at a time: so many panels, */
+#define PTQTP_BLOCK_PANELS 8
+#define PTQTP_BLOCK_TILES 16 /* so many tiles each: 72 KB, in L2, while the columns' activations pass through L1 */
+
 /* How a tile is decoded: wide ones hold levels, so they are alike. */
 enum ptqtp_layout { PTQTP_LAYOUT_TP2_1 = 0, PTQTP_LAYOUT_WIDE = 1, PTQTP_LAYOUT_TP2_2 = 2 };
 
@@ -44,7 +48,15 @@ struct ptqtp_panel_kernel {
     void (*gemm)(int64_t ntiles, const uint8_t * codes, const float * scales, int ncols, const ptqtp_act * const * acts,
                  float * const * y, bool add);
     int max_cols;
+    /* Instead of gemm, where it is there: a block of panels at once, of which nrows rows are there. The codes and the
+     * scales of a panel lie PTQTP_BLOCK_TILES tiles behind those of the one before. */
+    void (*gemm_block)(int64_t ntiles, int64_t nrows, const uint8_t * codes, const float * scales, int ncols,
+                       const ptqtp_act * const * acts, float * const * y, bool add);
+    /* The faster kernel, with the same activations, where at most PTQTP_FEW_COLS columns are left over from 16s. */
+    const struct ptqtp_panel_kernel * few;
 };
+
+#define PTQTP_FEW_COLS 8
 
 static inline int64_t ptqtp_tile_size(int form) {
     return form == PTQTP_WIDE ? PTQTP_WIDE_TILE_SIZE : PTQTP_TILE_SIZE;

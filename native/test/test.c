@@ -525,7 +525,7 @@ static int form, panel_type;
 /* Integer activations with a 127 in each block quantize to themselves, d = 1; with unit scales every result is an
  * integer and must be equal. block >= 0: all other blocks are 0, so that a lane that leaks shows. */
 static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
-    enum { NCOLS = 19 };
+    enum { NCOLS = 39 };
     const struct ptqtp_panel_kernel * k = panel_kernel;
     const int64_t nb = n / 32, npanels = (nrows + 15) / 16;
     const size_t row_bytes = (size_t) nb * 14, size = ptqtp_panels_size(form, nrows, n);
@@ -602,7 +602,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
             }
         }
     }
-    for (int ncols = 1; ncols <= NCOLS; ncols += n > 1000 ? 6 : 1) {
+    for (int ncols = 1; ncols <= NCOLS; ncols += n > 1000 ? 6 : ncols >= 19 ? 5 : 1) {
         memset(y, 0, (size_t) (nrows * NCOLS) * sizeof(float));
         ptqtp_gemm(k, panel_type, form, n, nrows, panels, 0, npanels, ncols, act_of, y_of, scratch);
         for (int64_t i = 0; i < nrows * ncols; i++) {
@@ -628,7 +628,7 @@ static void check_panels(int64_t n, int64_t nrows, int fill, int64_t block) {
 /* Any bytes as weights and real activations: as the scalar reference up to the order of the float sum; activations are
  * quantized to the same bits. */
 static void check_panels_any_bytes(int64_t n, int64_t nrows) {
-    enum { NCOLS = 5 };
+    enum { NCOLS = 29 }; /* more than a kernel leaves to another */
     const struct ptqtp_panel_kernel * k = panel_kernel;
     int count;
     const struct ptqtp_panel_kernel * const * all = ptqtp_panel_kernels(&count);
