@@ -5,7 +5,9 @@
 # make test-arm   kernels under qemu-user (Debian: gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user)
 # make fuzz   a minute of native code, readers and loader on damaged input (docs/results/hardening.md)
 # make test-all   what else it must run on: compilers, sanitizers, instruction sets, emulated CPUs, Pythons (tools/matrix.py)
-# make portable   the runtime's wheel for any x86-64 CPU; portable-arm: its libraries and tools for 64-bit ARM
+# make wheels   wheels for any x86-64 and 64-bit ARM Linux from glibc 2.31 on, with all that they run (RELEASE.md)
+# make index   a package index of them, static pages for pip and uv
+# make portable   the runtime alone as a wheel, llama-cpp-python for any CPU of this machine's kind
 # make lock | audit   exact versions with hashes, from requirements/setup.in; their known vulnerabilities
 # make setup | format | golden | bench | clean
 #
@@ -26,8 +28,8 @@ NATIVE := $(shell find native -type f)
 CFILES = $(filter %.c %.h %.cpp %.inc,$(NATIVE)) $(shell find tools -name '*.c')
 CMAKE_FLAGS := -G Ninja -DPTQTP_WERROR=ON
 
-.PHONY: demo dev t test test-native test-arm test-all portable portable-arm lock audit fuzz lint format golden bench
-.PHONY: setup clean
+.PHONY: demo dev t test test-native test-arm test-all portable wheels index lock audit fuzz lint format
+.PHONY: golden bench setup clean
 
 demo: setup
 	$(PY) tools/demo.py
@@ -97,8 +99,13 @@ test-all: setup
 portable: $(DEPS)
 	$(PY) tools/build/build_runtime.py --portable --build-dir build --wheel-dir build/portable
 
-portable-arm: $(DEPS)
-	$(PY) tools/build/portable_arm.py --build-dir build
+# Debian: clang-16 lld-16
+wheels: $(DEPS)
+	$(LOCKED) -r requirements/wheels.lock
+	$(PY) tools/build/wheels.py x86_64 aarch64
+
+index: $(DEPS)
+	$(PY) tools/build/index.py
 
 lock:
 	test -x build/lock-venv/bin/python || $(PYTHON) -m venv build/lock-venv

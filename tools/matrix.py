@@ -40,7 +40,7 @@ ARM_CPUS = {
     "max": "neon_i8mm",
 }
 KERNELS = REPO / "native" / "kernels" / "kernels.inc"
-# the variant of ggml-cpu that a portable wheel must load: told by its features; and our kernel in it
+# the variant of ggml-cpu that a wheel must load: told by its features; and our kernel in it
 WHEEL_CPUS = {
     "qemu64": ("x64", set(), "scalar"),
     "Nehalem": ("sse42", {"SSSE3"}, "ssse3"),
@@ -205,27 +205,35 @@ def runtime_tests() -> str:
     return text.strip().splitlines()[-1]
 
 
-def portable_wheel(cpu: str | None) -> str:
-    """llama-completion out of the portable wheel, on a CPU that qemu plays, with a file of ours."""
-    wheels = sorted((REPO / "build" / "portable").glob("llama_cpp_python-*+ptqtp*.whl"))
+def wheel(machine: str, cpu: str | None) -> str:
+    """llama-completion out of a wheel of `make wheels`, on a CPU that qemu plays, with a file of ours."""
+    wheels = sorted((REPO / "build" / "dist").glob(f"ptqtp_gguf-*_{machine}.whl"))
     model = REPO / "build" / "demo" / "smollm2-TP2_2.gguf"
     if not wheels or not model.is_file():
-        raise Skipped("no wheel or no model; run make portable, make demo")
-    have(*(["qemu-x86_64"] if cpu else []))
-    folder = BUILD / "wheel"
-    if not (folder / wheels[-1].name).exists():
+        raise Skipped("no wheel or no model; run make wheels, make demo")
+    emulator = [f"qemu-{machine}", "-cpu", cpu] if cpu else []
+    have(*emulator[:1])
+    if machine != "x86_64":  # its loader and C library
+        emulator += ["-L", str(REPO / "build" / "sysroot" / machine)]
+    folder = BUILD / f"wheel-{machine}"
+    stamp = folder / f"{wheels[-1].name}.{wheels[-1].stat().st_mtime_ns}"
+    if not stamp.exists():
         shutil.rmtree(folder, ignore_errors=True)
         with zipfile.ZipFile(wheels[-1]) as archive:
             archive.extractall(folder)
-        (folder / wheels[-1].name).touch()
-    program = folder / "llama_cpp" / "bin" / "llama-completion"
+        stamp.touch()
+    program = folder / "ptqtp_gguf" / "_llama_cpp" / "bin" / "llama-completion"
     program.chmod(0o755)
     ask = ["-m", model, "-p", "The", "-n", "2", "--temp", "0", "-no-cnv", "-t", "1", "-c", "64", "--no-warmup"]
-    text = sh(cell_name.get(), *(["qemu-x86_64", "-cpu", cpu] if cpu else []), program, *ask)
+    text = sh(cell_name.get(), *emulator, program, *ask)
     info: dict[str, str] = dict(re.findall(r"(\w+) = (\w+) \|", text))
     if "PTQTP" not in info or not re.search(r"^The ?\S", text, re.MULTILINE):
         raise Failed("generates nothing, or without our kernel")
     if not cpu:
+        return info["PTQTP"]
+    if machine != "x86_64":
+        if info["PTQTP"] != ARM_CPUS[cpu]:
+            raise Failed(f"has {info['PTQTP']}, not {ARM_CPUS[cpu]}")
         return info["PTQTP"]
     variant, features, kernel = WHEEL_CPUS[cpu]
     found = {name for name in ("SSSE3", "AVX", "F16C", "AVX2", "AVX512") if name in info}
@@ -335,10 +343,13 @@ def cells() -> list[Cell]:
         table.append(Cell(f"python-{version}", what, functools.partial(python, version)))
     table.append(Cell("runtime-kernels", "the patched runtime, each kernel forced", runtime_tests))
     if X86:
-        table.append(Cell("wheel-native", "the portable wheel on this CPU", functools.partial(portable_wheel, None)))
+        table.append(Cell("wheel-native", "the wheel on this CPU", functools.partial(wheel, "x86_64", None)))
         for cpu, (variant, *_) in WHEEL_CPUS.items():
-            what = f"the portable wheel under qemu, a {cpu}: {variant}"
-            table.append(Cell(f"wheel-{cpu}", what, functools.partial(portable_wheel, cpu)))
+            what = f"the wheel under qemu, a {cpu}: {variant}"
+            table.append(Cell(f"wheel-{cpu}", what, functools.partial(wheel, "x86_64", cpu)))
+    for cpu, kernel in ARM_CPUS.items():
+        what = f"the wheel under qemu, a {cpu}: {kernel}"
+        table.append(Cell(f"wheel-{cpu}", what, functools.partial(wheel, "aarch64", cpu)))
     return table
 
 

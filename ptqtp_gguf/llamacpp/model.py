@@ -166,10 +166,12 @@ def _llama() -> Any:
     version()
     try:
         llama_cpp = bindings.load()
+        from . import log
     except (OSError, RuntimeError, ImportError) as e:
         raise RuntimeMissing(f"the runtime cannot be loaded: {e}; {HOW_TO_BUILD}") from None
     ggml_library()  # what ends in one line, ends so here too
-    llama_cpp.llama_backend_init()
+    with log.hushed():  # of a wheel for all CPUs, which libraries it has chosen
+        llama_cpp.llama_backend_init()
     return llama_cpp
 
 

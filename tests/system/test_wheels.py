@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import REPO
 from talking_model import write_talking_model
 
@@ -20,6 +22,7 @@ from ptqtp_gguf.llamacpp import install
 
 sys.path.insert(0, str(REPO / "tools" / "build"))
 import build_runtime
+import index
 import wheels
 
 # -I -S: no other folder is looked into, and no editable installation takes its place
@@ -156,3 +159,90 @@ def test_pointing_is_refused(bundled: Path, tmp_path: Path, version: str, first:
     distribution(tmp_path, version)
     done = run(bundled, first + POINT, str(tmp_path))
     assert done.returncode == 1 and re.fullmatch(why, done.stderr.strip())
+
+
+# ---- an index of wheels ----
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    """A small one."""
+    made = tmp_path / "dist" / "some_thing-1.2-py3-none-any.whl"
+    made.parent.mkdir()
+    info = "some_thing-1.2.dist-info"
+    files = {
+        "some_thing.py": "value = 3\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: some-thing\nVersion: 1.2\nRequires-Python: >=3.10\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return made
+
+
+def pip(out: Path, address: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--isolated", "--disable-pip-version-check", "install", "--no-deps"]
+    command += ["--target", str(out), "--index-url", address, "--no-cache-dir", "some-thing"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_pip_installs_from_an_index(wheel: Path, tmp_path: Path) -> None:
+    index.make([wheel], tmp_path / "index")
+    address = f"{(tmp_path / 'index').as_uri()}/simple"
+    done = pip(tmp_path / "site", address)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "some_thing.py").read_text() == "value = 3\n"
+    kept = tmp_path / "index" / "simple" / "some-thing" / wheel.name
+    sums = (tmp_path / "index" / "SHA256SUMS").read_text()
+    assert sums == f"{build_runtime.sha256(wheel)}  simple/some-thing/{wheel.name}\n"
+    kept.write_bytes(kept.read_bytes() + b"\0")  # another file than the page tells of
+    done = pip(tmp_path / "other", address)
+    assert done.returncode != 0 and "HASHES" in done.stderr
+    assert not (tmp_path / "other" / "some_thing.py").exists()
+
+
+def test_a_page_for_each_name(wheel: Path, tmp_path: Path) -> None:
+    index.make([wheel], tmp_path / "index")
+    index.make([wheel], tmp_path / "index")  # in the place of the last one
+    names = (tmp_path / "index" / "simple" / "index.html").read_text()
+    assert '<a href="some-thing/">some-thing</a>' in names
+    files = (tmp_path / "index" / "simple" / "some-thing" / "index.html").read_text()
+    assert f'href="{wheel.name}#sha256={build_runtime.sha256(wheel)}" data-requires-python="&gt;=3.10"' in files
+
+
+def test_what_is_no_wheel(wheel: Path, tmp_path: Path) -> None:
+    wheel.write_bytes(b"no archive")
+    with pytest.raises(build_runtime.BuildError, match="not a wheel"):
+        index.make([wheel], tmp_path / "index")
+    with pytest.raises(build_runtime.BuildError, match="run make wheels"):
+        index.make([], tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+# ---- the release ----
+
+
+def test_the_workflow_calls_what_is_there() -> None:
+    """It runs elsewhere: here it is YAML, its jobs have the order that they need, and what it calls exists."""
+    text = (REPO / ".github" / "workflows" / "release.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    assert jobs["release"]["needs"] == "wheels"
+    commands = "\n".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    targets = set(re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    asked = [t for line in re.findall(r"^make (.+)$", commands, re.MULTILINE) for t in line.split()]
+    assert asked and set(asked) <= targets
+    tools = re.findall(r"\btools/[\w/]+\.py", commands)
+    assert tools and all((REPO / tool).is_file() for tool in tools)
+    for job in jobs.values():
+        assert all(("uses" in step) != ("run" in step) for step in job["steps"])
+
+
+def test_the_sysroot_is_whole() -> None:
+    """The same packages for each machine, each with its digest."""
+    lock = (REPO / "requirements" / "sysroot.debs").read_text()
+    entries = re.findall(r"^([0-9a-f]{64})  pool/\S+/([^/_]+)_[^/_]+_(amd64|arm64)\.deb$", lock, re.MULTILINE)
+    assert len(entries) == len(lock.splitlines()) - 1
+    names = {arch: {name for _, name, of in entries if of == arch} for arch in wheels.DEBIAN_NAMES.values()}
+    assert len(set(map(frozenset, names.values()))) == 1 and {"libc6", "libc6-dev"} <= names["amd64"]

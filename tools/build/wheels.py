@@ -8,7 +8,7 @@
 
 The bindings are llama-cpp-python's files, in which "llama_cpp" is imported by its name here, so an installed llama_cpp
 is not disturbed. Compiled by clang, for this machine or another one, against the libraries of Debian 11, which are
-downloaded (requirements/sysroot.lock). Of the wheel's machine code `auditwheel` says which systems it runs on; it is an
+downloaded (requirements/sysroot.debs). Of the wheel's machine code `auditwheel` says which systems it runs on; it is an
 error where that is fewer than are claimed.
 
 In this Python: requirements/setup.lock and wheels.lock. Debian: clang-16 lld-16 (PTQTP_CLANG names another version's
@@ -49,7 +49,7 @@ from build_runtime import (
 )
 
 GLIBC = "2.31"
-DEBIAN = "http://deb.debian.org/debian"  # what comes from there is compared with sysroot.lock
+DEBIAN = "http://deb.debian.org/debian"  # what comes from there is compared with sysroot.debs
 DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
 MACHINES = tuple(DEBIAN_NAMES)
 CLANG = "16"
@@ -138,7 +138,7 @@ def bundle(package: Path, into: Path, copy: Callable[[Path, Path], object] = shu
 
 def sysroot(folder: Path, machine: str) -> Path:
     """The libraries and headers to compile against, downloaded and unpacked once. Raises BuildError."""
-    lock = REPO / "requirements" / "sysroot.lock"
+    lock = REPO / "requirements" / "sysroot.debs"
     root, stamp = folder / machine, sha256(lock)
     if (root / "stamp").is_file() and (root / "stamp").read_text() == stamp:
         return root
