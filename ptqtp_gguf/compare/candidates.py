@@ -21,7 +21,6 @@ from ..conversion import FLOATS, make_bf16, pipeline
 from ..errors import CalibrationError, InputError, OutputError, PtqtpError, RecipeError
 from ..files import (
     TYPE_IDS,
-    Reader,
     check_space,
     file_sha256,
     parse_json,
@@ -32,13 +31,15 @@ from ..files import (
     write_text,
 )
 from ..llamacpp import install
+from ..measure import whole
 from ..plan import Options, Request, Role, role_of
 from ..progress import Progress
-from ..source import Imatrix, checkpoint
+from ..source import GgufSource, Imatrix, checkpoint
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
 # mixtures whose name is not a type; that of Q4_K_M and the like begins with one
 NOMINAL = {"IQ3_M": "IQ3_S", "IQ2_M": "IQ2_S"}
+PART = re.compile(r"-\d{5}-of-\d{5}$")  # in names of parts of a split file
 SHARED_LINES = 0.01  # of the calibration text's long lines; licence headers are shared by chance, articles are not
 LONG_LINE = 60  # characters
 MAX_NOTE = 1 << 24  # bytes
@@ -95,9 +96,15 @@ def _given(label: str, path: Path, name: str, known: Sequence[str]) -> Item:
             f"{name}: neither a file nor a type of llama-quantize's; it makes {', '.join(known)}, "
             f"ptqtp-gguf {' and '.join(BY_NAME)}"
         )
-    with Reader(path) as r:
-        ours = any(type_name(t.type) in BY_NAME for t in r.tensors)
-    return Item(label or path.stem, "ours" if ours else "stock", "", path)
+    with GgufSource(path) as source:  # of a split file, any part names the whole
+        ours = any(type_name(t.type) in BY_NAME for t in source.tensors)
+        first = source.readers[0].path
+    return Item(label or name_of(first), "ours" if ours else "stock", "", first)
+
+
+def name_of(path: Path) -> str:
+    """A GGUF file's name without suffix, and of a split one without the part's number."""
+    return PART.sub("", path.stem)
 
 
 def stock_types() -> list[str]:
@@ -182,13 +189,19 @@ class Workshop:
     progress: Progress
 
     @property
+    def reference_size(self) -> int:
+        """Bytes, of all parts. Raises OSError, InputError."""
+        with GgufSource(self.reference) as source:
+            return sum(size for _, size, _ in source.stamp)
+
+    @property
     def name(self) -> str:
-        return self.source.name if self.source.is_dir() else self.source.stem
+        return self.source.name if self.source.is_dir() else name_of(self.source)
 
     def key(self, item: Item) -> dict[str, object]:
         """All that decides the bytes of an item's file, for JSON. Raises what `make` raises of options and files."""
         if item.path is not None:
-            return {"file": file_sha256(item.path)}
+            return {"file": whole(item.path).sha256}
         if item.kind == "ours":
             how = self._options(item)
             imatrix = {"--imatrix": self.imatrix_sha if how.imatrix else "none"}
@@ -208,7 +221,7 @@ class Workshop:
     def make(self, item: Item) -> Made:
         """Raises what conversion.convert raises; RuntimeMissing where llama-quantize fails."""
         if item.path is not None:
-            return Made(item.label, item.kind, item.path, file_sha256(item.path))
+            return Made(item.label, item.kind, item.path, whole(item.path).sha256)
         return self._ours(item) if item.kind == "ours" else self._stock(item)
 
     def _options(self, item: Item) -> Options:
@@ -230,7 +243,7 @@ class Workshop:
         weighed = ["--imatrix", str(self.imatrix)] if self.imatrix else []
 
         def make(path: Path) -> None:
-            check_space(path.parent, self.reference.stat().st_size)
+            check_space(path.parent, self.reference_size)
             with partial_file(path) as partial:
                 partial.file.close()
                 words = [*weighed, str(self.reference), str(partial.path), item.type]
@@ -262,28 +275,27 @@ def _flags(how: Options) -> str:
 def reference_of(source: Path, store: Store, progress: Progress, trust_code: bool = False) -> tuple[Path, str]:
     """The GGUF in 16 or 32 bits that all is measured against, and its SHA-256: the source itself, or made of it.
 
-    Raises InputError where the source is quantized, split, or neither a GGUF nor a checkpoint; CheckpointError.
+    Of a split GGUF the first part. Raises InputError where the source is quantized, or neither a GGUF nor a checkpoint;
+    CheckpointError.
     """
     if checkpoint.is_gguf(source):
-        with Reader(source) as r:
-            kinds = sorted({t.type_name for t in r.tensors if role_of(t.name) is Role.BLOCK and len(t.shape) > 1})
-            split = r.get("split.count")
-        if isinstance(split, int) and split > 1:
-            raise InputError(f"{source}: one of {split} parts of a split GGUF; merge them with llama-gguf-split first")
+        with GgufSource(source) as s:
+            kinds = sorted({t.type_name for t in s.tensors if role_of(t.name) is Role.BLOCK and len(t.shape) > 1})
         quantized = [k for k in kinds if k not in FLOATS]
         if quantized:
             raise InputError(
                 f"{source}: is quantized ({', '.join(quantized)}); give the original, a checkpoint folder or a bf16 "
                 "GGUF, and this file by --ours or --against"
             )
-        return source, file_sha256(source)
+        found = whole(source)
+        return found.path, found.sha256
     if not source.is_dir():
         raise InputError(f"{source}: neither a GGUF file nor a checkpoint folder with config.json")
-    found = checkpoint.check(source, trust_code)
+    folder = checkpoint.check(source, trust_code)
     files = {name: file_sha256(source / name) for name, _, _ in checkpoint.stamp(source)}
     key: dict[str, object] = {"checkpoint": files, "converter": file_sha256(install.converter())}
     key |= {"trusted": True} if trust_code else {}
-    return store.keep(key, f"{source.name}-bf16.gguf", lambda path: make_bf16(found, path, progress))
+    return store.keep(key, f"{source.name}-bf16.gguf", lambda path: make_bf16(folder, path, progress))
 
 
 def imatrix_of(

@@ -186,11 +186,9 @@ def _files(run: Comparison, items: Sequence[Item]) -> None:
     elif options.calibration.texts:
         threads = options.threads
         imatrix, imatrix_sha = imatrix_of(options.calibration.texts, run.reference, sha, store, threads, run.progress)
-    if options.calibration.texts and not run.source.is_dir():
-        run.document.warnings.append(
-            "the source is a GGUF: of --calib only an importance matrix was made; give the checkpoint for more"
-        )
-        options = replace(options, calibration=replace(options.calibration, texts=(), tune=False))
+    if options.calibration.tune and not run.source.is_dir():
+        run.document.warnings.append("the source is a GGUF: --tune was left out; give the checkpoint for it")
+        options = replace(options, calibration=replace(options.calibration, tune=False))
     shop = Workshop(run.source, run.reference, sha, store, options, imatrix, imatrix_sha, run.progress)
     run.document.versions = {"ptqtp_gguf": __version__, "runtime": install.version()}
     run.document.model = model_of(run.source, run.reference)

@@ -25,7 +25,9 @@ from ..errors import RuntimeMissing
 from . import aborts, bindings
 
 HOW_TO_BUILD = (
-    "build it with 'python tools/build/build_runtime.py' in the project's folder (or 'make'), "
+    "install ptqtp-gguf again"
+    if bindings.bundled()
+    else "build it with 'python tools/build/build_runtime.py' in the project's folder (or 'make'), "
     "then pip install the wheel"
 )
 LIB_PATH = "LLAMA_CPP_LIB_PATH"  # llama-cpp-python's: where its libraries lie
@@ -37,7 +39,7 @@ def version() -> str:
     if bindings.bundled():
         stated = _VERSION.search((bindings.BUNDLED / "__init__.py").read_text(encoding="utf-8"))
         if not stated:
-            raise RuntimeMissing(f"{bindings.BUNDLED}: damaged; install ptqtp-gguf again")
+            raise RuntimeMissing(f"{bindings.BUNDLED}: damaged; {HOW_TO_BUILD}")
         return stated[1]
     found = _installed()
     if not found:

@@ -10,7 +10,7 @@ from .quality import Evaluation, evaluate
 from .rounds import File, Round
 from .scoring import Quality
 from .speed import Bench, Ratio, Speed, bench
-from .text import load_text, open_files
+from .text import load_text, open_files, whole
 
 __all__ = [
     "TOKENS",
@@ -33,4 +33,5 @@ __all__ = [
     "load_text",
     "machine",
     "open_files",
+    "whole",
 ]

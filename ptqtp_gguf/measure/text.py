@@ -110,6 +110,18 @@ class File:
     sha256: str
 
 
+def whole(path: Path) -> File:
+    """A GGUF file, or all parts of a split one, hashed; its path is then the first part's. Raises InputError."""
+    with GgufSource(path) as source:
+        parts = tuple(r.path for r in source.readers)
+    return File(parts[0], parts, _joined(parts))
+
+
+def _joined(parts: Sequence[Path]) -> str:
+    digests = [file_sha256(part) for part in parts]
+    return digests[0] if len(parts) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def open_files(paths: Sequence[Path], progress: Progress = no_progress) -> list[File]:
     """Check, before anything is loaded, that the files can be compared; hash them.
 
@@ -135,8 +147,6 @@ def open_files(paths: Sequence[Path], progress: Progress = no_progress) -> list[
     files = []
     for i, (path, of) in enumerate(zip(paths, parts, strict=True)):
         progress("hashing", i, len(paths), path.name)
-        digests = [file_sha256(part) for part in of]
-        joined = digests[0] if len(of) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        files.append(File(path, of, joined))
+        files.append(File(path, of, _joined(of)))
     progress("hashing", len(paths), len(paths), "")
     return files

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from helpers import REPO, write_gguf
 
@@ -134,27 +135,69 @@ def test_stopped_while_files_are_made(reference: Path, settings: Settings, tmp_p
 
 
 def test_calibrated_text_is_for_all(reference: Path, settings: Settings, tmp_path: Path) -> None:
-    """From a GGUF, the text becomes one importance matrix for ours and for the peers."""
+    """From a GGUF, ours is calibrated on the text, and the peers have an importance matrix of it."""
     text = tmp_path / "calib.txt"
     text.write_text(
         "\n".join(f"Line {i} tells of {i * 7 % 13} things that nobody else has counted." for i in range(900))
     )
-    options = Options(calibration=Calibration(texts=(str(text),)))
+    options = Options(calibration=Calibration(texts=(str(text),), tokens=512, window=64))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(peers, "IMATRIX_CHUNKS", 2)
         found = compare(reference, tmp_path / "a", replace(settings, ours=("TP2_1",), rounds=0), options)
+        tuned = replace(options, calibration=replace(options.calibration, tune=True))
+        same = compare(reference, tmp_path / "t", replace(settings, ours=("TP2_1",), rounds=0), tuned)
     plain = compare(reference, tmp_path / "b", replace(settings, ours=("TP2_1",), rounds=0))
     for with_text, without in zip(found.rows[1:], plain.rows[1:], strict=True):
-        assert "--imatrix imatrix.gguf" in with_text.made and "imatrix" not in without.made
+        how = "--calib calib.txt" if with_text.kind == "ours" else "--imatrix imatrix.gguf"
+        assert how in with_text.made and "imatrix" not in without.made and "--calib" not in without.made
         assert with_text.sha256 != without.sha256
     assert found.bench is None and found.rows[1].speed == []
-    assert any("only an importance matrix was made" in w for w in found.warnings)
+    assert not any("--tune" in w for w in found.warnings) and any("--tune was left out" in w for w in same.warnings)
+    assert [r.sha256 for r in same.rows] == [r.sha256 for r in found.rows]
     scored = replace(settings, text=text, ours=("TP2_1",))
     with pytest.raises(CalibrationError, match=r"is the scored text calib\.txt"):
         compare(reference, tmp_path / "c", scored, options)
     with pytest.raises(CalibrationError, match="--calib makes TP2_1, TP2_2 only"):
         compare(reference, tmp_path / "c", settings, options)
     assert not (tmp_path / "c").exists()
+
+
+def split_by_gguf_py(path: Path, out: Path) -> list[Path]:
+    """The same model in parts of five tensors."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, "llama", split_max_tensors=5)
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(field.name, field.contents(), field.types[0], *field.types[1:2])
+    for t in reader.tensors:
+        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(out.parent.glob(f"{out.stem}-*.gguf"))
+
+
+def test_split_files(reference: Path, settings: Settings, tmp_path: Path) -> None:
+    """The original, ours and a peer in parts: the same figures as in one file; any part names the whole."""
+    whole, parts = tmp_path / "ours.gguf", tmp_path / "split"
+    parts.mkdir()
+    conversion.convert(reference, whole)
+    split = conversion.convert(
+        whole, parts / "ours.gguf", Options(tensor_types=(".*=keep",), split_max_size=whole.stat().st_size // 3)
+    ).files
+    original = split_by_gguf_py(reference, parts / "tiny.gguf")
+    assert min(len(split), len(original)) > 2
+    settings = replace(settings, ours=(f"a={whole}", str(split[1])), against=("Q4_0", f"b={original[-1]}"), rounds=0)
+    doc = compare(original[1], tmp_path / "out", settings)
+    by = {r.label: r for r in doc.rows}
+    assert list(by) == ["reference", "a", "ours", "Q4_0", "b"]
+    assert by["ours"].size == sum(p.stat().st_size for p in split) and by["ours"].file == split[0].name
+    same = by["b"].quality
+    assert by["ours"].quality == by["a"].quality and same and (same.kld or 0) < 1e-9
+    assert by["Q4_0"].made == f"llama-quantize {original[0].name} tiny-Q4_0.gguf Q4_0"
+    alone = compare(reference, tmp_path / "alone", settings)
+    assert {r.label: r.quality for r in alone.rows}["Q4_0"] == by["Q4_0"].quality
 
 
 @pytest.mark.hf

@@ -84,8 +84,8 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, code: str, *more: str, site: Path = SITE) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != install.LIB_PATH}
+def run(folder: Path, code: str, *more: str, site: Path = SITE, **set_to: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != install.LIB_PATH} | set_to
     command = [sys.executable, "-I", "-S", "-c", RUN, str(folder), str(site), code, *more]
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
@@ -93,11 +93,27 @@ def run(folder: Path, code: str, *more: str, site: Path = SITE) -> subprocess.Co
 @pytest.mark.runtime
 def test_the_bundled_runtime_is_used(bundled: Path, tmp_path: Path) -> None:
     model = write_talking_model(tmp_path / "m.gguf")
-    done = run(bundled, SAY, str(model))
+    done = run(bundled, SAY, str(model), LLAMA_CPP_LIB_PATH=str(tmp_path))  # for another llama_cpp, and of no effect
     assert done.returncode == 0, done.stderr
     said, others = done.stdout.splitlines()
     assert re.fullmatch(rf"{re.escape(STOCK)}\+ptqtp\.\d+ b'.+'", said)
     assert others == "[]"
+
+
+@pytest.mark.runtime
+def test_a_wheel_that_lacks_files(bundled: Path) -> None:
+    """The way out is another one than in a clone."""
+    code = """
+from ptqtp_gguf.llamacpp import install
+from ptqtp_gguf.errors import RuntimeMissing
+try:
+    install.tool("llama-nothing")
+except RuntimeMissing as e:
+    print(e)
+"""
+    done = run(bundled, code)
+    assert done.stdout.startswith("tool llama-nothing is missing at ")
+    assert done.stdout.endswith("; install ptqtp-gguf again\n")
 
 
 def distribution(folder: Path, version: str) -> None:

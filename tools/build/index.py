@@ -76,9 +76,7 @@ def make(wheels: list[Path], out: Path) -> None:
                 beside.write_bytes(about)
                 needs = re.search(rb"(?m)^Requires-Python: (.*)$", about)
                 attributes = {"data-requires-python": needs[1].decode().strip()} if needs else {}
-                attributes |= {
-                    key: f"sha256={sha256(beside)}" for key in ("data-core-metadata", "data-dist-info-metadata")
-                }
+                attributes |= dict.fromkeys(KEYS, f"sha256={sha256(beside)}")
                 links.append((f"{wheel.name}#sha256={digest}", wheel.name, attributes))
                 sums.append(f"{digest}  simple/{name}/{wheel.name}\n")
             page(folder, f"Links for {name}", links)

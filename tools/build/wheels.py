@@ -56,6 +56,7 @@ CLANG = "16"
 PROGRAMS = ("clang", "clang++", "ld.lld", "llvm-ar", "llvm-ranlib")
 PACKAGE, BUNDLED = "ptqtp_gguf", "_llama_cpp"
 NAME = f"{PACKAGE}.{BUNDLED}"
+OTHER_LIBRARIES = 'os.environ.get("LLAMA_CPP_LIB_PATH")'  # in llama_cpp: set for another one, it is not for ours
 LEFT_OUT = ("server", "convert", "__pycache__")  # of the bindings: llama-server serves; the converter is no part of it
 ELF = b"\x7fELF"
 
@@ -125,9 +126,11 @@ def bundle(package: Path, into: Path, copy: Callable[[Path, Path], object] = shu
         target = into / inside
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".py" and inside.parts[0] not in LEFT_OUT:
-            text = renamed(path.read_text(encoding="utf-8"))
+            text = renamed(path.read_text(encoding="utf-8")).replace(OTHER_LIBRARIES, "None")
             if left := [line for line, name in imported(text) if _ours(name)]:
                 raise BuildError(f"{inside}: line {left[0]} imports llama_cpp")
+            if "LLAMA_CPP_LIB_PATH" in text:
+                raise BuildError(f"{inside}: reads LLAMA_CPP_LIB_PATH in a way that is not known here")
             target.write_text(text, encoding="utf-8")
         else:
             copy(path, target)
@@ -278,6 +281,7 @@ def finish(folder: Path, machine: str, more: Sequence[str], out: Path, log: Path
     text = re.sub(r"(?m)^Root-Is-Purelib: .*$", "Root-Is-Purelib: false", text).rstrip("\n")
     wheel.write_text(f"{text}\nTag: {tag}\n")
     head, blank, rest = metadata.read_text(encoding="utf-8").partition("\n\n")
+    head = re.sub(r"\n(Provides-Extra: run|Requires-Dist: llama-cpp-python.*)(?=\n)", "", head)
     head += "".join(f"\nRequires-Dist: {name}" for name in more)
     metadata.write_text(head + blank + rest, encoding="utf-8")
     for path in folder.rglob("*"):
