@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversion import Summary, card, card_facts, export_q4_0, pipeline
+from ..conversion import Summary, card, card_facts, export_q4_0, modelfile_path, pipeline, write_modelfile
 from ..distributed import convert_on_ranks, ranks
 from ..errors import Interrupted
 from ..files import check_text_target, journal_path, write_text
@@ -91,6 +91,7 @@ def _convert(
 def export(
     source: Annotated[Path, typer.Argument(help="A GGUF with TP2_1 or TP2_2 tensors.")],
     out: Annotated[Path, typer.Argument(help="The Q4_0 twin to write.")],
+    ollama: Annotated[bool, typer.Option("--ollama", help="Write OUT's Modelfile for Ollama beside it, too.")] = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -98,11 +99,19 @@ def export(
 
     The weights are bit-exact the same, at 4.5 bits each.
 
-    Example:
+    Examples:
 
       ptqtp-gguf export-q4_0 model.gguf model-q4_0.gguf
+
+      ptqtp-gguf export-q4_0 model.gguf twin.gguf --ollama && ollama create mine -f twin.Modelfile
     """
+    if ollama:
+        modelfile_path(out, force)
     with Bar(quiet) as bar:
         s = export_q4_0(source, out, force=force, progress=bar)
     if not quiet:
         line(f"{s.path}: {s.size / 1e6:.1f} MB, {s.bpw:.3f} bits per weight, weights equal bit for bit")
+    if ollama:
+        path, why = write_modelfile(out, force)
+        if not quiet:
+            line(f"{path}: ollama create NAME -f {path}" + (f"; no TEMPLATE: {why}" if why else ""))

@@ -10,6 +10,7 @@ from .facts import FLOATS, card_facts
 from .loop import Job
 from .metadata import complete, source_hash
 from .model_card import card
+from .modelfile import modelfile_path, write_modelfile
 from .output_files import Part, discard, finish, lay_out, share_files
 from .pipeline import Conversion, Phase, convert, dry_run, imatrix_of, metadata_of, plan_of
 from .records import ConversionJournal, JobRecord, TensorRecord, choices_json, choices_of, require_same, rows_of
@@ -42,6 +43,7 @@ __all__ = [
     "lay_out",
     "make_bf16",
     "metadata_of",
+    "modelfile_path",
     "pipeline",
     "plan_of",
     "ready_source",
@@ -52,4 +54,5 @@ __all__ = [
     "shares",
     "source_hash",
     "verify_written",
+    "write_modelfile",
 ]

@@ -166,17 +166,16 @@ def _running(f: CardFacts) -> str:
         lines += [
             "",
             f"The tensor types {' and '.join(ours)} are ours: stock llama.cpp cannot read them. The patched "
-            "llama-cpp-python that `tools/build/build_runtime.py` of ptqtp-gguf builds can: Python bindings, "
-            "`llama-cli`, `llama-server` and the rest.",
+            "llama.cpp of ptqtp-gguf can: Python bindings, `llama-cli`, `llama-server` and the rest.",
         ]
     if ours and f.q4_0_twin:
         twin = _argument(re.sub(r"(\.gguf)?$", "-Q4_0.gguf", f.files[0].name, count=1, flags=re.I))
         lines += [
             "",
-            "For any other runtime, this writes a twin whose trit planes are Q4_0: the same weights bit for bit, "
-            "at 4.5 bits in the place of 3.5.",
+            "For any other runtime (llama-server, LM Studio, Ollama), this writes a twin whose trit planes are Q4_0: the "
+            "same weights bit for bit, at 4.5 bits in the place of 3.5; and beside it Ollama's Modelfile.",
             "",
-            _fence(f"ptqtp-gguf export-q4_0 {name} {twin}"),
+            _fence(f"ptqtp-gguf export-q4_0 {name} {twin} --ollama"),
         ]
     return "\n".join(lines)
 
