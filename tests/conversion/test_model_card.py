@@ -159,7 +159,7 @@ def test_commands_can_be_pasted(name: str) -> None:
     assert shlex.split(run)[2] in (name, f"./{name}")
     twin = next(line for line in text.splitlines() if line.startswith("ptqtp-gguf export"))
     assert shlex.split(twin)[2] in (name, f"./{name}") and shlex.split(twin)[3].endswith("-Q4_0.gguf")
-    assert not any(arg.startswith("-") for arg in shlex.split(twin)[1:])
+    assert not any(arg.startswith("-") for arg in shlex.split(twin)[1:4]) and shlex.split(twin)[4:] == ["--ollama"]
 
 
 def test_several_files() -> None:
