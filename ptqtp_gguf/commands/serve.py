@@ -102,13 +102,12 @@ def serve(
     try:
         with reporter(quiet, as_json) as progress:
             server.start(progress)
-        if as_json:
-            event(
-                "ready", url=server.url, host=host, port=server.port, model=server.name, ctx=server.ctx, pid=server.pid
-            )
-        elif not quiet:
-            _announce(server)
-        try:
+        try:  # whoever has read that it serves may end it
+            if as_json:
+                where = {"url": server.url, "host": host, "port": server.port}
+                event("ready", **where, model=server.name, ctx=server.ctx, pid=server.pid)
+            elif not quiet:
+                _announce(server)
             server.wait()
         except KeyboardInterrupt:
             pass
