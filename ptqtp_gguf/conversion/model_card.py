@@ -172,8 +172,8 @@ def _running(f: CardFacts) -> str:
         twin = _argument(re.sub(r"(\.gguf)?$", "-Q4_0.gguf", f.files[0].name, count=1, flags=re.I))
         lines += [
             "",
-            "For any other runtime (llama-server, LM Studio, Ollama), this writes a twin whose trit planes are Q4_0: the "
-            "same weights bit for bit, at 4.5 bits in the place of 3.5; and beside it Ollama's Modelfile.",
+            "For any other runtime (llama-server, LM Studio, Ollama), this writes a twin whose trit planes are Q4_0: "
+            "the same weights bit for bit, at 4.5 bits in the place of 3.5; and beside it Ollama's Modelfile.",
             "",
             _fence(f"ptqtp-gguf export-q4_0 {name} {twin} --ollama"),
         ]
