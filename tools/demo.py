@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "fixtures"))
 import demo_model
 
 console = Console(highlight=False)
-PROMPT = "The three most important things to know about the sea are"
+PROMPT = "Rain forms when"
 
 
 def step(title: str, *command: str) -> None:
