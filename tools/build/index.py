@@ -97,9 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BuildError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{args.out / 'simple'}: {len(wheels)} wheels; pip install --index-url {args.out.resolve().as_uri()}/simple ..."
-    )
+    print(f"{len(wheels)} wheels; pip install --extra-index-url {args.out.resolve().as_uri()}/simple ptqtp-gguf")
     return 0
 
 
