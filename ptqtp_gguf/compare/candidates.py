@@ -201,7 +201,7 @@ class Workshop:
     def key(self, item: Item) -> dict[str, object]:
         """All that decides the bytes of an item's file, for JSON. Raises what `make` raises of options and files."""
         if item.path is not None:
-            return {"file": whole(item.path).sha256}
+            return {"file": _sha256(item.path)}
         if item.kind == "ours":
             how = self._options(item)
             imatrix = {"--imatrix": self.imatrix_sha if how.imatrix else "none"}
@@ -221,7 +221,7 @@ class Workshop:
     def make(self, item: Item) -> Made:
         """Raises what conversion.convert raises; RuntimeMissing where llama-quantize fails."""
         if item.path is not None:
-            return Made(item.label, item.kind, item.path, whole(item.path).sha256)
+            return Made(item.label, item.kind, item.path, _sha256(item.path))
         return self._ours(item) if item.kind == "ours" else self._stock(item)
 
     def _options(self, item: Item) -> Options:
@@ -259,6 +259,14 @@ class Workshop:
         return Made(
             item.label, "stock", path, sha, f"llama-quantize {flags}{self.reference.name} {path.name} {item.type}"
         )
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of all parts of a split one; of one that cannot be read, itself: who measures it says why."""
+    try:
+        return whole(path).sha256
+    except InputError:
+        return file_sha256(path)
 
 
 def _flags(how: Options) -> str:
