@@ -34,12 +34,11 @@ from ..llamacpp import install
 from ..measure import whole
 from ..plan import Options, Request, Role, role_of
 from ..progress import Progress
-from ..source import GgufSource, Imatrix, checkpoint
+from ..source import GgufSource, Imatrix, checkpoint, stem_of
 
 WANTS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}  # as llama-quantize wants it, and IQ3_XXS
 # mixtures whose name is not a type; that of Q4_K_M and the like begins with one
 NOMINAL = {"IQ3_M": "IQ3_S", "IQ2_M": "IQ2_S"}
-PART = re.compile(r"-\d{5}-of-\d{5}$")  # in names of parts of a split file
 SHARED_LINES = 0.01  # of the calibration text's long lines; licence headers are shared by chance, articles are not
 LONG_LINE = 60  # characters
 MAX_NOTE = 1 << 24  # bytes
@@ -99,12 +98,7 @@ def _given(label: str, path: Path, name: str, known: Sequence[str]) -> Item:
     with GgufSource(path) as source:  # of a split file, any part names the whole
         ours = any(type_name(t.type) in BY_NAME for t in source.tensors)
         first = source.readers[0].path
-    return Item(label or name_of(first), "ours" if ours else "stock", "", first)
-
-
-def name_of(path: Path) -> str:
-    """A GGUF file's name without suffix, and of a split one without the part's number."""
-    return PART.sub("", path.stem)
+    return Item(label or stem_of(first), "ours" if ours else "stock", "", first)
 
 
 def stock_types() -> list[str]:
@@ -196,7 +190,7 @@ class Workshop:
 
     @property
     def name(self) -> str:
-        return self.source.name if self.source.is_dir() else name_of(self.source)
+        return self.source.name if self.source.is_dir() else stem_of(self.source)
 
     def key(self, item: Item) -> dict[str, object]:
         """All that decides the bytes of an item's file, for JSON. Raises what `make` raises of options and files."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from ..inspect import PlaneStatistics, inspect
 from ..measure import Bench as Measured
 from ..measure import File
-from .candidates import Made, name_of
+from ..source import stem_of
+from .candidates import Made
 from .document import Bench, Digits, Model, Row, Scales
 
 
@@ -16,7 +17,7 @@ def model_of(source: Path, reference: Path) -> Model:
     report = inspect(reference)
     tokens = report.metadata.get("tokenizer.ggml.tokens")
     return Model(
-        name=str(report.metadata.get("general.name") or (source.name if source.is_dir() else name_of(source))),
+        name=str(report.metadata.get("general.name") or (source.name if source.is_dir() else stem_of(source))),
         source=source.name,
         weights=report.weights,
         vocab=len(tokens) if isinstance(tokens, list) else None,

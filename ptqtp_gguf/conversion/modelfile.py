@@ -80,7 +80,8 @@ def turns_of(render: Render) -> Turns | None:
 
     render  messages, whether the text ends where an answer begins -> prompt; raises ChatError
     """
-    s, u, a, v = ({"role": r, "content": f"q{c}zk7vx{c}"} for r, c in zip(("system", *_ROLES), "suav", strict=True))
+    roles = ("system", "user", "assistant", "user")
+    s, u, a, v = ({"role": r, "content": f"q{c}zk7vx{c}"} for r, c in zip(roles, "suav", strict=True))
     try:
         pre, first, second, end = _around(render([u, a, v], False), u, a, v)
         _, _, after = _around(render([u, a], False), u, a)
@@ -97,9 +98,6 @@ def turns_of(render: Render) -> Turns | None:
     except (ChatError, ValueError):
         return None
     return found
-
-
-_ROLES = ("user", "assistant", "user")
 
 
 def _around(text: str, *messages: Mapping[str, str]) -> list[str]:

@@ -40,10 +40,8 @@ PRINTED = {  # what llama-perplexity --kl-divergence prints; "x +/- its standard
 LAST = re.compile(r"^Same top p:", re.MULTILINE)
 RETRIES = 5  # it prints from a thread that it does not wait for: on a busy machine the last lines get lost
 _HEAD = struct.Struct("<8sIII")  # of a file of logits: magic, tokens a window, vocabulary, windows
-_MAGIC, _SHORT = (
-    b"_logits_",
-    12,
-)  # bytes of one of a text that is shorter than a window: it ends behind the first number
+_MAGIC = b"_logits_"
+_SHORT = 12  # bytes of one of a text that is shorter than a window: it ends behind the first number
 
 
 def evaluate_by_tool(

@@ -6,7 +6,7 @@ from . import checkpoint, hub
 from .base import PIECE, SPLIT_KEYS, Source, rows_together
 from .checkpoint import Checkpoint, stamp, transformers_reason
 from .converter import StreamSource
-from .gguf import GgufSource, part_path
+from .gguf import GgufSource, part_path, stem_of
 from .identity import changed_option, fingerprint
 from .imatrix import Imatrix, Importance, looked_up, uses_importance
 from .kinds import show
@@ -35,6 +35,7 @@ __all__ = [
     "rows_together",
     "show",
     "stamp",
+    "stem_of",
     "transformers_reason",
     "uses_importance",
 ]

@@ -20,6 +20,12 @@ def part_path(stem: str, no: int, count: int) -> str:
     return f"{stem}-{no:05d}-of-{count:05d}.gguf"
 
 
+def stem_of(path: Path) -> str:
+    """A GGUF file's name without suffix, and of a split one without the part's number."""
+    part = PART_NAME.fullmatch(path.name)
+    return part["stem"] if part else path.stem
+
+
 class GgufSource(Source):
     """A GGUF file of any ggml type. Of a split one, any part names the whole.
 

@@ -103,8 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write("torch.lock", resolve([TORCH], FOLDER / "torch.lock", "--no-deps"))
         not_again = [arg for name in ["torch", *dict.fromkeys(names(setup))] for arg in ("--no-emit-package", name)]
         wanted = (FOLDER / "wheels.in").read_text().splitlines()
-        have = [arg for name in dict.fromkeys(names(setup)) for arg in ("--no-emit-package", name)]
-        write("wheels.lock", resolve(wanted, FOLDER / "wheels.lock", *options, *have))
+        write("wheels.lock", resolve(wanted, FOLDER / "wheels.lock", *options, *not_again))
         write("cuda.lock", resolve([TORCH], FOLDER / "cuda.lock", *options, *not_again))
     except (LockError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

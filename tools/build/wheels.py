@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import os
 import platform
 import re
@@ -57,14 +58,13 @@ PROGRAMS = ("clang", "clang++", "ld.lld", "llvm-ar", "llvm-ranlib")
 PACKAGE, BUNDLED = "ptqtp_gguf", "_llama_cpp"
 NAME = f"{PACKAGE}.{BUNDLED}"
 OTHER_LIBRARIES = 'os.environ.get("LLAMA_CPP_LIB_PATH")'  # in llama_cpp: set for another one, it is not for ours
-LEFT_OUT = ("server", "convert", "__pycache__")  # of the bindings: llama-server serves; the converter is no part of it
 ELF = b"\x7fELF"
 
 
-def call(log: Path, *command: object, env: dict[str, str] | None = None) -> None:
+def call(log: Path, *command: object) -> None:
     """Run a command, its output into a log. Raises BuildError."""
     with log.open("a") as file:
-        done = subprocess.run([str(c) for c in command], stdout=file, stderr=subprocess.STDOUT, check=False, env=env)
+        done = subprocess.run([str(c) for c in command], stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode != 0:
         lines = [x for x in log.read_text(errors="replace").splitlines() if re.search(r"\b(error|Error|ERROR)\b", x)]
         raise BuildError(f"{command[0]} failed: {(lines or ['no reason given'])[-1].strip()[:200]} (all output: {log})")
@@ -86,10 +86,10 @@ def renamed(text: str) -> str:
             if only.asname:
                 _replace(lines, node.lineno, "import llama_cpp", f"import {NAME}")
             else:  # "import llama_cpp" and "import llama_cpp.x" bind the name llama_cpp
-                more = f", {only.name.partition('.')[2]}" if "." in only.name else ""
-                found = f"import {only.name}"
-                loads = f"import {NAME}.{more[2:]}; " if more else ""
-                _replace(lines, node.lineno, found, f"{loads}from {PACKAGE} import {BUNDLED} as llama_cpp")
+                new = f"from {PACKAGE} import {BUNDLED} as llama_cpp"
+                if "." in only.name:
+                    new = f"import {NAME}.{only.name.partition('.')[2]}; {new}"
+                _replace(lines, node.lineno, f"import {only.name}", new)
     return "".join(lines)
 
 
@@ -121,11 +121,11 @@ def bundle(package: Path, into: Path, copy: Callable[[Path, Path], object] = shu
     """
     for path in sorted(package.rglob("*")):
         inside = path.relative_to(package)
-        if path.is_dir() or "__pycache__" in inside.parts or inside.parts[0] == "server":
+        if path.is_dir() or "__pycache__" in inside.parts or inside.parts[0] == "server":  # llama-server serves
             continue
         target = into / inside
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".py" and inside.parts[0] not in LEFT_OUT:
+        if path.suffix == ".py" and inside.parts[0] != "convert":  # which is no part of the bindings
             text = renamed(path.read_text(encoding="utf-8")).replace(OTHER_LIBRARIES, "None")
             if left := [line for line, name in imported(text) if _ours(name)]:
                 raise BuildError(f"{inside}: line {left[0]} imports llama_cpp")
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown := [m for m in machines if m not in MACHINES]:
             raise BuildError(f"{unknown[0]}: no wheels for this machine; there are {', '.join(MACHINES)}")
         for module in ("auditwheel", "wheel"):
-            if subprocess.run([sys.executable, "-c", f"import {module}"], stderr=subprocess.DEVNULL).returncode:
+            if not importlib.util.find_spec(module):
                 raise BuildError(f"no {module} here; pip install --require-hashes -r requirements/wheels.lock")
         for machine in machines:
             start = time.monotonic()
